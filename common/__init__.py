@@ -1,0 +1,1 @@
+"""What server and sites must agree on. Imports neither `server` nor `client` nor `simulations`."""

@@ -1,0 +1,1 @@
+"""Behaviour logs: schema, readers by format, cleaning, catalog, histories. Knows neither models nor privacy."""

@@ -1,0 +1,1 @@
+"""The interest model: encoders, temporal cores, heads, and the families by name."""

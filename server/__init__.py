@@ -1,0 +1,1 @@
+"""The coordinator: rounds, admission, aggregation and the run's folder. It never sees a log."""

@@ -1,0 +1,1 @@
+"""Federations on one machine: public data, partitions, evaluation, audits and benchmarks."""
