@@ -1,1 +1,1 @@
-"""Behaviour logs: schema, readers by format, cleaning, catalog, histories. Knows neither models nor privacy."""
+"""Behaviour logs: schema, readers, cleaning, catalog, histories. Knows neither models nor privacy."""

@@ -1,0 +1,224 @@
+"""Histories: a site's cleaned log, one row a user, as flat arrays that can be mapped from disk.
+
+Rows are users under their pseudonyms; nothing here has seen a raw user id. Everything is a plain array
+operation on one user's own events: no method lets one user change another's row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+_ARRAYS = {"offsets": "int64", "items": "int32", "times": "int64", "kinds": "int16", "values": "float32"}
+_ABOUT = "histories.json"
+NO_ITEM = -1
+"""Stands where a history has no event."""
+
+
+class HistoriesError(ValueError):
+    """Arrays that are no histories, or a folder that holds none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """The events of each user, oldest first: user r has the events offsets[r] to offsets[r + 1].
+
+    Attributes:
+        users: [users] pseudonyms, each exactly once.
+        offsets: [users + 1] int64.
+        items: [events] int32, rows in the catalog.
+        times: [events] int64, seconds since 1970-01-01 UTC.
+        kinds: [events] int16, places in `kind_names`.
+        values: [events] float32, NaN where an event has none.
+        kind_names: names of the kinds.
+    """
+
+    users: npt.NDArray[np.str_]
+    offsets: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int32]
+    times: npt.NDArray[np.int64]
+    kinds: npt.NDArray[np.int16]
+    values: npt.NDArray[np.float32]
+    kind_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name, dtype in _ARRAYS.items():
+            array = getattr(self, name)
+            if array.ndim != 1 or array.dtype != dtype:
+                raise HistoriesError(f"{name} must be one-dimensional {dtype}")
+        if self.users.ndim != 1 or self.users.dtype.kind != "U":
+            raise HistoriesError("users must be a one-dimensional array of text")
+        if len(np.unique(self.users)) != len(self.users):
+            raise HistoriesError("a user has more than one row: merge the rows, one user is one row")
+        events = len(self.items)
+        if any(len(getattr(self, name)) != events for name in ("times", "kinds", "values")):
+            raise HistoriesError("items, times, kinds and values must have one entry for each event")
+        if len(self.offsets) != len(self.users) + 1 or self.offsets[0] != 0 or self.offsets[-1] != events:
+            raise HistoriesError("offsets must run from 0 to the number of events, one more than users")
+        if (np.diff(self.offsets) < 0).any():
+            raise HistoriesError("offsets must not fall")
+
+    def __len__(self) -> int:
+        """The number of users."""
+        return len(self.users)
+
+    @property
+    def events(self) -> int:
+        """The number of events."""
+        return len(self.items)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[users] events of each user."""
+        return np.diff(self.offsets)
+
+    def history(self, row: int) -> npt.NDArray[np.int32]:
+        """[events of that user] the items of one user, oldest first."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"there is no row {row} among {len(self)} users")
+        return self.items[self.offsets[row] : self.offsets[row + 1]]
+
+    def bounded(self, max_events: int) -> Histories:
+        """Each user's `max_events` most recent events: what one user may contribute."""
+        if max_events < 1:
+            raise HistoriesError(f"max_events is {max_events}, but must be at least 1")
+        kept = np.minimum(self.lengths, max_events)
+        return self._take(self.users, self.offsets[1:] - kept, kept)
+
+    def without_last(self, n: int = 1) -> tuple[Histories, npt.NDArray[np.int32]]:
+        """Holds out each user's last `n` events, for leave-one-out.
+
+        Returns:
+            The histories without them, and [users, n] the items held out, oldest first. A user who would
+            be left without any event keeps all, and has -1 held out.
+        """
+        if n < 1:
+            raise HistoriesError(f"n is {n}, but must be at least 1")
+        enough = self.lengths > n
+        held_out = np.full((len(self), n), NO_ITEM, dtype=np.int32)
+        last = self.offsets[1:][enough]
+        held_out[enough] = self.items[last[:, None] + np.arange(-n, 0)]  # [users with enough, n]
+        kept = self.lengths - np.where(enough, n, 0)
+        return self._take(self.users, self.offsets[:-1], kept), held_out
+
+    def select(self, rows: npt.ArrayLike) -> Histories:
+        """The histories of some users, in the order of `rows`; no row twice."""
+        chosen = self._rows(rows)
+        return self._take(self.users[chosen], self.offsets[chosen], self.lengths[chosen])
+
+    def padded(
+        self, rows: npt.ArrayLike, max_events: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Histories of some users as rectangles: each one's most recent events, oldest first.
+
+        Returns:
+            items: [rows, max_events] int64, padded with -1 on the right.
+            times: [rows, max_events] int64 seconds, padded with 0 on the right.
+        """
+        if max_events < 1:
+            raise HistoriesError(f"max_events is {max_events}, but must be at least 1")
+        chosen = self._rows(rows)
+        kept = np.minimum(self.lengths[chosen], max_events)
+        items = np.full((len(chosen), max_events), NO_ITEM, dtype=np.int64)
+        times = np.zeros((len(chosen), max_events), dtype=np.int64)
+        real = np.arange(max_events) < kept[:, None]  # [rows, max_events]
+        places = _ranges(self.offsets[chosen + 1] - kept, kept)
+        items[real], times[real] = self.items[places], self.times[places]
+        return items, times
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a new folder of .npy files that their owner alone may read, whole or not at all.
+
+        Raises:
+            HistoriesError: the folder exists and is not empty.
+        """
+        folder = Path(folder)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=0o700, parents=True)
+        try:
+            for name in ("users", *_ARRAYS):
+                with _private(partial / f"{name}.npy") as file:
+                    np.save(file, getattr(self, name), allow_pickle=False)
+            with _private(partial / _ABOUT) as file:
+                file.write(json.dumps({"version": 1, "kind_names": self.kind_names}).encode())
+            partial.rename(folder)
+        except FileExistsError as error:
+            raise HistoriesError(f"folder {folder} exists: delete it, or choose another") from error
+        except OSError as error:
+            if folder.exists() and any(folder.iterdir()):
+                raise HistoriesError(f"folder {folder} is not empty: delete it, or choose another") from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Histories:
+        """Maps the files that `save` wrote: events stay on disk until they are read.
+
+        Raises:
+            HistoriesError: the folder holds no histories, or damaged ones.
+        """
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / _ABOUT).read_bytes())
+            if about["version"] != 1:
+                raise HistoriesError(f"histories in {folder} are of another version: clean the log again")
+            arrays = {
+                name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("users", *_ARRAYS)
+            }
+            return cls(**arrays, kind_names=tuple(about["kind_names"]))
+        except FileNotFoundError as error:
+            raise HistoriesError(f"folder {folder} holds no histories: clean a log into it") from error
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            if isinstance(error, HistoriesError):
+                raise
+            raise HistoriesError(f"histories in {folder} are damaged: clean the log again") from error
+
+    def _rows(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        chosen = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
+            raise IndexError(f"rows must lie in [0, {len(self)})")
+        return chosen
+
+    def _take(
+        self,
+        users: npt.NDArray[np.str_],
+        starts: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+    ) -> Histories:
+        places = _ranges(starts, lengths)
+        return Histories(
+            users=users,
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            items=self.items[places],
+            times=self.times[places],
+            kinds=self.kinds[places],
+            values=self.values[places],
+            kind_names=self.kind_names,
+        )
+
+
+def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The ranges [starts[r], starts[r] + lengths[r]) one after another."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+@contextmanager
+def _private(path: Path) -> Iterator[BinaryIO]:
+    """A new file for writing, mode 0600, synced to disk when closed."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

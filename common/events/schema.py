@@ -1,0 +1,119 @@
+"""The one schema of a behaviour log, and what counts as a time. Readers write it; cleaning reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import polars as pl
+
+EVENT_SCHEMA: Mapping[str, pl.DataType] = {
+    "user": pl.String(),
+    "item": pl.String(),
+    "time": pl.Int64(),
+    "kind": pl.String(),
+    "value": pl.Float32(),
+}
+"""user and item: ids as text. time: whole seconds since 1970-01-01 UTC. value: nullable."""
+
+DEFAULT_KIND = "view"
+"""The kind of an event whose log does not say; logs of ratings say "rating"."""
+
+MILLISECONDS_FROM = 1e11
+"""A number of this magnitude or more is milliseconds (from 1973 on); as seconds it would be the year 5138."""
+
+LATEST = 1e14
+"""A number of this magnitude or more is no time."""
+
+
+class LogError(ValueError):
+    """A log or catalog cannot be read as asked: one line, with the way out, and nothing about a user."""
+
+
+def id_expression(name: str, dtype: pl.DataType) -> pl.Expr:
+    """Column `name` as id text: trimmed, empty as null, and 17850.0 (a whole float) as 17850."""
+    column = pl.col(name)
+    if dtype.is_float():
+        whole = column.is_finite() & (column == column.floor()) & (column.abs() < 2.0**53)
+        text = pl.when(whole).then(column.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(None)
+    else:
+        text = column.cast(pl.String)
+    text = text.str.strip_chars()
+    return pl.when(text.str.len_bytes() > 0).then(text).otherwise(None)
+
+
+def time_expression(name: str, dtype: pl.DataType) -> pl.Expr:
+    """Column `name` as whole seconds since the epoch, UTC; what is no time becomes null.
+
+    Numbers (also as text) are epoch seconds, or milliseconds from `MILLISECONDS_FROM` on. Text may be
+    ISO 8601, with or without offset; times without one are read as UTC.
+    """
+    column = pl.col(name)
+    if dtype == pl.Date or isinstance(dtype, pl.Datetime):
+        return column.cast(pl.Datetime("ms", getattr(dtype, "time_zone", None))).dt.epoch("s")
+    if dtype.is_numeric():
+        return _from_number(column.cast(pl.Float64))
+    if dtype != pl.String:
+        return pl.lit(None, dtype=pl.Int64)
+    text = column.str.strip_chars()
+    return pl.coalesce(_from_number(text.cast(pl.Float64, strict=False)), _from_iso(text))
+
+
+def _from_number(number: pl.Expr) -> pl.Expr:
+    seconds = pl.when(number.abs() < MILLISECONDS_FROM).then(number).otherwise(number / 1000)
+    known = number.is_finite() & (number.abs() < LATEST)
+    return pl.when(known).then(seconds.floor()).otherwise(None).cast(pl.Int64, strict=False)
+
+
+def _from_iso(text: pl.Expr) -> pl.Expr:
+    plain = (
+        text.str.replace("T", " ", literal=True)
+        .str.replace(r" ?[Zz]$", "+0000")
+        .str.replace(r" ?([+-]\d\d):?(\d\d)?$", "${1}${2}")
+    )
+    # A date ends in "-07", which is no offset: offsets count only after a clock time.
+    clocked = text.str.contains(r"\d:\d\d")
+    plain = pl.when(clocked).then(plain).otherwise(text)
+    plain = plain.str.replace(r"^(\S+ \d\d:\d\d)($|[+-])", "${1}:00${2}")
+    plain = plain.str.replace(r"(:\S*[+-]\d\d)$", "${1}00")
+    forms = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%d %H:%M:%S%.f")
+    times = [plain.str.to_datetime(form, strict=False, time_unit="ms", time_zone="UTC") for form in forms]
+    day = plain.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("ms")).dt.replace_time_zone("UTC")
+    return pl.coalesce(*times, day).dt.epoch("s")
+
+
+def pick_columns(
+    found: Sequence[str],
+    columns: Mapping[str, str] | None,
+    known: Mapping[str, Sequence[str]],
+    required: Sequence[str],
+    what: str,
+) -> dict[str, str]:
+    """Which of the columns `found` is which field: as mapped by `columns`, else by a `known` name.
+
+    Args:
+        columns: field -> name of the column, the caller's word.
+        known: field -> names that need no mapping, matched without regard to case.
+        what: what is being read, for messages: "log events.csv".
+
+    Raises:
+        LogError: a mapped column is not there, a field is unknown, or a required one has no column.
+    """
+    there = ", ".join(found) or "none"
+    columns = columns or {}
+    by_lower = {name.lower(): name for name in reversed(found)}
+    picked: dict[str, str] = {}
+    for field, name in columns.items():
+        if field not in known:
+            raise LogError(f"{what}: there is no field {field!r} to map; fields are {', '.join(known)}")
+        if name not in found:
+            raise LogError(f"{what} has no column {name!r} (for {field}); it has: {there}")
+        picked[field] = name
+    for field, names in known.items():
+        if field not in picked:
+            fitting = next((by_lower[alias] for alias in names if alias in by_lower), None)
+            if fitting is not None and fitting not in picked.values():
+                picked[field] = fitting
+    for field in required:
+        if field not in picked:
+            raise LogError(f"{what} has no column for {field}; it has: {there}. Map one with {field}=COLUMN")
+    return picked

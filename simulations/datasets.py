@@ -1,0 +1,177 @@
+"""Data sets for simulations: MovieLens-100K as a verified asset, or one's own log and catalog.
+
+This is the researcher's side: raw user ids and traits appear here, before users fall to sites. A site sees
+its own part of the log only, and de-identifies it first of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from common.assets import Asset, AssetFile, Say, fetch
+from common.events.catalog import KNOWN_COLUMNS as CATALOG_COLUMNS
+from common.events.catalog import Catalog, make_catalog, read_catalog
+from common.events.readers import KNOWN_COLUMNS as LOG_COLUMNS
+from common.events.readers import format_of, read_log, scan_table
+from common.events.schema import LogError, id_expression, pick_columns
+
+MOVIELENS_100K = Asset(
+    name="movielens-100k",
+    licence=(
+        "GroupLens research licence: research use, no redistribution, no commercial use without permission "
+        "(https://grouplens.org/datasets/movielens/100k/); cite Harper and Konstan, 2015"
+    ),
+    files=tuple(
+        AssetFile(name, sha256, size, f"recbole/dataset_example/ml-100k/{name}")
+        for name, sha256, size in (
+            ("ml-100k.inter", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff", 1_979_230),
+            ("ml-100k.item", "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532", 66_632),
+            ("ml-100k.user", "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972", 22_697),
+        )
+    ),
+    package="recbole",
+    version="1.2.1",
+    notes=(
+        "GroupLens serves the same data in another layout only, which these checksums cannot verify; to use "
+        "its files, give u.data as --log and u.item as --catalog"
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A log, its public catalog, and what is known of the users for dividing them among sites.
+
+    Attributes:
+        name: for tables and run folders.
+        log: in the schema of `EVENT_SCHEMA`, lazy, with raw user ids.
+        catalog: public.
+        users: one row a user, column "user" and traits such as "zip_code".
+        licence: one line.
+        notes: what a reader of the results must know, one line each.
+    """
+
+    name: str
+    log: pl.LazyFrame
+    catalog: Catalog
+    users: pl.DataFrame
+    licence: str
+    notes: tuple[str, ...] = ()
+
+
+def load_movielens_100k(
+    *, source: Path | None = None, offline: bool = False, say: Say = lambda _: None
+) -> Dataset:
+    """MovieLens-100K: 943 users, 1,682 films, 100,000 ratings with times.
+
+    Raises:
+        AssetError: it cannot be fetched.
+    """
+    folder = fetch(MOVIELENS_100K, source=source, offline=offline, say=say)
+    users, _ = scan_table(folder / "ml-100k.user")
+    return Dataset(
+        name=MOVIELENS_100K.name,
+        log=read_log(folder / "ml-100k.inter"),
+        catalog=read_catalog(folder / "ml-100k.item"),
+        users=users.rename({"user_id": "user"}).collect(),
+        licence=MOVIELENS_100K.licence,
+        notes=(
+            "About half of all consecutive events share a time: the order within these is arbitrary.",
+            "A language model may know the film titles from its own, public training.",
+        ),
+    )
+
+
+def load_own(
+    log_path: Path,
+    catalog_path: Path | None = None,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> Dataset:
+    """One's own log, with its public catalog; without one, the log's item list is declared public.
+
+    Args:
+        log_path: as for `read_log`.
+        catalog_path: as for `read_catalog`.
+        format: of the log; the catalog's goes by its name, or is the same where the name says none.
+        columns: user, item, time, kind, value name columns of the log; catalog_item, text, categories name
+            columns of the catalog (of the log, where there is no catalog). Known names need none.
+
+    Raises:
+        LogError: a file or column is missing, empty or unreadable.
+    """
+    columns = columns or {}
+    of_log = {field: name for field, name in columns.items() if field in LOG_COLUMNS}
+    of_catalog = {field: name for field, name in columns.items() if field in ("text", "categories")}
+    odd = sorted(set(columns) - set(of_log) - set(of_catalog) - {"catalog_item"})
+    if odd:
+        raise LogError(
+            f"there is no field {odd[0]!r} to map; fields are {', '.join(LOG_COLUMNS)}, catalog_item, text, "
+            "categories"
+        )
+    log_path = Path(log_path).expanduser()
+    log = read_log(log_path, format, of_log)
+    notes: tuple[str, ...] = ()
+    if catalog_path is not None:
+        catalog_path = Path(catalog_path).expanduser()
+        catalog = _own_catalog(catalog_path, format, columns, of_catalog)
+    else:
+        catalog = _catalog_of_log(log_path, format, of_log, of_catalog)
+        notes = (
+            "No catalog was given: this simulation declares the log's own item list public, which a "
+            "deployment must not do (an item that one user alone touched would tell of that user).",
+        )
+    return Dataset(
+        name=log_path.name.partition(".")[0],
+        log=log,
+        catalog=catalog,
+        users=log.select("user").drop_nulls().unique().sort("user").collect(engine="streaming"),
+        licence="the owner's",
+        notes=notes,
+    )
+
+
+def _own_catalog(
+    path: Path, format: str, columns: Mapping[str, str], of_catalog: Mapping[str, str]
+) -> Catalog:
+    with suppress(LogError):  # where the catalog's name says nothing, the log's format it is
+        format = format_of(path)
+    mapped = dict(of_catalog)
+    if "catalog_item" in columns:
+        mapped["item"] = columns["catalog_item"]
+    elif "item" in columns and format in ("csv", "tsv", "parquet", "jsonl"):
+        names = scan_table(path, format)[0].collect_schema().names()
+        if columns["item"] in names:  # the log's name for items is the catalog's too
+            mapped["item"] = columns["item"]
+    return read_catalog(path, format, mapped)
+
+
+def _catalog_of_log(
+    path: Path, format: str, of_log: Mapping[str, str], of_catalog: Mapping[str, str]
+) -> Catalog:
+    table, _ = scan_table(path, format)
+    schema = table.collect_schema()
+    mapped = {field: name for field, name in of_log.items() if field == "item"} | dict(of_catalog)
+    known = {"item": LOG_COLUMNS["item"], "text": CATALOG_COLUMNS["text"], "categories": ()}
+    picked = pick_columns(schema.names(), mapped, known, ("item",), f"log {path.name}")
+    item = id_expression(picked["item"], schema[picked["item"]])
+    # An item's text is one of those that its events give: the last in the alphabet, whoever's it is.
+    text = pl.col(picked["text"]).cast(pl.String) if "text" in picked else item
+    categories = pl.col(picked["categories"]).cast(pl.String) if "categories" in picked else pl.lit("")
+    items = (
+        table.select(item=item, text=text, categories=categories)
+        .filter(pl.col("item").is_not_null())
+        .group_by("item")
+        .agg(pl.col("text").max(), pl.col("categories").max())
+        .sort("item")
+        .collect(engine="streaming")
+    )
+    return make_catalog(
+        (item, text or item, tuple(name.strip() for name in (categories or "").split("|") if name.strip()))
+        for item, text, categories in items.iter_rows()
+    )
