@@ -6,7 +6,10 @@ only: nothing in an entry depends on a user's data, so nothing in a message does
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from common.privacy.equivocation import EquivocationProof
 
 
 class ReceiptError(ValueError):
@@ -214,9 +217,16 @@ class OpenReservationError(ReceiptError):
 
 
 class ForkError(ReceiptError):
-    """The chain contradicts a head that was anchored, or an entry that was seen: history was rewritten."""
+    """The chain contradicts a head that was anchored, or an entry that was seen: history was rewritten.
+
+    `proof`, where both entries are at hand, convinces anyone who has the site's public key.
+    """
 
     reason = "fork"
+
+    def __init__(self, message: str, *, proof: EquivocationProof | None = None) -> None:
+        super().__init__(message)
+        self.proof = proof
 
 
 class TruncatedError(ReceiptError):
