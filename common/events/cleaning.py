@@ -108,7 +108,8 @@ def clean(
 ) -> tuple[Histories, CleaningReport]:
     """Cleans and de-identifies a log in the schema of `EVENT_SCHEMA`.
 
-    The log is read twice, in streams; what is held in memory is 26 bytes a usable event and the user ids.
+    The log is read a few times, in streams; what is held in memory is the user ids and 22 bytes a usable
+    event (a few times over while they are sorted).
     Rows of the histories are in the order of the pseudonyms. Events of one user are ordered by time, then
     by a hash of user and item under the site's secret, then by kind and value.
 

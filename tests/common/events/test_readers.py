@@ -16,7 +16,9 @@ from common.events.schema import EVENT_SCHEMA, LogError
 NEW_YEAR = 1_704_067_200  # 2024-01-01T00:00:00Z
 
 
-def _rows(path: Path, format: str = "auto", columns: dict[str, str] | None = None) -> list[tuple[object, ...]]:
+def _rows(
+    path: Path, format: str = "auto", columns: dict[str, str] | None = None
+) -> list[tuple[object, ...]]:
     frame = read_log(path, format, columns).collect()
     assert dict(frame.schema) == dict(EVENT_SCHEMA)
     return frame.rows()
