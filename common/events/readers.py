@@ -55,7 +55,8 @@ def read_log(
     """A log in the schema of `EVENT_SCHEMA`, read lazily; unusable fields are null, for cleaning to count.
 
     Args:
-        path: a file (`.gz` too, for text formats), or a folder of parts that all have one format.
+        path: a file (`.gz` too, for text formats), or a folder of parts that all have one format. Text is
+            UTF-8. The columns of JSON lines are those that the first 1,000 rows name.
         format: one of `Format`; "auto" goes by the file's name.
         columns: field -> column name, such as {"user": "CustomerID"}; known names need none.
 

@@ -30,7 +30,11 @@ class LogError(ValueError):
 
 
 def id_expression(name: str, dtype: pl.DataType) -> pl.Expr:
-    """Column `name` as id text: trimmed, empty as null, and 17850.0 (a whole float) as 17850."""
+    """Column `name` as id text: trimmed, and 17850.0 (a whole float) as 17850.
+
+    Empty ids are null, and so are ids in another encoding than UTF-8: read approximately, two users could
+    become one, and share a row.
+    """
     column = pl.col(name)
     if dtype.is_float():
         whole = column.is_finite() & (column == column.floor()) & (column.abs() < 2.0**53)
@@ -38,7 +42,8 @@ def id_expression(name: str, dtype: pl.DataType) -> pl.Expr:
     else:
         text = column.cast(pl.String)
     text = text.str.strip_chars()
-    return pl.when(text.str.len_bytes() > 0).then(text).otherwise(None)
+    known = (text.str.len_bytes() > 0) & ~text.str.contains("\ufffd", literal=True)
+    return pl.when(known).then(text).otherwise(None)
 
 
 def time_expression(name: str, dtype: pl.DataType) -> pl.Expr:

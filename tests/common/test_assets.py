@@ -269,6 +269,22 @@ def test_a_cache_that_cannot_be_written_is_one_clear_line(
         fetch(ASSET)
 
 
+def test_a_disk_that_fills_up_is_one_clear_line_and_leaves_nothing_partial(
+    cache: Path, tmp_path: Path
+) -> None:
+    wheel = _wheel(tmp_path / "mine")
+    code = (
+        "import resource; from pathlib import Path; from common.assets import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"try: fetch({ASSET!r}, source=Path({str(wheel)!r}))\n"
+        "except AssetError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("cannot write small-sea")
+    assert done.stdout.count("\n") == 1
+    assert list((cache / "assets" / ASSET.name).iterdir()) == []
+
+
 def test_a_model_folder_needs_configuration_and_weights(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
