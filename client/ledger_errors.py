@@ -1,0 +1,41 @@
+"""What a ledger refuses for reasons of its own; faults of entries and chains are in `privacy/faults.py`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LedgerError(Exception):
+    """The ledger cannot do what was asked. `reason` is the machine name."""
+
+    reason: ClassVar[str] = "ledger"
+
+
+class BudgetRefusedError(LedgerError):
+    """The charge does not fit under the cap. Nothing was written."""
+
+    reason = "budget_refused"
+
+
+class LedgerExistsError(LedgerError):
+    """There is something in that folder already: a budget is not reset by making a new ledger over it."""
+
+    reason = "ledger_exists"
+
+
+class LedgerMissingError(LedgerError):
+    """There is no ledger in that folder, or not all of it."""
+
+    reason = "ledger_missing"
+
+
+class ForeignProcessError(LedgerError):
+    """The ledger was opened by another process: after a fork, open it again."""
+
+    reason = "foreign_process"
+
+
+class LedgerDamagedError(LedgerError):
+    """The database contradicts its own signed entries."""
+
+    reason = "ledger_damaged"

@@ -1,0 +1,89 @@
+"""The ledger's database: its tables, and how SQLite must be opened so that a commit is on the disk.
+
+Entries, reservations, outcomes and anchors are only ever added: triggers refuse to change or delete a row.
+Those triggers guard against our own mistakes; against the site itself stand signatures and anchors.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from client.private_files import write_private
+from common.privacy.entries import Entry
+
+VERSION = 1
+_PATIENCE_SECONDS = 60
+
+_TABLES = """
+CREATE TABLE entries (
+    seq INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, entry BLOB NOT NULL
+) STRICT;
+CREATE INDEX entries_by_kind ON entries (kind, seq);
+CREATE TABLE reservations (
+    hash TEXT PRIMARY KEY REFERENCES entries (hash), seq INTEGER NOT NULL,
+    run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, nonce TEXT NOT NULL,
+    presence TEXT NOT NULL, UNIQUE (run, round, attempt)
+) STRICT;
+CREATE TABLE outcomes (
+    reservation TEXT PRIMARY KEY REFERENCES reservations (hash), kind TEXT NOT NULL,
+    entry TEXT NOT NULL UNIQUE REFERENCES entries (hash)
+) STRICT;
+CREATE TABLE anchors (
+    server_key TEXT NOT NULL, seq INTEGER NOT NULL, entry INTEGER NOT NULL UNIQUE REFERENCES entries (seq),
+    PRIMARY KEY (server_key, seq)
+) STRICT;
+CREATE TABLE outbox (
+    reservation TEXT PRIMARY KEY REFERENCES outcomes (reservation),
+    "update" BLOB NOT NULL, receipt BLOB NOT NULL
+) STRICT;
+"""
+
+
+def _only_added(table: str, *forbidden: str) -> str:
+    return "".join(
+        f"CREATE TRIGGER {table}_no_{what.lower()} BEFORE {what} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table} are only ever added'); END;\n"
+        for what in forbidden
+    )
+
+
+_TRIGGERS = (
+    _only_added("entries", "UPDATE", "DELETE")
+    + _only_added("reservations", "UPDATE", "DELETE")
+    + _only_added("outcomes", "UPDATE", "DELETE")
+    + _only_added("anchors", "UPDATE", "DELETE")
+    + _only_added("outbox", "UPDATE")
+)
+
+
+def connect(database: Path) -> sqlite3.Connection:
+    """A connection whose commits survive a loss of power; transactions are begun by hand.
+
+    Raises:
+        ValueError: the database is of another version.
+    """
+    connection = sqlite3.connect(database, timeout=_PATIENCE_SECONDS, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA fullfsync = ON")
+    connection.execute("PRAGMA foreign_keys = ON")
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version not in (0, VERSION):
+        connection.close()
+        raise ValueError(f"the ledger is of version {version}, but this program knows {VERSION} only")
+    return connection
+
+
+def initialise(database: Path, genesis: Entry) -> None:
+    """A new database, readable by its owner only, that holds the genesis."""
+    write_private(database, b"")
+    connection = connect(database)
+    try:
+        connection.executescript(f"BEGIN;{_TABLES}{_TRIGGERS}PRAGMA user_version = {VERSION};COMMIT;")
+        connection.execute(
+            "INSERT INTO entries (seq, hash, kind, entry) VALUES (0, ?, ?, ?)",
+            (genesis.hash, genesis.kind, genesis.to_bytes()),
+        )
+    finally:
+        connection.close()

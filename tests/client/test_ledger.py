@@ -1,0 +1,441 @@
+"""The ledger alone: what it grants, refuses, keeps and repeats. Processes that die or race are next door."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sqlite3
+import stat
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.ledger import Ledger
+from client.ledger_errors import (
+    BudgetRefusedError,
+    ForeignProcessError,
+    LedgerDamagedError,
+    LedgerExistsError,
+    LedgerMissingError,
+)
+from client.ledger_reading import LedgerReader, Reservation
+from client.private_files import LoosePermissionsError
+from common.privacy.anchors import Countersignature
+from common.privacy.chain import Chain
+from common.privacy.entries import Genesis
+from common.privacy.faults import ReceiptError
+from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian
+from common.privacy.receipts import ClosingCertificate, Request, check_receipt, check_receipt_alone
+from common.privacy.renyi import cap_of, charge_of
+
+TRAINING = PoissonSubsampledGaussian(0.05, 1.0, 10)
+PLAN, MODEL = "a" * 64, "b" * 64
+SERVER = Ed25519PrivateKey.from_private_bytes(b"v" * 32)
+OTHER_SERVER = Ed25519PrivateKey.from_private_bytes(b"w" * 32)
+
+
+def nonce_of(run: str, round_: int) -> str:
+    return hashlib.sha256(f"{run}/{round_}".encode()).hexdigest()
+
+
+def reserve(
+    ledger: Ledger, round_: int, attempt: int = 0, *, run: str = "run-a", event: Event = TRAINING
+) -> Reservation:
+    return ledger.reserve(
+        run=run,
+        round=round_,
+        attempt=attempt,
+        event=event,
+        plan_hash=PLAN,
+        model_hash=MODEL,
+        nonce=nonce_of(run, round_),
+        clip_norm=1.0,
+        normaliser=50.0,
+        learning_rate=0.1,
+    )
+
+
+def anchor(ledger: Ledger, server: Ed25519PrivateKey = SERVER) -> Countersignature:
+    """What a server would send after having verified the head."""
+    status = ledger.status()
+    return Countersignature.sign(server, site_key_id=ledger.key_id, seq=status.seq, head=status.head)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "site" / "ledger"
+
+
+@pytest.fixture
+def ledger(folder: Path) -> Iterator[Ledger]:
+    with Ledger.create(folder, epsilon=8, delta=1e-5, typical_plan=[TRAINING]) as made:
+        yield made
+
+
+def test_a_new_ledger_promises_what_was_asked(ledger: Ledger, folder: Path) -> None:
+    genesis = ledger.genesis
+    assert (genesis.epsilon, genesis.delta, genesis.order, genesis.mode) == (8.0, 1e-5, 3, "site")
+    assert genesis.cap == cap_of(8, 1e-5, 3)
+    assert ledger.verify().spent == 0
+    for path in [folder, *folder.iterdir()]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path.name
+    assert b"PRIVATE" not in (folder / "ledger.sqlite").read_bytes()
+
+
+def test_the_cap_admits_the_rounds_of_the_lab_and_not_one_more(ledger: Ledger) -> None:
+    for round_ in range(44):
+        assert ledger.fits(TRAINING)
+        reserve(ledger, round_)
+    before = ledger.status()
+    assert not ledger.fits(TRAINING)
+    with pytest.raises(BudgetRefusedError, match="left") as caught:
+        reserve(ledger, 44)
+    assert caught.value.reason == "budget_refused"
+    assert ledger.status() == before  # a refusal writes nothing
+    assert ledger.verify().spent == 44 * charge_of(TRAINING, 3)
+    assert 0.97 < before.share <= 1
+    reserve(ledger, 44, event=GaussianSum(1000.0))  # something smaller still fits
+
+
+def test_one_budget_for_all_runs_and_openings(ledger: Ledger, folder: Path) -> None:
+    for round_ in range(22):
+        reserve(ledger, round_, run="model-one")
+    ledger.disconnect()
+    with Ledger.open(folder) as again:
+        for round_ in range(22):
+            reserve(again, round_, run="model-two")
+        with pytest.raises(BudgetRefusedError):
+            reserve(again, 0, run="model-three")
+
+
+def test_a_receipt_satisfies_a_server_that_holds_the_genesis(ledger: Ledger) -> None:
+    chain = Chain.begin(ledger.entries()[0], key_id=ledger.key_id)
+    for round_ in range(3):
+        update = os.urandom(3000)
+        receipt = ledger.release(reserve(ledger, round_), update)
+        request = Request("run-a", round_, nonce_of("run-a", round_), PLAN, MODEL)
+        chain = check_receipt(receipt, update, request, chain)
+        head = chain.head
+        ledger.anchor(Countersignature.sign(SERVER, site_key_id=chain.key_id, seq=head.seq, head=head.hash))
+        assert check_receipt_alone(receipt, update).charge == charge_of(TRAINING, 3)
+        assert len(receipt.entries) <= 3  # begins after the anchored head, not at the beginning
+    assert chain.report().released == 3
+
+
+def test_receipts_serve_every_server_that_anchored(ledger: Ledger) -> None:
+    ledger.anchor(anchor(ledger, OTHER_SERVER))  # holds entry 0, and nothing since
+    ledger.release(reserve(ledger, 0), b"x")
+    ledger.anchor(anchor(ledger))
+    assert ledger.release(reserve(ledger, 1), b"y").entries[0].seq == 1
+    assert ledger.release(reserve(ledger, 2), b"y", anchored_seq=3).entries[0].seq == 4
+    late = reserve(ledger, 3)
+    assert ledger.release(late, b"y", anchored_seq=10**6).entries[0] == late.entry
+
+
+def test_the_outbox_repeats_the_same_bytes(ledger: Ledger, folder: Path) -> None:
+    update = os.urandom(5000)
+    receipt = ledger.release(reserve(ledger, 7), update)
+    assert ledger.outbox("run-a", 7) == (update, receipt)
+    assert ledger.outbox("run-a", 7, nonce=nonce_of("run-a", 7)) == (update, receipt)
+    assert ledger.outbox("run-a", 7, nonce="0" * 64) is None
+    assert ledger.outbox("run-a", 8) is None
+    assert ledger.outbox("run-b", 7) is None
+    with Ledger.open(folder) as again:
+        sent = again.outbox("run-a", 7)
+        assert sent is not None
+        assert sent[0] == update
+        assert sent[1].to_bytes() == receipt.to_bytes()
+        assert again.forget("run-b") == 0
+        assert again.forget("run-a") == 1
+    assert ledger.outbox("run-a", 7) is None
+    assert ledger.verify().released == 1
+
+
+def test_a_round_is_reserved_once_an_attempt(ledger: Ledger) -> None:
+    first = reserve(ledger, 1)
+    with pytest.raises(ReceiptError) as caught:
+        reserve(ledger, 1)
+    assert caught.value.reason == "second_reservation"
+    assert ledger.next_attempt("run-a", 1) == 1
+    assert ledger.next_attempt("run-a", 2) == 0
+    ledger.burn(first)
+    reserve(ledger, 1, attempt=1)
+    assert ledger.status().spent == 2 * charge_of(TRAINING, 3)  # the burnt one stays charged
+
+
+@pytest.mark.parametrize(
+    ("before", "then", "reason"),
+    [
+        ("release", "release", "second_release"),
+        ("burn", "release", "burnt_reservation"),
+        ("burn", "burn", "burnt_reservation"),
+        ("release", "burn", "released_reservation"),
+    ],
+)
+def test_a_reservation_is_used_once(ledger: Ledger, before: str, then: str, reason: str) -> None:
+    reservation = reserve(ledger, 1)
+
+    def use(how: str) -> None:
+        if how == "release":
+            ledger.release(reservation, os.urandom(10))
+        else:
+            ledger.burn(reservation)
+
+    use(before)
+    status = ledger.status()
+    with pytest.raises(ReceiptError) as caught:
+        use(then)
+    assert caught.value.reason == reason
+    assert ledger.status() == status
+    ledger.verify()
+
+
+def test_releases_need_a_reservation_of_this_ledger_that_covers_them(ledger: Ledger, tmp_path: Path) -> None:
+    with Ledger.create(tmp_path / "other", epsilon=8, delta=1e-5, typical_plan=[TRAINING]) as other:
+        stranger = reserve(other, 1)
+    with pytest.raises(ReceiptError) as caught:
+        ledger.release(stranger, b"x")
+    assert caught.value.reason == "missing_reservation"
+    with pytest.raises(ReceiptError) as caught:
+        ledger.release(reserve(ledger, 1), b"x", content="statistics")
+    assert caught.value.reason == "wrong_content"
+    metrics = reserve(ledger, 2, event=GaussianSum(20.0))
+    assert ledger.release(metrics, b"x", content="metrics").release.content == "metrics"
+
+
+def test_values_out_of_bounds_are_refused_before_anything_is_written(ledger: Ledger) -> None:
+    with pytest.raises(ReceiptError) as caught:
+        reserve(ledger, 1, run="no spaces")
+    assert caught.value.reason == "bad_field"
+    assert ledger.status().seq == 0
+
+
+def test_nothing_is_reserved_after_withdrawal(ledger: Ledger, folder: Path) -> None:
+    ledger.release(reserve(ledger, 1), b"x")
+    open_one = reserve(ledger, 2)
+    certificate = ledger.withdraw()
+    assert ClosingCertificate.from_bytes(certificate.to_bytes()).verify().spent == 2 * charge_of(TRAINING, 3)
+    assert ledger.withdraw() == certificate
+    for attempt in (lambda: reserve(ledger, 3), lambda: ledger.release(open_one, b"x")):
+        with pytest.raises(ReceiptError) as caught:
+            attempt()
+        assert caught.value.reason in {"after_close", "burnt_reservation"}
+    assert not ledger.fits(TRAINING)
+    ledger.anchor(anchor(ledger))  # the server may still countersign the end
+    ledger.disconnect()
+    with Ledger.open(folder) as again:
+        with pytest.raises(ReceiptError) as caught:
+            reserve(again, 3)
+        assert caught.value.reason == "after_close"
+        report = again.verify()
+        assert (report.closed, report.released, report.burnt, report.open) == (True, 1, 1, 0)
+
+
+def test_anchors_are_kept_once_and_forged_ones_refused(ledger: Ledger) -> None:
+    reserve(ledger, 1)
+    good = anchor(ledger)
+    assert ledger.anchor(good) == ledger.anchor(good)
+    reserve(ledger, 2)
+    for bad, reason in (
+        (dataclasses.replace(good, head="0" * 64), "bad_anchor"),
+        (Countersignature.sign(SERVER, site_key_id="0" * 64, seq=1, head=good.head), "bad_anchor"),
+        (Countersignature.sign(SERVER, site_key_id=ledger.key_id, seq=1, head="0" * 64), "fork"),
+        (Countersignature.sign(SERVER, site_key_id=ledger.key_id, seq=99, head=good.head), "fork"),
+    ):
+        with pytest.raises(ReceiptError) as caught:
+            ledger.anchor(bad)
+        assert caught.value.reason == reason
+    assert ledger.verify(anchored_heads={good.seq: good.head}).anchors == 1
+
+
+def test_a_clock_that_goes_backwards_is_refused(folder: Path) -> None:
+    days = ["2026-03-01"]
+    with Ledger.create(
+        folder, epsilon=8, delta=1e-5, typical_plan=[TRAINING], today=lambda: days[-1]
+    ) as ledger:
+        days.append("2026-03-05")
+        reserve(ledger, 1)
+        days.append("2026-03-04")
+        with pytest.raises(ReceiptError) as caught:
+            reserve(ledger, 2)
+        assert caught.value.reason == "clock_backwards"
+        days.append("2026-03-05")
+        reserve(ledger, 2)
+        ledger.verify()
+
+
+def test_a_ledger_is_never_made_over_another(ledger: Ledger, folder: Path) -> None:
+    with pytest.raises(LedgerExistsError):
+        Ledger.create(folder, epsilon=80, delta=1e-5, typical_plan=[TRAINING])
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["ledger"]
+    with pytest.raises(ValueError, match="no budget"):
+        Ledger.create(folder.parent / "b", epsilon=0.001, delta=1e-9, typical_plan=[TRAINING])
+    with pytest.raises(LedgerMissingError):
+        Ledger.open(folder.parent / "b")
+
+
+@pytest.mark.parametrize("name", ["", "ledger.sqlite", "signing-key.pem"])
+def test_files_that_others_may_read_are_refused(ledger: Ledger, folder: Path, name: str) -> None:
+    ledger.disconnect()
+    path = folder / name
+    path.chmod(path.stat().st_mode | 0o040)
+    with pytest.raises(LoosePermissionsError, match="chmod"):
+        Ledger.open(folder)
+
+
+def test_a_foreign_key_is_refused(ledger: Ledger, folder: Path, tmp_path: Path) -> None:
+    with Ledger.create(tmp_path / "other", epsilon=8, delta=1e-5, typical_plan=[TRAINING]):
+        pass
+    (folder / "signing-key.pem").write_bytes((tmp_path / "other" / "signing-key.pem").read_bytes())
+    with pytest.raises(ReceiptError) as caught:
+        Ledger.open(folder)
+    assert caught.value.reason == "unknown_key"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET entry = x'00' WHERE seq = 1",
+        "DELETE FROM entries WHERE seq = 1",
+        "UPDATE reservations SET round = 9",
+        "DELETE FROM outcomes",
+        "UPDATE outbox SET \"update\" = x'00'",
+        "DELETE FROM anchors",
+    ],
+)
+def test_entries_are_only_ever_added(ledger: Ledger, folder: Path, statement: str) -> None:
+    ledger.release(reserve(ledger, 1), b"x")
+    ledger.anchor(anchor(ledger))
+    with (
+        sqlite3.connect(folder / "ledger.sqlite") as database,
+        pytest.raises(sqlite3.IntegrityError, match="added"),
+    ):
+        database.execute(statement)
+
+
+def _tampered(folder: Path, statement: str) -> Ledger:
+    """The ledger after an administrator dropped the triggers and edited the database."""
+    with sqlite3.connect(folder / "ledger.sqlite") as database:
+        for (trigger,) in database.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall():
+            database.execute(f"DROP TRIGGER {trigger}")
+        database.executescript(f"PRAGMA foreign_keys = OFF; {statement}")
+    database.close()
+    return Ledger.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        (
+            "UPDATE entries SET entry = CAST(replace(entry, '0.05', '0.01') AS BLOB)",
+            "bad_signature",
+        ),
+        (
+            "DELETE FROM entries WHERE seq = 1; UPDATE entries SET seq = seq - 1 WHERE seq > 1",
+            "ledger_damaged",
+        ),
+        ("DELETE FROM entries WHERE seq = 2", "ledger_damaged"),
+        ("UPDATE reservations SET attempt = attempt + 7", "ledger_damaged"),
+        ("DELETE FROM outcomes", "ledger_damaged"),
+        ("DELETE FROM anchors", "ledger_damaged"),
+        ("UPDATE outbox SET \"update\" = x'00'", "wrong_digest"),
+        ("UPDATE outbox SET receipt = (SELECT receipt FROM outbox LIMIT 1)", "ledger_damaged"),
+        ("PRAGMA user_version = 99", "version"),
+    ],
+)
+def test_an_edited_database_is_found_out(ledger: Ledger, folder: Path, statement: str, reason: str) -> None:
+    for round_ in range(3):
+        ledger.release(reserve(ledger, round_), b"x" * (round_ + 1))
+    ledger.anchor(anchor(ledger))
+    reserve(ledger, 3)
+    ledger.verify()
+    ledger.disconnect()
+    with (
+        pytest.raises((ReceiptError, LedgerDamagedError, ValueError)) as caught,
+        _tampered(folder, statement) as it,
+    ):
+        it.verify()
+    assert getattr(caught.value, "reason", "version") == reason
+
+
+def test_a_restored_backup_is_found_out_by_the_anchor(ledger: Ledger, folder: Path) -> None:
+    ledger.release(reserve(ledger, 1), b"x")
+    backup = ledger._db.serialize()
+    ledger.release(reserve(ledger, 2), b"y")
+    head = anchor(ledger)
+    ledger.disconnect()
+    for leftover in folder.glob("ledger.sqlite-*"):
+        leftover.unlink()
+    (folder / "ledger.sqlite").write_bytes(backup)
+    with Ledger.open(folder) as restored:
+        restored.verify()  # by itself it looks well: this is what anchors are for
+        with pytest.raises(ReceiptError) as caught:
+            restored.verify(anchored_heads={head.seq: head.head})
+        assert caught.value.reason == "truncated"
+        reserve(restored, 2)
+        restored.burn(reserve(restored, 3))
+        with pytest.raises(ReceiptError) as caught:
+            restored.verify(anchored_heads={head.seq: head.head})
+        assert caught.value.reason == "fork"
+
+
+def test_an_auditor_reads_a_copy_without_the_key(ledger: Ledger) -> None:
+    ledger.release(reserve(ledger, 1), b"x")
+    copy = sqlite3.connect(":memory:")
+    ledger._db.backup(copy)
+    reader = LedgerReader(copy)
+    assert reader.verify() == ledger.verify()
+    assert reader.status().events == (TRAINING,)
+    copy.close()
+
+
+def test_recovery_leaves_the_living_alone(ledger: Ledger, folder: Path) -> None:
+    living = reserve(ledger, 1)
+    other = Ledger.open(folder)
+    abandoned = reserve(other, 2)
+    assert ledger.recover() == []
+    other.disconnect()
+    assert ledger.recover() == [abandoned]
+    assert ledger.recover() == []
+    ledger.release(living, b"x")
+    status = ledger.status()
+    assert [charge.outcome for charge in status.charges] == ["released", "burnt"]
+    assert (status.burnt, status.open) == (1, 0)
+    assert status.spent == 2 * charge_of(TRAINING, 3)
+    assert len(list((folder / "presences").iterdir())) == 1
+
+
+def test_a_ledger_does_not_pass_through_a_fork(ledger: Ledger) -> None:
+    ledger._process += 1  # as it looks from a child
+    with pytest.raises(ForeignProcessError):
+        reserve(ledger, 1)
+    ledger._process -= 1
+    reserve(ledger, 1)
+
+
+def test_a_dataset_commitment_and_the_trust_mode_stand_in_the_genesis(folder: Path) -> None:
+    with Ledger.create(
+        folder, epsilon=2, delta=1e-6, typical_plan=[TRAINING], dataset_commitment="c" * 64, mode="secagg"
+    ) as ledger:
+        body = ledger.entries()[0].body
+        assert isinstance(body, Genesis)
+        assert (body.dataset_commitment, body.mode) == ("c" * 64, "secagg")
+
+
+def test_reserve_and_release_take_under_25_ms(ledger: Ledger) -> None:
+    update, seconds = os.urandom(80_000), []
+    for round_ in range(30):
+        started = time.perf_counter()
+        ledger.release(reserve(ledger, round_), update)
+        seconds.append(time.perf_counter() - started)
+        ledger.anchor(anchor(ledger))
+    median = statistics.median(seconds)
+    print(f"reserve + release: median {1000 * median:.1f} ms, worst {1000 * max(seconds):.1f} ms")
+    assert median < 0.025
