@@ -134,7 +134,7 @@ def test_the_noise_is_as_wide_as_the_event_says(noise_multiplier: float, clip_no
             noise_multiplier=noise_multiplier,
             noise=ScaledGaussian(factor),
         )
-        return out.double().numpy() - clipped_sum.numpy()
+        return np.asarray(out.double().numpy() - clipped_sum.numpy())
 
     right = residuals(1)
     assert noise_chi_square(right, sigma * (1 + INFLATION)) > REFUSE
@@ -312,7 +312,7 @@ def rate_a_tenth_too_high(steps: int, users: int, rate: float) -> npt.NDArray[np
 
 def no_empty_batches(steps: int, users: int, rate: float) -> npt.NDArray[np.bool_]:
     """Each step drawn again until it has a user (only differs where batches are small)."""
-    masks = []
+    masks: list[npt.NDArray[np.bool_]] = []
     while len(masks) < steps:
         mask = SecurePoissonSampler().sample(users, rate)
         if mask.any():
@@ -433,7 +433,7 @@ def test_seeding_everything_does_not_reproduce_noise() -> None:
 def test_seeding_everything_does_not_reproduce_sampling() -> None:
     def sample(sampler: SecurePoissonSampler | GlobalSampler) -> list[bool]:
         seed_everything()
-        return sampler.sample(200, 0.5).tolist()
+        return [bool(taken) for taken in sampler.sample(200, 0.5)]
 
     assert sample(SecurePoissonSampler()) != sample(SecurePoissonSampler())
     assert sample(GlobalSampler()) == sample(GlobalSampler())
@@ -457,7 +457,11 @@ def in_forked_child(make: Callable[[], bytes]) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_has_a_stream_of_its_own() -> None:
-    for generator, repeats in [(SecureGaussian(), False), (SeededGaussian(), True)]:
+    generators: list[tuple[SecureGaussian | SeededGaussian, bool]] = [
+        (SecureGaussian(), False),
+        (SeededGaussian(), True),
+    ]
+    for generator, repeats in generators:
         generator.normal(3)
 
         def draw(generator: SecureGaussian | SeededGaussian = generator) -> bytes:
@@ -476,7 +480,7 @@ def test_a_generator_is_never_copied_or_stored(generator: object, way: Callable[
 
 
 @pytest.mark.parametrize("generator", [SecureGaussian, SecurePoissonSampler])
-def test_a_generator_takes_no_seed_and_holds_nothing(generator: type[object]) -> None:
+def test_a_generator_takes_no_seed_and_holds_nothing(generator: Callable[..., object]) -> None:
     with pytest.raises(TypeError):
         generator(7)
     with pytest.raises(AttributeError):
