@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.ledger_errors import (
     BudgetRefusedError,
     ForeignProcessError,
+    LedgerBusyError,
     LedgerDamagedError,
     LedgerExistsError,
     LedgerMissingError,
@@ -147,6 +148,7 @@ class Ledger(LedgerReader):
             LoosePermissionsError: others may read or write the folder, the database or the key.
             UnknownKeyError: the key file is not the ledger's key.
             LedgerDamagedError, ReceiptError: genesis or head do not verify.
+            LedgerVersionError: it was made by a version that this program does not know.
         """
         for path in (folder, folder / _DATABASE, folder / _KEY):
             if not path.exists():
@@ -158,8 +160,12 @@ class Ledger(LedgerReader):
             if ledger.public_key != public_key_of(key):
                 raise UnknownKeyError("the key file is not the key that this ledger began with")
             ledger.check_head()
-        except BaseException:
+        except BaseException as error:
             connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise LedgerDamagedError(
+                    "the database cannot be read: restore it, never remake it"
+                ) from error
             raise
         return ledger
 
@@ -185,13 +191,16 @@ class Ledger(LedgerReader):
         """One writer at a time, over all processes; committed to disk at the end, or nothing at all."""
         if self._process != os.getpid():
             raise ForeignProcessError("this ledger was opened before a fork: open it again in this process")
-        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            raise LedgerBusyError("another process has held the ledger for a minute: end it") from error
         try:
             yield
-        except BaseException:
+            self._db.commit()
+        except BaseException:  # whatever it was, nothing half done may stay
             self._db.rollback()
             raise
-        self._db.commit()
 
     def _append(self, body: AnyBody) -> Entry:
         head = self._head()

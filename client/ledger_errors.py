@@ -39,3 +39,15 @@ class LedgerDamagedError(LedgerError):
     """The database contradicts its own signed entries."""
 
     reason = "ledger_damaged"
+
+
+class LedgerVersionError(LedgerError):
+    """The database was made by a version that this program does not know."""
+
+    reason = "ledger_version"
+
+
+class LedgerBusyError(LedgerError):
+    """Another process held the ledger for longer than we wait."""
+
+    reason = "ledger_busy"

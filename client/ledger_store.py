@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from client.ledger_errors import LedgerDamagedError, LedgerVersionError
 from client.private_files import write_private
 from common.privacy.entries import Entry
 
@@ -57,28 +58,38 @@ _TRIGGERS = (
 )
 
 
+def _connect(database: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(database, timeout=_PATIENCE_SECONDS, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA fullfsync = ON")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise LedgerDamagedError(f"{database.name} is no database: restore it, never remake it") from error
+    return connection
+
+
 def connect(database: Path) -> sqlite3.Connection:
     """A connection whose commits survive a loss of power; transactions are begun by hand.
 
     Raises:
-        ValueError: the database is of another version.
+        LedgerVersionError: the database is of another version.
+        LedgerDamagedError: it is no database.
     """
-    connection = sqlite3.connect(database, timeout=_PATIENCE_SECONDS, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA fullfsync = ON")
-    connection.execute("PRAGMA foreign_keys = ON")
+    connection = _connect(database)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version not in (0, VERSION):
+    if version != VERSION:
         connection.close()
-        raise ValueError(f"the ledger is of version {version}, but this program knows {VERSION} only")
+        raise LedgerVersionError(f"the ledger is of version {version}; this program knows {VERSION} only")
     return connection
 
 
 def initialise(database: Path, genesis: Entry) -> None:
     """A new database, readable by its owner only, that holds the genesis."""
     write_private(database, b"")
-    connection = connect(database)
+    connection = _connect(database)
     try:
         connection.executescript(f"BEGIN;{_TABLES}{_TRIGGERS}PRAGMA user_version = {VERSION};COMMIT;")
         connection.execute(

@@ -20,10 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from client.ledger_errors import LedgerError
+
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 
 
-class LoosePermissionsError(Exception):
+class LoosePermissionsError(LedgerError):
     """A private file or folder that others than its owner may read or write."""
 
     reason = "loose_permissions"

@@ -19,7 +19,9 @@ from client.ledger import Ledger
 from client.ledger_errors import (
     BudgetRefusedError,
     ForeignProcessError,
+    LedgerBusyError,
     LedgerDamagedError,
+    LedgerError,
     LedgerExistsError,
     LedgerMissingError,
 )
@@ -30,7 +32,7 @@ from common.privacy.chain import Chain
 from common.privacy.entries import Genesis
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian
-from common.privacy.receipts import ClosingCertificate, Request, check_receipt, check_receipt_alone
+from common.privacy.receipts import ClosingCertificate, Receipt, Request, check_receipt, check_receipt_alone
 from common.privacy.renyi import cap_of, charge_of
 
 TRAINING = PoissonSubsampledGaussian(0.05, 1.0, 10)
@@ -347,7 +349,8 @@ def _tampered(folder: Path, statement: str) -> Ledger:
         ("DELETE FROM anchors", "ledger_damaged"),
         ("UPDATE outbox SET \"update\" = x'00'", "wrong_digest"),
         ("UPDATE outbox SET receipt = (SELECT receipt FROM outbox LIMIT 1)", "ledger_damaged"),
-        ("PRAGMA user_version = 99", "version"),
+        ("PRAGMA user_version = 99", "ledger_version"),
+        ("DROP TABLE outcomes; DROP TABLE entries", "ledger_damaged"),
     ],
 )
 def test_an_edited_database_is_found_out(ledger: Ledger, folder: Path, statement: str, reason: str) -> None:
@@ -358,11 +361,46 @@ def test_an_edited_database_is_found_out(ledger: Ledger, folder: Path, statement
     ledger.verify()
     ledger.disconnect()
     with (
-        pytest.raises((ReceiptError, LedgerDamagedError, ValueError)) as caught,
+        pytest.raises((ReceiptError, LedgerError)) as caught,
         _tampered(folder, statement) as it,
     ):
         it.verify()
-    assert getattr(caught.value, "reason", "version") == reason
+    assert isinstance(caught.value, ReceiptError | LedgerError)
+    assert caught.value.reason == reason
+
+
+def test_a_file_that_is_no_database_is_refused(ledger: Ledger, folder: Path) -> None:
+    ledger.disconnect()
+    (folder / "ledger.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(LedgerDamagedError, match="restore"):
+        Ledger.open(folder)
+
+
+def test_a_writer_that_waits_too_long_is_told_so(ledger: Ledger, folder: Path) -> None:
+    with Ledger.open(folder) as other:
+        other._db.execute("PRAGMA busy_timeout = 50")
+        ledger._db.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerBusyError):
+            reserve(other, 1)
+        ledger._db.rollback()
+        reserve(other, 1)
+
+
+def test_a_commit_that_fails_leaves_nothing_behind(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    reservation = reserve(ledger, 1)
+    before = ledger.status()
+    with monkeypatch.context() as patch:
+        patch.setattr(Receipt, "to_bytes", _out_of_disk)  # late in the transaction
+        with pytest.raises(OSError, match="disk"):
+            ledger.release(reservation, b"x")
+    assert ledger.status() == before
+    assert ledger.outbox("run-a", 1) is None
+    ledger.release(reservation, b"x")
+    ledger.verify()
+
+
+def _out_of_disk(_: Receipt) -> bytes:
+    raise OSError("no space left on the disk")
 
 
 def test_a_restored_backup_is_found_out_by_the_anchor(ledger: Ledger, folder: Path) -> None:

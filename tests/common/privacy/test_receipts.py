@@ -25,6 +25,7 @@ from common.privacy.receipts import (
 from common.privacy.renyi import charge_of
 from common.privacy.rules import recompute_charge
 from tests.common.privacy import bad_receipts as corpus
+from tests.common.privacy import honest_chain as chains
 
 
 @pytest.mark.parametrize("name", corpus.CASES)
@@ -50,16 +51,16 @@ def test_the_corpus_is_large_and_meets_every_fault() -> None:
 
 
 def test_the_unmodified_originals_verify() -> None:
-    site = corpus.honest()
-    before = corpus.raw(site.entries)
+    site = chains.honest()
+    before = chains.raw(site.entries)
     report = verify_chain(
-        corpus.read(before), anchored_heads={2: site.entries[2].hash, 11: site.entries[11].hash}
+        chains.read(before), anchored_heads={2: site.entries[2].hash, 11: site.entries[11].hash}
     )
     assert (report.seq, report.head) == (11, site.entries[11].hash)
     assert (report.reserved, report.released, report.burnt, report.open) == (5, 4, 1, 0)
-    assert report.spent == site.spent == 4 * charge_of(corpus.TRAINING, 3) + charge_of(corpus.STATISTICS, 3)
+    assert report.spent == site.spent == 4 * charge_of(chains.TRAINING, 3) + charge_of(chains.STATISTICS, 3)
     # signing anew an unchanged chain changes nothing: the corpus' faults are its edits, not its machinery
-    assert corpus.resigned(before, before) == before
+    assert chains.resigned(before, before) == before
     receipt, update, request, chain = corpus.good_receipt()
     extended = check_receipt(Receipt.from_bytes(receipt.to_bytes()), update, request, chain)
     assert extended.head.seq == 11
@@ -70,7 +71,7 @@ def test_the_unmodified_originals_verify() -> None:
 def test_a_perfect_lie_verifies_without_an_anchor() -> None:
     """Why anchors are not optional: this is undetectable, and must stay documented as such."""
     assert verify_chain(corpus.rewritten()).released == 6
-    assert verify_chain(corpus.honest().entries[:8]).released == 2
+    assert verify_chain(chains.honest().entries[:8]).released == 2
 
 
 def test_the_charge_is_recomputed_from_the_receipt_alone() -> None:
@@ -81,7 +82,7 @@ def test_the_charge_is_recomputed_from_the_receipt_alone() -> None:
 
 
 def test_a_segment_may_repeat_what_is_held_and_arrive_twice() -> None:
-    site = corpus.honest()
+    site = chains.honest()
     chain = corpus.held(site, 6)
     longer = chain.extended(site.entries[3:10])
     assert longer.head.seq == 9
@@ -91,7 +92,7 @@ def test_a_segment_may_repeat_what_is_held_and_arrive_twice() -> None:
 
 
 def test_a_faulty_segment_leaves_the_chain_as_it_was() -> None:
-    site = corpus.honest()
+    site = chains.honest()
     chain = corpus.held(site, 6)
     before = chain.report()
     with pytest.raises(ReceiptError):
@@ -100,7 +101,7 @@ def test_a_faulty_segment_leaves_the_chain_as_it_was() -> None:
 
 
 def test_equivocation_leaves_a_proof_that_travels() -> None:
-    site, other = corpus.honest(), corpus.honest()
+    site, other = chains.honest(), chains.honest()
     other.entries = other.entries[:10]
     other.reserve("run-a", 3, day="2026-01-04")
     with pytest.raises(ForkError) as caught:
@@ -112,7 +113,7 @@ def test_equivocation_leaves_a_proof_that_travels() -> None:
 
 
 def test_a_countersignature_travels() -> None:
-    signed = corpus.honest().countersigned(5)
+    signed = chains.honest().countersigned(5)
     read = Countersignature.from_bytes(signed.to_bytes())
     read.check()
     assert read == signed
@@ -122,11 +123,11 @@ def test_a_countersignature_travels() -> None:
 
 
 def test_a_closing_certificate_travels_and_cannot_be_forged() -> None:
-    site = corpus.honest()
+    site = chains.honest()
     certificate = ClosingCertificate(site.entries[0], site.add(Close(site.spent, "2026-01-04")))
     assert ClosingCertificate.from_bytes(certificate.to_bytes()).verify().spent == site.spent
     forged = ClosingCertificate(
-        site.entries[0], corpus.read([corpus.sign(corpus.raw(site.entries)[12], corpus.STRANGER)])[0]
+        site.entries[0], chains.read([chains.sign(chains.raw(site.entries)[12], chains.STRANGER)])[0]
     )
     with pytest.raises(ReceiptError) as caught:
         forged.verify()
@@ -148,9 +149,9 @@ def test_nothing_in_an_entry_can_depend_on_a_user() -> None:
 
 def test_a_body_out_of_bounds_cannot_be_made() -> None:
     with pytest.raises(BadFieldError, match="round"):
-        dataclasses.replace(corpus.Writer().reserve_body("run-a", 1), round=-1)
+        dataclasses.replace(chains.Writer().reserve_body("run-a", 1), round=-1)
     with pytest.raises(BadFieldError, match="clip_norm"):
-        dataclasses.replace(corpus.Writer().reserve_body("run-a", 1), clip_norm=float("nan"))
+        dataclasses.replace(chains.Writer().reserve_body("run-a", 1), clip_norm=float("nan"))
 
 
 @given(st.floats(0.1, 1e6), st.floats(1e-9, 1e9), st.integers(0, 10**18), st.none() | st.floats(1e-6, 1e6))
@@ -158,7 +159,7 @@ def test_a_body_out_of_bounds_cannot_be_made() -> None:
 def test_any_reservation_travels_unchanged(
     noise: float, norm: float, round_: int, learning_rate: float | None
 ) -> None:
-    site = corpus.Writer()
+    site = chains.Writer()
     body = dataclasses.replace(
         site.reserve_body("run-a", 1, event=GaussianSum(noise)),
         clip_norm=norm,
@@ -181,11 +182,11 @@ def test_any_change_to_any_byte_of_a_chain_is_refused(seq: int, where: int, new:
         verify_chain([*_HONEST[:seq], Entry.from_bytes(mutated), *_HONEST[seq + 1 :]])
 
 
-_HONEST = corpus.honest().entries
+_HONEST = chains.honest().entries
 
 
 def test_ten_thousand_entries_verify_in_under_ten_seconds() -> None:
-    site = corpus.Writer(epsilon=900.0)
+    site = chains.Writer(epsilon=900.0)
     for round_ in range(5_000):
         site.release(site.reserve("run-a", round_, event=GaussianSum(40.0)), content="metrics")
     data = [entry.to_bytes() for entry in site.entries]
