@@ -1,1 +1,4 @@
-"""The interest model: encoders, temporal cores, heads, and the families by name."""
+"""The interest model: encoders, temporal cores, heads, and the families by name.
+
+Plain tensors in, plain tensors out: nothing here knows logs, privacy or Flower.
+"""

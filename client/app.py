@@ -1,0 +1,38 @@
+"""The Flower ClientApp: finds the site's folder in the node's own configuration, and hands over to `site.py`.
+
+torch is imported when a message comes, not when Flower loads the app.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+SITES_FOLDER = "FEDTIDE_SITES"
+"""Where a simulation keeps its sites, one folder a partition."""
+
+
+def site_folder(context: Context) -> Path:
+    """The site's folder: `site` in the node's configuration, or a simulation's partition. Never the server's choice."""
+    named = context.node_config.get("site")
+    if named:
+        return Path(str(named))
+    return Path(os.environ[SITES_FOLDER]) / f"{int(str(context.node_config['partition-id'])):05d}"
+
+
+@app.train()  # type: ignore[untyped-decorator]
+def train(message: Message, context: Context) -> Message:
+    """One round of private fine-tuning."""
+    from client.site import Site, answer
+    from common.wire import Reason, Refusal, WireError, answer_to_records, request_from_records
+
+    try:
+        request = request_from_records(message.content)
+    except WireError:
+        return Message(answer_to_records(Refusal(Reason.POLICY)), reply_to=message)
+    return Message(answer_to_records(answer(Site.load(site_folder(context)), request)), reply_to=message)

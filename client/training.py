@@ -1,0 +1,239 @@
+"""User-level DP-SGD on one site: a plain function of (model, histories, settings, generators).
+
+Opacus gives per-user gradients; the optimiser here clips each user's row in fp32, sums, adds noise from the
+cryptographic generator on a fixed grid and divides by a public constant. Every step asserts that each trainable
+parameter has exactly one row a user. There is no switch that turns clipping or noise off. Budgets are not kept
+here: whoever calls has reserved the cost first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.config import Plan
+from common.models.batches import HistoryBatch, concatenate
+from common.models.interface import InterestModel
+from common.privacy.noise import GaussianNoise, UserSampler, private_sum
+
+VOUCHED_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear,)
+"""Layers whose per-user gradients are tested against a loop over users. Others are refused at the start."""
+
+
+class UnvouchedLayerError(ValueError):
+    """The model has a trainable layer whose per-user gradients nobody here has checked."""
+
+
+class RowsAreNotUsersError(RuntimeError):
+    """A parameter's per-user gradient does not have one row a user: the step is refused."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Public constants of a round's steps.
+
+    Attributes:
+        sampling_rate: q.
+        noise_multiplier: sigma.
+        clip_norm: C.
+        normaliser: divides each noised sum.
+        steps: number of steps.
+        learning_rate: of plain gradient descent.
+        micro_batch: users at a time, for memory alone.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    normaliser: float
+    steps: int
+    learning_rate: float
+    micro_batch: int = 64
+
+    @classmethod
+    def of(cls, plan: Plan) -> StepSettings:
+        """The settings of one round of a calibrated plan."""
+        event = plan.round_event()
+        return cls(
+            sampling_rate=event.sampling_rate,
+            noise_multiplier=event.noise_multiplier,
+            clip_norm=plan.privacy.clip_norm,
+            normaliser=plan.privacy.normaliser,
+            steps=event.steps,
+            learning_rate=plan.training.learning_rate,
+            micro_batch=plan.performance.micro_batch,
+        )
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuses a model with a trainable layer outside VOUCHED_LAYERS, or one that mixes users.
+
+    Raises:
+        UnvouchedLayerError: names the layer and its type.
+    """
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnvouchedLayerError(
+                f"layer {name} is a {type(module).__name__}, which mixes users: remove it"
+            )
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if own and type(module) not in VOUCHED_LAYERS:
+            raise UnvouchedLayerError(
+                f"trainable layer {name or 'model'} is a {type(module).__name__}; per-user gradients are vouched for "
+                f"{', '.join(t.__name__ for t in VOUCHED_LAYERS)} only: freeze it, or build it from those"
+            )
+        for parameter in own:
+            if parameter.dtype != torch.float32:
+                raise UnvouchedLayerError(
+                    f"trainable layer {name} is {parameter.dtype}; only float32 is clipped and noised"
+                )
+            if id(parameter) in seen:
+                raise UnvouchedLayerError(
+                    f"layers {seen[id(parameter)]} and {name} share a parameter; give each its own"
+                )
+            seen[id(parameter)] = name
+    if not seen:
+        raise UnvouchedLayerError("the model has no trainable parameter")
+
+
+@contextmanager
+def per_user_gradients(model: InterestModel) -> Iterator[Callable[[HistoryBatch], list[Tensor]]]:
+    """Gives a function from a batch to per-user gradients, one [users, *shape] a trainable parameter, in order.
+
+    Opacus' hooks do the work on the model as it is (no wrapper), and are removed at the end.
+    """
+    from opacus.grad_sample import GradSampleHooks
+
+    check_layers(model)
+    model.train()
+    parameters = list(model.trainable().values())
+    hooks = GradSampleHooks(model, loss_reduction="sum")
+
+    def gradients(batch: HistoryBatch) -> list[Tensor]:
+        users = len(batch)
+        if users == 0:  # transformers cannot run on no rows; no user contributes nothing
+            return [p.new_zeros(0, *p.shape) for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+        losses = model.per_user_loss(batch)
+        if losses.shape != (users,):
+            raise RowsAreNotUsersError(
+                f"the loss has shape {tuple(losses.shape)}, but must be one number a user"
+            )
+        with warnings.catch_warnings():
+            # Inputs of first layers need no gradient; the hooks do what they must all the same (tested).
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses.sum().backward()
+        rows: list[Tensor] = []
+        for name, parameter in model.trainable().items():
+            sample = parameter.grad_sample  # type: ignore[attr-defined]
+            if not isinstance(sample, Tensor) or sample.shape != (users, *parameter.shape):
+                found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+                raise RowsAreNotUsersError(
+                    f"parameter {name} has per-user gradients of shape {found}, but must have one row a user"
+                )
+            rows.append(sample)
+        return rows
+
+    try:
+        yield gradients
+    finally:
+        hooks.remove_hooks()
+        for parameter in parameters:
+            parameter.grad = None
+            for attribute in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+                if hasattr(parameter, attribute):
+                    delattr(parameter, attribute)
+
+
+def clipped_sum(rows: list[Tensor], clip_norm: float) -> Tensor:
+    """Sum over users of each user's whole gradient, scaled to norm at most `clip_norm`.
+
+    A user whose gradient is not finite contributes nothing: a contribution like any other, and no failure that
+    an outsider could observe.
+
+    Args:
+        rows: one [users, *shape] float32 a parameter.
+
+    Returns:
+        [coordinates] float64, the parameters flattened one after the other.
+    """
+    users = len(rows[0])
+    flat = torch.cat([sample.reshape(users, -1) for sample in rows], dim=1)  # [users, coordinates]
+    norms = flat.norm(dim=1)
+    factors = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+    finite = norms.isfinite()
+    if not bool(finite.all()):
+        flat = torch.where(finite.unsqueeze(1), flat, 0.0)
+        factors = torch.where(finite, factors, 0.0)
+    # Summed in float64: rounding in a long float32 sum could exceed what the noise's inflation covers.
+    total: Tensor = factors.double() @ flat.double()
+    return total
+
+
+def train_round(
+    model: InterestModel,
+    histories: HistoryBatch,
+    settings: StepSettings,
+    *,
+    sampler: UserSampler,
+    noise: GaussianNoise,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """One round of user-level DP-SGD from the model's present parameters.
+
+    The released value is a function of `settings.steps` Gaussian sums over Poisson samples of users, each with
+    sensitivity C to adding or removing one user; everything after the sums is post-processing.
+
+    Args:
+        model: with the round's broadcast parameters loaded; its parameters are moved.
+        histories: every user of the site, one row each.
+        on_step: called after each step with the number of steps done; it learns nothing of the data.
+
+    Returns:
+        The update: parameters after minus before, by name, float32 on the CPU.
+    """
+    before = model.trainable_state()
+    parameters = list(model.trainable().values())
+    device = parameters[0].device
+    prepared = _prepare(model, histories, settings.micro_batch)
+    with per_user_gradients(model) as gradients:
+        for step in range(settings.steps):
+            taken = torch.as_tensor(np.flatnonzero(sampler.sample(len(histories), settings.sampling_rate)))
+            total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
+            for chunk in taken.to(device).split(settings.micro_batch):
+                if len(chunk):
+                    total += clipped_sum(gradients(prepared.rows(chunk)), settings.clip_norm)
+            noised = private_sum(
+                total, clip_norm=settings.clip_norm, noise_multiplier=settings.noise_multiplier, noise=noise
+            )
+            _descend(parameters, noised / settings.normaliser, settings.learning_rate)
+            if on_step is not None:
+                on_step(step + 1)
+    after = model.trainable_state()
+    return {name: after[name] - before[name] for name in before}
+
+
+def _prepare(model: InterestModel, histories: HistoryBatch, micro_batch: int) -> HistoryBatch:
+    """What frozen parts compute once for every history of the round."""
+    if len(histories) == 0:
+        return model.prepare(histories)
+    index = torch.arange(len(histories), device=histories.items.device)
+    return concatenate([model.prepare(histories.rows(chunk)) for chunk in index.split(micro_batch)])
+
+
+@torch.no_grad()
+def _descend(parameters: list[nn.Parameter], direction: Tensor, learning_rate: float) -> None:
+    start = 0
+    for parameter in parameters:
+        stop = start + parameter.numel()
+        parameter.sub_(learning_rate * direction[start:stop].view_as(parameter))
+        start = stop

@@ -1,0 +1,107 @@
+"""`fedtide`: a table from command to module, each imported when it is called.
+
+Nothing heavy is imported here, so that `fedtide --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "simulate": ("simulations.cli:simulate_app", "Train one model across simulated sites on this machine."),
+    "recommend": ("server.recommend_cli:app", "Recommend items for a history, with a run's model."),
+    "data": ("simulations.data_cli:app", "Fetch public data sets and language models, verified."),
+}
+"""Command -> (module:attribute of its typer app, help line)."""
+
+
+class _Table(TyperGroup):
+    """Commands by name; a module is imported when its command is called, or its own help asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        target, help_line = COMMANDS[cmd_name]
+        if ctx.resilient_parsing or ctx.params.get("_listing"):
+            return None
+        module, _, attribute = target.partition(":")
+        command = typer.main.get_command(getattr(importlib.import_module(module), attribute))
+        command.name = cmd_name
+        command.help = command.help or help_line
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+app = typer.Typer(
+    cls=_Table,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Federated, user-level differentially private models of how users' interests move.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Federated, user-level differentially private models of how users' interests move."""
+
+
+class UserError(Exception):
+    """Ends a command with a one-line message and exit code 2."""
+
+
+def known_errors() -> tuple[type[BaseException], ...]:
+    """Errors whose message is written for the person at the keyboard, of the modules imported by now."""
+    names = {
+        "common.assets": ("AssetError",),
+        "common.config": ("PlanError",),
+        "common.events.schema": ("LogError",),
+        "common.events.histories": ("HistoriesError",),
+        "common.events.deidentify": ("SecretError",),
+        "common.models.language_model": ("LanguageModelError",),
+        "common.privacy.accountants": ("ContradictionError",),
+        "common.privacy.faults": ("ReceiptError",),
+        "client.ledger_errors": ("LedgerError",),
+        "client.private_files": ("LoosePermissionsError",),
+        "client.site": ("SiteError",),
+        "server.registry": ("RegistryError",),
+        "server.recommending": ("HistoryError",),
+        "server.runs": ("RunError",),
+    }
+    found: list[type[BaseException]] = [UserError]
+    for module, classes in names.items():
+        loaded = sys.modules.get(module)
+        found += [getattr(loaded, name) for name in classes if loaded is not None and hasattr(loaded, name)]
+    return tuple(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `fedtide` command."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except KeyboardInterrupt:
+        print("interrupted: what was begun is not finished, and is marked so", file=sys.stderr)
+        sys.exit(130)
+    except BaseException as error:
+        if not isinstance(error, known_errors()):
+            raise
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Reads a user's history as one token sequence and pools token states per event into event vectors.
+
+Lower layers are frozen, so their states are computed once for each history (`lower`); the top layers carry
+LoRA adapters (`forward`). Attention is causal over events: a token sees its own event and earlier ones, so one
+pass a user gives a state after each event that knows nothing of the events to come.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.models.batches import HistoryBatch
+from common.models.item_vectors import TextProjection
+from common.models.language_model import LanguageModel, LanguageModelError, transformer_layers
+from common.models.lora import add_lora
+
+
+class HistoryEncoder(nn.Module):
+    """See the module.
+
+    Args:
+        lm: the language model; it is copied, not changed.
+        texts: the catalog's texts, by row.
+        projection: from pooled token states to the space of item vectors; frozen.
+        top_layers: how many layers carry adapters.
+        rank: of the adapters.
+        train_down: whether A is trained beside B.
+        most_tokens: tokens of a history that are read; the most recent whole events that fit.
+        tokens_per_item: an item's text is cut after these.
+        seed: of A.
+    """
+
+    item_tokens: Tensor
+    mean: Tensor
+    rotation: Tensor
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        texts: list[str],
+        projection: TextProjection,
+        *,
+        top_layers: int = 2,
+        rank: int = 8,
+        train_down: bool = False,
+        most_tokens: int = 256,
+        tokens_per_item: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        model = copy.deepcopy(lm.model)
+        layers = transformer_layers(model)
+        if not 1 <= top_layers <= len(layers):
+            raise LanguageModelError(
+                f"lora_layers is {top_layers}, but the language model has {len(layers)} layers: "
+                f"choose 1 to {len(layers)}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        added = [
+            add_lora(layer, rank=rank, train_down=train_down, generator=generator)
+            for layer in list(layers)[len(layers) - top_layers :]
+        ]
+        if not all(added):
+            raise LanguageModelError(
+                f"a model of type {model.config.model_type} has no query and value projections that we know; "  # type: ignore[union-attr]
+                "use frozen item vectors with it"
+            )
+        if lm.most_tokens < most_tokens:
+            most_tokens = lm.most_tokens - 2
+        self.model = model
+        self.causal = lm.causal
+        self.most_tokens = most_tokens
+        self._top = top_layers
+        tokens = lm.tokenizer(
+            [text if text.strip() else lm.tokenizer.pad_token for text in texts],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=tokens_per_item,
+        )["input_ids"]
+        longest = max(len(row) for row in tokens)
+        table = torch.full((len(texts), longest), -1, dtype=torch.int64)
+        for row, ids in enumerate(tokens):
+            table[row, : len(ids)] = torch.tensor(ids)
+        self.register_buffer("item_tokens", table, persistent=False)
+        self.register_buffer("mean", projection.mean, persistent=False)
+        self.register_buffer("rotation", projection.rotation, persistent=False)
+
+    def token_sequences(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and the event of each token, the most recent events that fit.
+
+        Args:
+            items: [users, events] int64, -1 where there is no event.
+
+        Returns:
+            [users, tokens] ids (0 for padding) and [users, tokens] events (-1 for padding), padded on the right.
+        """
+        users, events = items.shape
+        tokens = self.item_tokens[items.clamp(min=0)]  # [users, events, tokens per item]
+        real = (tokens >= 0) & (items >= 0).unsqueeze(-1)
+        counts = real.sum(dim=2)
+        after = counts.flip(1).cumsum(dim=1).flip(1)  # tokens of this event and all later ones
+        real = real & (after <= self.most_tokens).unsqueeze(-1)
+        event = torch.arange(events, device=items.device).view(1, -1, 1).expand_as(tokens)
+        flat_real = real.reshape(users, -1)
+        order = torch.argsort((~flat_real).to(torch.int8), dim=1, stable=True)[:, : self.most_tokens]
+        kept = flat_real.gather(1, order)
+        ids = tokens.reshape(users, -1).gather(1, order).masked_fill(~kept, 0)
+        of = event.reshape(users, -1).gather(1, order).masked_fill(~kept, -1)
+        return ids, of
+
+    def _attention(self, token_events: Tensor) -> Tensor:
+        """[users, 1, tokens, tokens] additive mask: own event and earlier ones (and, in a decoder, earlier tokens)."""
+        tokens = token_events.shape[1]
+        see = token_events.unsqueeze(1) <= token_events.unsqueeze(2)  # [users, query, key]
+        see = see & (token_events >= 0).unsqueeze(1)
+        if self.causal:
+            see = see & torch.ones(tokens, tokens, dtype=torch.bool, device=see.device).tril()
+        see = see | torch.eye(
+            tokens, dtype=torch.bool, device=see.device
+        )  # padding sees itself: no empty row
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(see.shape, device=see.device).masked_fill(~see, lowest).unsqueeze(1)
+
+    @torch.no_grad()
+    def lower(self, batch: HistoryBatch) -> HistoryBatch:
+        """Adds the frozen lower layers' states of each history."""
+        ids, token_events = self.token_sequences(batch.items)
+        if len(batch) == 0:
+            states = torch.zeros(*ids.shape, self.rotation.shape[0], device=ids.device)
+            return replace(batch, token_states=states, token_events=token_events)
+        kept: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept.append(args[0] if args else kwargs["hidden_states"])
+            raise _LowerLayersDoneError
+
+        first_top = transformer_layers(self.model)[-self._top]
+        handle = first_top.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(input_ids=ids, attention_mask=self._attention(token_events), use_cache=False)
+        except _LowerLayersDoneError:
+            pass
+        finally:
+            handle.remove()
+        return replace(batch, token_states=kept[0].detach(), token_events=token_events)
+
+    def forward(self, batch: HistoryBatch) -> Tensor:
+        """Event vectors [users, events, width]; zeros for events that did not fit into `most_tokens`."""
+        if batch.token_states is None or batch.token_events is None:
+            batch = self.lower(batch)
+        states, token_events = batch.token_states, batch.token_events
+        assert states is not None
+        assert token_events is not None
+        with _only_top_layers(self.model, self._top, states):
+            top = self.model(
+                inputs_embeds=states, attention_mask=self._attention(token_events), use_cache=False
+            ).last_hidden_state  # [users, tokens, encoder width]
+        users, events = batch.items.shape
+        slot = torch.where(token_events >= 0, token_events, events)  # padding goes to a slot of its own
+        pooled = top.new_zeros(users, events + 1, top.shape[-1])
+        pooled = pooled.scatter_add(1, slot.unsqueeze(-1).expand_as(top), top)[:, :events]
+        counts = top.new_zeros(users, events + 1).scatter_add(
+            1, slot, torch.ones_like(slot, dtype=top.dtype)
+        )[:, :events]
+        read = (counts > 0).unsqueeze(-1)
+        pooled = pooled / counts.clamp(min=1).unsqueeze(-1)
+        vectors: Tensor = nn.functional.normalize((pooled - self.mean) @ self.rotation, dim=-1)
+        vectors = vectors * read
+        return vectors
+
+
+class _LowerLayersDoneError(Exception):
+    """Ends a forward pass before the first top layer."""
+
+
+@contextmanager
+def _only_top_layers(model: nn.Module, top: int, states: Tensor) -> Iterator[None]:
+    """The model's own forward, with lower layers passed over and `states` fed to the first top layer.
+
+    Masks, rotary positions and final norms are thus computed by the model's own code, for any architecture.
+    """
+    layers = transformer_layers(model)
+    lower = list(layers)[: len(layers) - top]
+    for layer in lower:
+        layer.forward = _pass_over
+
+    def feed(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states}
+
+    handle = layers[-top].register_forward_pre_hook(feed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer in lower:
+            del layer.forward  # the class's own again
+
+
+def _pass_over(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states

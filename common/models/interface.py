@@ -1,0 +1,55 @@
+"""What every family of interest model can do. Training, evaluation and audit know models by this alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from common.models.batches import HistoryBatch
+
+
+class InterestModel(nn.Module, ABC):
+    """`score = head(core(encoder(events)), encoder(candidate)) + priors`, for one row a user."""
+
+    def prepare(self, batch: HistoryBatch) -> HistoryBatch:
+        """Adds what frozen parts compute once for each history; row by row, no gradient."""
+        return batch
+
+    @abstractmethod
+    def per_user_loss(self, batch: HistoryBatch) -> Tensor:
+        """[users]: each user's loss, of that user's row and public tensors only."""
+
+    @abstractmethod
+    def scores(self, batch: HistoryBatch) -> Tensor:
+        """[users, items]: how likely each item of the catalog is next; a user without events gets the priors."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves and that an update carries, by name, in a fixed order."""
+        return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copies of the trainable parameters, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trainable().items()}
+
+    @torch.no_grad()
+    def load_trainable(self, state: Mapping[str, Tensor]) -> None:
+        """Sets the trainable parameters.
+
+        Raises:
+            ValueError: a name, shape or dtype differs from the model's own.
+        """
+        own = self.trainable()
+        if set(own) != set(state):
+            odd = ", ".join(sorted(set(own) ^ set(state))[:4])
+            raise ValueError(f"parameters do not fit the model: {odd} stand on one side only")
+        for name, parameter in own.items():
+            value = state[name]
+            if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                raise ValueError(
+                    f"parameter {name} has shape {tuple(value.shape)} and dtype {value.dtype}, "
+                    f"but the model's has {tuple(parameter.shape)} and {parameter.dtype}"
+                )
+            parameter.copy_(value)

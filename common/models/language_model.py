@@ -1,0 +1,150 @@
+"""Any Hugging Face encoder or decoder as a frozen reader of texts, and its layers as a list.
+
+`AutoModel` and `AutoTokenizer` do the reading. Weights stay frozen; adapters are added by `lora.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LanguageModelError(ValueError):
+    """The language model cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen language model with its tokenizer.
+
+    Attributes:
+        model: the transformer without a task head, in eval mode for dropout, no trainable parameter.
+        tokenizer: its tokenizer.
+        causal: whether tokens see only earlier tokens (a decoder).
+        digest: sha256 over the weights and the vocabulary, for caches and plans.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    causal: bool
+    digest: str
+
+    @property
+    def width(self) -> int:
+        """Width of a token's state."""
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest sequence that the model's positions allow."""
+        return int(getattr(self.model.config, "max_position_embeddings", 512) or 512)
+
+
+def load_language_model(folder: Path) -> LanguageModel:
+    """Loads the model in `folder` (config, weights, tokenizer), from the disk alone.
+
+    Raises:
+        LanguageModelError: no such folder, no weights, or a model that transformers cannot read.
+    """
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LanguageModelError(
+            f"{folder} holds no language model that can be read ({reason}); "
+            "it needs config.json, weights (*.safetensors) and the tokenizer's files"
+        ) from error
+    return freeze(model, tokenizer)
+
+
+def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
+    """The model with every parameter frozen and every dropout off, whatever mode it is put in later."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.eval()
+    config: Any = model.config
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise LanguageModelError("the tokenizer has neither a padding, nor an end, nor an unknown token")
+    causal = bool(getattr(config, "is_decoder", False)) or config.model_type not in _TWO_WAY
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    return LanguageModel(model=model, tokenizer=tokenizer, causal=causal, digest=digest.hexdigest())
+
+
+_TWO_WAY = frozenset(
+    [
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "distilbert",
+        "mpnet",
+        "electra",
+        "albert",
+        "deberta",
+        "deberta-v2",
+        "camembert",
+        "modernbert",
+        "nomic_bert",
+    ]
+)
+
+
+def transformer_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of the model's transformer layers, bottom first.
+
+    Raises:
+        LanguageModelError: the model has no single list of `num_hidden_layers` layers.
+    """
+    expected = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
+    if len(found) != 1:
+        raise LanguageModelError(
+            f"a model of type {model.config.model_type} has {len(found)} lists of {expected} layers, "  # type: ignore[union-attr]
+            "so its lower layers cannot be told from its upper ones; use frozen item vectors with it"
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def embed_texts(lm: LanguageModel, texts: list[str], *, batch: int = 64, most_tokens: int = 128) -> Tensor:
+    """Mean-pooled states of each text's tokens.
+
+    Returns:
+        [texts, width] float32; a row of zeros for an empty text.
+    """
+    device = next(lm.model.parameters()).device
+    out = torch.zeros(len(texts), lm.width)
+    order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        tokens = lm.tokenizer(
+            [texts[i] for i in rows],
+            padding=True,
+            truncation=True,
+            max_length=min(most_tokens, lm.most_tokens),
+            return_tensors="pt",
+            padding_side="right",
+        ).to(device)
+        mask = tokens["attention_mask"]
+        states = lm.model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state.float()
+        weight = mask.unsqueeze(-1).to(states.dtype)
+        out[rows] = ((states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)).cpu()
+    return out

@@ -1,0 +1,218 @@
+"""Requests, updates, receipts and refusals as Flower records: the only module that knows the message format.
+
+A reply carries an update with its receipt, or a refusal with a reason from a fixed list; nothing else has a
+place in it. What arrives is checked against this schema before anything looks at it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+TRAIN = "train"
+"""The message type of a round of private fine-tuning."""
+
+State = Mapping[str, Tensor]
+
+_MOST_TENSORS = 100_000
+
+
+class WireError(ValueError):
+    """A message does not have the form that this module writes. Never quotes what it found."""
+
+
+class Reason(StrEnum):
+    """Why a site refuses: all that a refusal says."""
+
+    BUDGET = "budget"
+    CLOSED = "closed"
+    POLICY = "policy"
+    PLAN = "plan"
+    MODEL = "model"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of a site in a round.
+
+    Attributes:
+        run: the run's name, a public word.
+        round, attempt: counted from 1.
+        nonce: hex, fresh for each round: binds a receipt to this federation.
+        plan: the calibrated plan as JSON.
+        anchor: the server's countersignature over the head of the site's chain that it holds, as canonical
+            bytes, or None before the first.
+        state: the broadcast trainable parameters.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    nonce: str
+    plan: str
+    state: State
+    anchor: bytes | None = None
+
+    @property
+    def model_digest(self) -> str:
+        """sha256 of the broadcast parameters."""
+        return state_digest(self.state)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A release: the change of the trainable parameters, and the receipt that travels with it."""
+
+    state: State
+    receipt: bytes
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An explicit no."""
+
+    reason: Reason
+
+
+def state_to_bytes(state: State) -> bytes:
+    """The one encoding of parameters whose sha256 receipts and checkpoints quote (safetensors)."""
+    data: bytes = save_tensors({name: state[name].detach().cpu().contiguous() for name in sorted(state)})
+    return data
+
+
+def state_from_bytes(data: bytes) -> dict[str, Tensor]:
+    """What `state_to_bytes` wrote."""
+    state: dict[str, Tensor] = load_tensors(data)
+    return state
+
+
+def state_digest(state: State) -> str:
+    """sha256 of `state_to_bytes`, hex."""
+    return hashlib.sha256(state_to_bytes(state)).hexdigest()
+
+
+def _arrays(state: State) -> ArrayRecord:
+    return ArrayRecord({name: Array(state[name].detach().cpu().numpy()) for name in sorted(state)})
+
+
+def _state(record: ArrayRecord) -> dict[str, Tensor]:
+    if not 1 <= len(record) <= _MOST_TENSORS:
+        raise WireError(f"a message carries {len(record)} tensors")
+    state = {}
+    for name in sorted(record):
+        try:
+            array = record[name].numpy()
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise WireError("a tensor cannot be read") from error
+        if array.dtype != np.float32:
+            raise WireError("a tensor is not float32")
+        state[name] = torch.from_numpy(np.array(array))
+    return state
+
+
+def request_to_records(request: Request) -> RecordDict:
+    """The content of a request message."""
+    return RecordDict(
+        {
+            "model": _arrays(request.state),
+            "round": ConfigRecord(
+                {
+                    "run": request.run,
+                    "round": request.round,
+                    "attempt": request.attempt,
+                    "nonce": request.nonce,
+                    "plan": request.plan,
+                    # Flower's byte counter fails on empty strings, so "none" stands for none.
+                    "anchor": "none" if request.anchor is None else request.anchor.hex(),
+                }
+            ),
+        }
+    )
+
+
+def request_from_records(content: RecordDict) -> Request:
+    """The request in a message.
+
+    Raises:
+        WireError: it has another form.
+    """
+    if set(content) != {"model", "round"}:
+        raise WireError("a request must carry a model and a round")
+    model, fields = content["model"], content["round"]
+    if not isinstance(model, ArrayRecord) or not isinstance(fields, ConfigRecord):
+        raise WireError("a request carries records of the wrong type")
+    if set(fields) != {"run", "round", "attempt", "nonce", "plan", "anchor"}:
+        raise WireError("a request has missing or unknown fields")
+    texts = {name: fields[name] for name in ("run", "nonce", "plan", "anchor")}
+    numbers = {name: fields[name] for name in ("round", "attempt")}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise WireError("run, nonce, plan and anchor must be text")
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in numbers.values()):
+        raise WireError("round and attempt must be whole numbers")
+    try:
+        anchor = None if texts["anchor"] == "none" else bytes.fromhex(str(texts["anchor"]))
+    except ValueError as error:
+        raise WireError("an anchor must be hex") from error
+    return Request(
+        anchor=anchor,
+        run=str(texts["run"]),
+        nonce=str(texts["nonce"]),
+        plan=str(texts["plan"]),
+        round=int(str(numbers["round"])),
+        attempt=int(str(numbers["attempt"])),
+        state=_state(model),
+    )
+
+
+def answer_to_records(answer: Update | Refusal) -> RecordDict:
+    """The content of a reply message."""
+    if isinstance(answer, Refusal):
+        return RecordDict({"refusal": ConfigRecord({"reason": answer.reason.value})})
+    return RecordDict({"update": _arrays(answer.state), "receipt": ConfigRecord({"entries": answer.receipt})})
+
+
+def answer_from_records(content: RecordDict) -> Update | Refusal:
+    """The answer in a reply.
+
+    Raises:
+        WireError: it has another form.
+    """
+    if set(content) == {"refusal"}:
+        record = content["refusal"]
+        if isinstance(record, ConfigRecord) and set(record) == {"reason"}:
+            reason = record["reason"]
+            if isinstance(reason, str) and reason in set(Reason):
+                return Refusal(Reason(reason))
+        raise WireError("a refusal must give one of the known reasons, and nothing else")
+    if set(content) != {"update", "receipt"}:
+        raise WireError("a reply must carry an update with its receipt, or a refusal, and nothing else")
+    update, receipt = content["update"], content["receipt"]
+    if not isinstance(update, ArrayRecord) or not isinstance(receipt, ConfigRecord):
+        raise WireError("a reply carries records of the wrong type")
+    if set(receipt) != {"entries"} or not isinstance(receipt["entries"], bytes):
+        raise WireError("a receipt must be bytes, and nothing else")
+    return Update(state=_state(update), receipt=receipt["entries"])
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of a message's arrays and byte strings: what its content weighs on the wire, without framing."""
+    total = 0
+    for record in content.values():
+        for value in record.values():
+            if isinstance(value, Array):
+                total += len(value.data)
+            elif isinstance(value, bytes | str):
+                total += len(value)
+            else:
+                total += 8
+    return total

@@ -1,0 +1,184 @@
+"""Enrolled sites: their keys, verified chains and anchored heads, which outlive every run.
+
+One SQLite file beside the server's own signing key. A head that was countersigned is never taken back: without
+it a site could rewrite its own history.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from common.privacy.anchors import Countersignature
+from common.privacy.canonical import decode, encode
+from common.privacy.chain import Chain, verified_chain
+from common.privacy.entries import Entry
+from common.privacy.equivocation import EquivocationProof
+from common.privacy.rules import check_genesis
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS sites (key_id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE,
+    barred INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS entries (key_id TEXT NOT NULL, seq INTEGER NOT NULL, entry BLOB NOT NULL,
+    PRIMARY KEY (key_id, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS anchors (key_id TEXT NOT NULL, seq INTEGER NOT NULL, countersignature BLOB NOT NULL,
+    PRIMARY KEY (key_id, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS proofs (id INTEGER PRIMARY KEY, key_id TEXT NOT NULL, proof BLOB NOT NULL);
+"""
+
+
+class RegistryError(ValueError):
+    """A site cannot be enrolled or found; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class EnrolledSite:
+    """One site as the server knows it. `barred` after a proven equivocation."""
+
+    name: str
+    key_id: str
+    barred: bool
+
+
+class Registry:
+    """See the module. Open it with `Registry(folder)`; the folder and the server's key are made if absent."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._file = folder / "registry.sqlite"
+        self._key = _load_or_make_key(folder / "server.key")
+        self._chains: dict[str, Chain] = {}
+        with self._transaction() as db:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+        self._file.chmod(0o600)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self._file, timeout=30, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        finally:
+            db.close()
+
+    @property
+    def server_key(self) -> str:
+        """The server's public key, hex."""
+        return self._key.public_key().public_bytes_raw().hex()
+
+    def enroll(self, name: str, genesis: Entry) -> EnrolledSite:
+        """Takes a site's ledger in, by its genesis.
+
+        Raises:
+            RegistryError: the name or the key is taken.
+            ReceiptError: the genesis is not in order.
+        """
+        check_genesis(genesis)
+        try:
+            with self._transaction() as db:
+                db.execute("INSERT INTO sites (key_id, name) VALUES (?, ?)", (genesis.key_id, name))
+                db.execute(
+                    "INSERT INTO entries VALUES (?, 0, ?)", (genesis.key_id, encode(genesis.to_fields()))
+                )
+        except sqlite3.IntegrityError as error:
+            raise RegistryError(
+                f"site {name!r} or its key is enrolled already: `fedtide server sites` lists them"
+            ) from error
+        return EnrolledSite(name, genesis.key_id, barred=False)
+
+    def sites(self) -> list[EnrolledSite]:
+        """All enrolled sites, by name."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT name, key_id, barred FROM sites ORDER BY name").fetchall()
+        return [EnrolledSite(name, key_id, bool(barred)) for name, key_id, barred in rows]
+
+    def site(self, key_id: str) -> EnrolledSite | None:
+        """The site with this key, if it is enrolled."""
+        return next((site for site in self.sites() if site.key_id == key_id), None)
+
+    def chain(self, key_id: str) -> Chain:
+        """The verified copy of a site's chain; read and verified from the file once for each process.
+
+        Raises:
+            RegistryError: the key is not enrolled.
+            ReceiptError: the stored chain does not verify.
+        """
+        if key_id not in self._chains:
+            with self._transaction() as db:
+                rows = db.execute(
+                    "SELECT entry FROM entries WHERE key_id = ? ORDER BY seq", (key_id,)
+                ).fetchall()
+            if not rows:
+                raise RegistryError(f"no site is enrolled under key {key_id[:16]}")
+            entries = [Entry.from_fields(decode(blob)) for (blob,) in rows]
+            heads = {anchor.seq: anchor.head for anchor in self.anchors(key_id)}
+            self._chains[key_id] = verified_chain(entries, anchored_heads=heads, key_id=key_id)
+        return self._chains[key_id]
+
+    def accept(self, chain: Chain) -> Countersignature:
+        """Stores an extended chain and countersigns its head, durably, before the head counts as seen."""
+        known = self.chain(chain.key_id)
+        new = chain.entries[len(known.entries) :]
+        anchor = Countersignature.sign(
+            self._key, site_key_id=chain.key_id, seq=chain.head.seq, head=chain.head.hash
+        )
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT INTO entries VALUES (?, ?, ?)",
+                [(chain.key_id, entry.seq, encode(entry.to_fields())) for entry in new],
+            )
+            db.execute(
+                "INSERT OR IGNORE INTO anchors VALUES (?, ?, ?)",
+                (chain.key_id, anchor.seq, anchor.to_bytes()),
+            )
+        self._chains[chain.key_id] = chain
+        return anchor
+
+    def anchors(self, key_id: str) -> list[Countersignature]:
+        """Every head of the site's chain that was countersigned, oldest first."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT countersignature FROM anchors WHERE key_id = ? ORDER BY seq", (key_id,)
+            ).fetchall()
+        return [Countersignature.from_bytes(blob) for (blob,) in rows]
+
+    def bar(self, key_id: str, proof: EquivocationProof) -> None:
+        """Keeps a proof that a site signed two histories, and takes no more updates from it."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO proofs (key_id, proof) VALUES (?, ?)", (key_id, proof.to_bytes()))
+            db.execute("UPDATE sites SET barred = 1 WHERE key_id = ?", (key_id,))
+
+    def proofs(self, key_id: str) -> list[EquivocationProof]:
+        """The proofs held against a site."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT proof FROM proofs WHERE key_id = ? ORDER BY id", (key_id,)).fetchall()
+        return [EquivocationProof.from_bytes(blob) for (blob,) in rows]
+
+
+def _load_or_make_key(path: Path) -> Ed25519PrivateKey:
+    if not path.exists():
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(Ed25519PrivateKey.generate().private_bytes_raw())
+            file.flush()
+            os.fsync(file.fileno())
+    if path.stat().st_mode & 0o077:
+        raise RegistryError(f"the server's key {path} can be read by others: run chmod 600 on it")
+    raw = path.read_bytes()
+    if len(raw) != 32:
+        raise RegistryError(f"the server's key {path} is damaged: restore it from a backup")
+    return Ed25519PrivateKey.from_private_bytes(raw)

@@ -1,0 +1,163 @@
+"""A run's folder: plan, catalog, rounds, checkpoints, receipts, the final model; whole, or plainly not.
+
+A folder is named `<time>-<name>.incomplete` until the run has ended well, and loses that ending in one rename.
+Files appear whole (written aside, synced, renamed) or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.config import Plan, read_plan
+from common.events.catalog import Catalog
+from common.wire import State, state_from_bytes, state_to_bytes
+
+INCOMPLETE = ".incomplete"
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, or a folder holds no finished run; the message says why and what to do."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Raises:
+        RunError: the disk is full or the file cannot be written; nothing half-written is left.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _disk_error(path, error) from error
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line and syncs it."""
+    try:
+        with path.open("ab") as file:
+            file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _disk_error(path, error) from error
+
+
+def _disk_error(path: Path, error: OSError) -> RunError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"the disk is full: {path.name} was not written; free space and start the run again")
+    return RunError(f"{path} cannot be written ({error.strerror}): check the folder's rights and the disk")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, plan: Plan, catalog: Catalog) -> RunFolder:
+        """A new folder under `root`, with the plan and the public catalog in it."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+            path = root / f"{stamp}-{plan.name}{suffix}{INCOMPLETE}"
+            if (root / path.name.removesuffix(INCOMPLETE)).exists():
+                continue
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise _disk_error(path, error) from error
+            break
+        run = cls(path)
+        (path / "rounds").mkdir()
+        write_whole(path / "plan.json", plan.to_json().encode())
+        catalog.save(run.catalog_file)
+        return run
+
+    @classmethod
+    def finished(cls, path: Path) -> RunFolder:
+        """A folder that holds a run which ended well.
+
+        Raises:
+            RunError: it does not.
+        """
+        if not path.is_dir():
+            raise RunError(f"there is no run folder {path}: `ls runs` shows them")
+        if path.name.endswith(INCOMPLETE) or not (path / "model.safetensors").is_file():
+            raise RunError(f"the run in {path} did not end well, so it has no model: run it again")
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The run's public name."""
+        return self.path.name.removesuffix(INCOMPLETE)
+
+    @property
+    def catalog_file(self) -> Path:
+        return self.path / "catalog.jsonl"
+
+    @property
+    def rounds_file(self) -> Path:
+        """JSON lines: one record a round."""
+        return self.path / "rounds.jsonl"
+
+    @property
+    def receipts_file(self) -> Path:
+        """JSON lines: one record a receipt that was admitted."""
+        return self.path / "receipts.jsonl"
+
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return read_plan(self.path / "plan.json")
+
+    def catalog(self) -> Catalog:
+        """The public catalog."""
+        return Catalog.load(self.catalog_file)
+
+    def save_round(self, number: int, state: State) -> None:
+        """The parameters after a round; 0 is the start."""
+        write_whole(self._round_file(number), state_to_bytes(state))
+
+    def round_state(self, number: int) -> dict[str, Tensor]:
+        """The parameters after a round."""
+        return state_from_bytes(self._round_file(number).read_bytes())
+
+    def _round_file(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:05d}.safetensors"
+
+    def save_model(self, state: State) -> None:
+        """The run's final parameters."""
+        write_whole(self.path / "model.safetensors", state_to_bytes(state))
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The run's final parameters."""
+        return state_from_bytes((self.path / "model.safetensors").read_bytes())
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The rounds so far; a last line that is not whole yet is left out."""
+        if self.rounds_file.is_file():
+            for line in self.rounds_file.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
+
+    def finish(self) -> RunFolder:
+        """Takes the ending `.incomplete` off: the run is whole from now on."""
+        done = self.path.with_name(self.name)
+        self.path.rename(done)
+        return RunFolder(done)

@@ -1,0 +1,167 @@
+"""`fedtide simulate`: one federation on this machine, from a plan or from options."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+simulate_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _put(values: dict[str, Any], place: str, value: Any) -> None:
+    if value is not None:
+        *sections, name = place.split(".")
+        for section in sections:
+            values = values.setdefault(section, {})
+        values[name] = value
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+@simulate_app.command()
+def simulate(
+    plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A plan, TOML or JSON.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Your own behaviour log; else MovieLens-100K.")] = None,
+    catalog: Annotated[Path | None, typer.Option(help="The public catalog of your log's items.")] = None,
+    format: Annotated[
+        str, typer.Option(help="auto, csv, tsv, parquet, jsonl, movielens or recbole.")
+    ] = "auto",
+    columns: Annotated[str | None, typer.Option(help="Your names: user=...,item=...,time=...")] = None,
+    engine: Annotated[str, typer.Option(help="flower (Ray), or inline: one process.")] = "flower",
+    name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Promise for the whole run, to each user.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Below 1/users of a site.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Exchanges between server and sites.")] = None,
+    steps: Annotated[int | None, typer.Option(help="DP-SGD steps of a site in a round.")] = None,
+    sampling_rate: Annotated[float | None, typer.Option(help="Each user's chance to be in a step.")] = None,
+    users_per_site: Annotated[int | None, typer.Option(help="Public lower bound of a site's users.")] = None,
+    family: Annotated[str | None, typer.Option(help="Model family.")] = None,
+    mode: Annotated[str | None, typer.Option(help="vectors (frozen item vectors) or lora.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Language model: known name, folder or hub id.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any value: section.name=value")] = None,
+    sites_by: Annotated[str | None, typer.Option(help="zip, hash or dirichlet (by taste).")] = None,
+    n_sites: Annotated[int, typer.Option(help="How many sites.")] = 10,
+    alpha: Annotated[float, typer.Option(help="Of dirichlet: small is skewed.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the partition and the order of tied events.")] = 0,
+    sites: Annotated[Path | None, typer.Option(help="Keep sites, and their budgets, in this folder.")] = None,
+    site_budget: Annotated[float | None, typer.Option(help="Epsilon cap of new sites' ledgers.")] = None,
+    baseline_epochs: Annotated[
+        int, typer.Option(help="Of the same model without privacy; 0: leave out.")
+    ] = 15,
+    cpus: Annotated[int | None, typer.Option(help="For Flower's engine.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+    offline: Annotated[bool, typer.Option(help="Fetch nothing; use what is on this machine.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train one interest model across simulated sites, each under its own user-level differential privacy.
+
+    Without a log this is MovieLens-100K over ten regions. Results, plots and the model go to a folder under
+    --runs.
+    """
+    from common.cli import UserError
+    from common.config import make_plan, read_plan
+
+    values: dict[str, Any] = read_plan(plan_file).model_dump() if plan_file else {}
+    given = {
+        "name": name,
+        "privacy.epsilon": epsilon,
+        "privacy.delta": delta,
+        "privacy.sampling_rate": sampling_rate,
+        "privacy.users_per_site": users_per_site,
+        "training.rounds": rounds,
+        "training.steps_per_round": steps,
+        "model.family": family,
+        "model.mode": mode,
+        "model.encoder": encoder,
+        "performance.device": device,
+    }
+    for place, value in given.items():
+        _put(values, place, value)
+    for each in set_ or ():
+        place, equals, text = each.partition("=")
+        if not equals:
+            raise UserError(
+                f"--set {each!r} must read section.name=value, such as --set privacy.clip_norm=0.5"
+            )
+        _put(values, place, _parsed(text))
+    mapping = {}
+    for each in columns.split(",") if columns else ():
+        field, equals, column = each.partition("=")
+        if not equals or not column:
+            raise UserError(
+                f"--columns {each!r} must read field=column, such as --columns user=CustomerID,item=Sku"
+            )
+        mapping[field.strip()] = column.strip()
+    if engine not in ("flower", "inline"):
+        raise UserError(f"engine {engine!r} is unknown: choose flower or inline")
+    if n_sites < 1 or baseline_epochs < 0 or (site_budget is not None and site_budget <= 0):
+        raise UserError("--n-sites must be at least 1, --baseline-epochs at least 0, --site-budget above 0")
+    plan = make_plan(values)
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    from rich.console import Console
+
+    from simulations.console import ConsoleWatcher, print_outcome
+    from simulations.datasets import load_movielens_100k, load_own
+    from simulations.federation import SimulationOptions
+    from simulations.federation import simulate as run_simulation
+
+    console = Console(stderr=as_json)
+    if log is None:
+        dataset = load_movielens_100k(offline=offline, say=lambda text: console.print(text, highlight=False))
+    else:
+        dataset = load_own(log, catalog, format, mapping)
+    console.print(f"[bold]{dataset.name}[/bold]: {dataset.licence}", highlight=False)
+    options = SimulationOptions(
+        engine="flower" if engine == "flower" else "inline",
+        runs=runs,
+        sites_by=sites_by or ("zip" if log is None and n_sites == 10 else "hash"),
+        n_sites=n_sites,
+        alpha=alpha,
+        seed=seed,
+        sites=sites,
+        site_budget=site_budget,
+        baseline_epochs=baseline_epochs,
+        cpus=cpus or os.cpu_count() or 1,
+        offline=offline,
+    )
+    watcher = ConsoleWatcher(console, plan.training.rounds)
+    try:
+        with watcher.showing():
+            outcome = run_simulation(dataset, plan, options, watcher)
+    except ValueError as error:
+        if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
+            raise UserError(str(error)) from error
+        raise
+    print_outcome(console, outcome)
+    if as_json:
+        from simulations.report import verdicts
+
+        typer.echo(
+            json.dumps(
+                {
+                    "run": str(outcome.run.path),
+                    "epsilon": outcome.privacy.epsilon,
+                    "delta": plan.privacy.delta,
+                    "noise_multiplier": outcome.plan.privacy.noise_multiplier,
+                    "steps": plan.steps,
+                    "sites": [{"site": s.name, "users": s.users, "events": s.events} for s in outcome.sites],
+                    "test": {name: quality.as_json() for name, quality in outcome.test.items()},
+                    "verdicts": verdicts(outcome),
+                    "bytes_down": outcome.bytes_down,
+                    "bytes_up": outcome.bytes_up,
+                    "seconds": outcome.seconds,
+                }
+            )
+        )

@@ -1,0 +1,131 @@
+"""What a person sees of a simulation: site table, progress, a table a round, and one table of results."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from common.config import Plan
+from common.events.cleaning import CleaningReport
+from simulations.evaluation import TOP, Quality
+from simulations.federation import Outcome, Watcher
+from simulations.report import PROTECTION, RESEARCHER_SIDE, cost_rows, quality_header, quality_rows, verdicts
+from simulations.sites import SimulatedSite
+
+
+class ConsoleWatcher(Watcher):
+    """Shows a run on a terminal; on something else it prints the tables and leaves bars out."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        super().__init__()
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._rounds = self._progress.add_task("rounds", total=rounds, visible=False)
+        self._steps = self._progress.add_task("steps", total=None, visible=False)
+        self._phase = self._progress.add_task("", total=None)
+        self.on_sites = self._show_sites
+        self.on_step = self._show_step
+        self.on_round = self._show_round
+        self.on_phase = self._show_phase
+
+    @contextlib.contextmanager
+    def showing(self) -> Iterator[None]:
+        """Bars are shown inside."""
+        with self._progress:
+            yield
+
+    def _show_phase(self, phase: str) -> None:
+        training = phase == "training"
+        self._progress.update(self._rounds, visible=training)
+        self._progress.update(self._steps, visible=training)
+        self._progress.update(self._phase, description=phase, visible=not training)
+
+    def _show_sites(self, sites: list[SimulatedSite], report: CleaningReport, plan: Plan) -> None:
+        self._console.print(report.table())
+        self._console.print(site_table(sites, plan))
+
+    def _show_step(self, number: int, done: int, of: int) -> None:
+        self._progress.update(self._steps, completed=done, total=of, description=f"steps of round {number}")
+
+    def _show_round(self, record: dict[str, Any], quality: Quality, epsilon: float) -> None:
+        self._progress.update(self._rounds, completed=record["round"])
+        self._console.print(round_table(record, quality, epsilon))
+
+
+def site_table(sites: list[SimulatedSite], plan: Plan) -> Table:
+    """The simulated sites; counts are the researcher's, no server sees them."""
+    table = Table(title="sites (simulated: these counts stay with the researcher)")
+    table.add_column("site")
+    table.add_column("users", justify="right")
+    table.add_column("training events", justify="right")
+    table.add_column("users a step, expected", justify="right")
+    for site in sites:
+        expected = site.users * plan.privacy.sampling_rate
+        table.add_row(site.name, f"{site.users:,}", f"{site.events:,}", f"{expected:.1f}")
+    total = sum(site.users for site in sites)
+    table.add_row("all", f"{total:,}", f"{sum(site.events for site in sites):,}", "", style="bold")
+    return table
+
+
+def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Table:
+    """One round: who took part, what it cost, what it brought."""
+    table = Table(title=None, show_header=record["round"] == 1)
+    ndcg = quality.metrics[f"NDCG@{TOP}"]
+    left_out = ", ".join(
+        f"{each.get('site') or each['node']}: {each['reason']}" for each in record["left_out"]
+    )
+    cells = {
+        "round": str(record["round"]),
+        "sites": str(len(record["admitted"])),
+        "left out": left_out or "0",
+        "kB up": f"{record['bytes_up'] / 1000:,.0f}",
+        "seconds": f"{record['seconds']:6.1f}",
+        "epsilon": f"{epsilon:.3f}",
+        f"validation NDCG@{TOP}": f"{ndcg.value:.4f} ± {ndcg.standard_error:.4f}",
+    }
+    for name in cells:
+        table.add_column(name, justify="right", min_width=len(name))
+    table.add_row(*cells.values())
+    return table
+
+
+def print_outcome(console: Console, outcome: Outcome) -> None:
+    """The table of results, the verdicts, the costs, and where everything is."""
+    header, *rows = quality_header(outcome), *quality_rows(outcome)
+    table = Table(title="results (test split, looked at once)")
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "Fedtide" else None)
+    console.print(table)
+    for line in verdicts(outcome):
+        console.print(line, highlight=False)
+    cost = Table(title="what it cost", show_header=False)
+    for name, value in cost_rows(outcome):
+        cost.add_row(name, value)
+    console.print(cost)
+    console.print(PROTECTION, highlight=False)
+    console.print(RESEARCHER_SIDE, highlight=False)
+    for note in outcome.notes:
+        console.print(f"Note: {note}", highlight=False)
+    console.print(f"[bold]Everything is in {outcome.run.path}[/bold]", highlight=False, soft_wrap=True)

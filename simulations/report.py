@@ -1,0 +1,145 @@
+"""What a finished simulation leaves to read: plots and `summary.md` in the run's folder, and the plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from common.metrics import paired_difference
+from server.runs import write_whole
+from simulations import plots
+from simulations.evaluation import TOP
+from simulations.privacy_record import epsilon_by_round
+
+if TYPE_CHECKING:
+    from simulations.federation import Outcome
+
+SIGNIFICANT_Z = 1.96
+
+
+def write_report(outcome: Outcome) -> None:
+    """Plots and summary."""
+    folder = outcome.run.path
+    epsilons = epsilon_by_round(outcome.plan)
+    plots.quality_by_round(folder / "quality-by-round.png", outcome.validation, outcome.baselines_validation)
+    plots.epsilon_by_round(
+        folder / "epsilon-by-round.png",
+        epsilons,
+        outcome.plan.privacy.epsilon,
+        outcome.privacy.budget_epsilon,
+    )
+    plots.privacy_utility(
+        folder / "privacy-utility.png", epsilons, outcome.validation, outcome.baselines_validation
+    )
+    write_whole(folder / "summary.md", summary(outcome).encode())
+
+
+def quality_rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    """Rows of the table of results on the test split: name, then each metric with its standard error."""
+    rows = []
+    for name, quality in outcome.test.items():
+        cells = []
+        for metric in quality.metrics.values():
+            error = metric.standard_error
+            cells.append(f"{metric.value:.4f}" + (f" ±{error:.4f}" if math.isfinite(error) else ""))
+        rows.append((name, *cells))
+    return rows
+
+
+def quality_header(outcome: Outcome) -> tuple[str, ...]:
+    """Names of the columns of `quality_rows`."""
+    return ("model", *next(iter(outcome.test.values())).metrics)
+
+
+def verdicts(outcome: Outcome) -> list[str]:
+    """Plain sentences: the private model against each baseline, paired over users."""
+    from simulations.federation import FEDTIDE
+
+    own = outcome.test[FEDTIDE].ndcg
+    said = []
+    for name, quality in outcome.test.items():
+        if name == FEDTIDE:
+            continue
+        paired = paired_difference(own, quality.ndcg)
+        direction = "better" if paired.mean > 0 else "worse"
+        verdict = direction if abs(paired.z) >= SIGNIFICANT_Z else "no significant difference"
+        said.append(
+            f"Fedtide against {name}: NDCG@{TOP} {paired.mean:+.4f} ± {paired.standard_error:.4f} "
+            f"(paired over {len(own)} users, z = {paired.z:.1f}): {verdict}."
+        )
+    return said
+
+
+def cost_rows(outcome: Outcome) -> list[tuple[str, str]]:
+    """What the run cost: name and value."""
+    plan, privacy = outcome.plan, outcome.privacy
+    first = privacy.sites[0] if privacy.sites else None
+    released = sum(each.outcome == "released" for site in privacy.sites for each in site.events)
+    charged = sum(len(site.events) for site in privacy.sites)
+    rows = [
+        ("epsilon of this run (PLD)", f"{privacy.epsilon:.3f}"),
+        ("delta", f"{plan.privacy.delta:g}"),
+        (
+            "cross-checks: RDP, PRV",
+            f"{first.published.rdp:.3f}, {first.published.prv:.3f}"
+            if first and first.published.prv is not None
+            else "-",
+        ),
+        (
+            "guarantee of a site's ledger, whatever happens next",
+            f"({privacy.budget_epsilon:g}, {plan.privacy.delta:g})",
+        ),
+        ("noise multiplier", f"{plan.privacy.noise_multiplier:g}"),
+        ("clip norm", f"{plan.privacy.clip_norm:g}"),
+        ("sampling rate of users", f"{plan.privacy.sampling_rate:g}"),
+        (
+            "steps at each site",
+            f"{plan.training.rounds} rounds x {plan.training.steps_per_round} = {plan.steps}",
+        ),
+        ("releases (charged, released)", f"{charged}, {released}"),
+        ("bytes to sites, from sites", f"{outcome.bytes_down:,}, {outcome.bytes_up:,}"),
+        ("wall time", f"{outcome.seconds:.0f} s"),
+    ]
+    return rows
+
+
+PROTECTION = (
+    "Site-level DP: each user of an honest site has this (epsilon, delta) against everyone outside the site, a "
+    "malicious server included; adding or removing one user with all events. One person at k sites composes over "
+    "the k."
+)
+RESEARCHER_SIDE = (
+    "Quality is measured on the researcher's side, on held-out events of public data (leave-one-out, full catalog, "
+    "seen items masked, ties at mid-rank). In a deployment nobody outside a site has these events."
+)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def summary(outcome: Outcome) -> str:
+    """The run in Markdown."""
+    users = [site.users for site in outcome.sites]
+    parts = [
+        f"# {outcome.run.name}",
+        f"{len(users)} sites, {sum(users)} users ({min(users)} to {max(users)} a site). {RESEARCHER_SIDE}",
+        "## Quality (test split, looked at once)",
+        _table(quality_header(outcome), quality_rows(outcome)),
+        "\n".join(f"- {line}" for line in verdicts(outcome)),
+        "The model without privacy is trained on all users' pooled events, its best epoch chosen on validation; the "
+        "private one is the mean over its last rounds, chosen by nothing.",
+        "![quality by round](quality-by-round.png)",
+        "## Privacy",
+        PROTECTION,
+        _table(("what", "value"), cost_rows(outcome)),
+        "![epsilon by round](epsilon-by-round.png)",
+        "![quality against privacy cost](privacy-utility.png)",
+        "Settings were fixed before the run; choosing them by looking at results on private data would cost privacy "
+        "that is not counted here.",
+    ]
+    if outcome.notes:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in outcome.notes))
+    return "\n\n".join(parts) + "\n"

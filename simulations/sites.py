@@ -1,0 +1,137 @@
+"""Sets up simulated sites: each gets its users' part of the log, cleans it, and opens a ledger of its own.
+
+What a real site's administrator does with `fedtide site init`, done here for all sites of one machine. Sites
+in a folder of their own outlive a run, and so do their budgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from client.ledger import Ledger
+from client.site import Site, SiteError
+from common.config import Plan
+from common.events.cleaning import CleaningPolicy, CleaningReport, clean
+from common.events.histories import Histories
+from common.privacy.renyi import NANO, best_order, charge_of, renyi_to_epsilon
+from server.registry import Registry
+from simulations.datasets import Dataset
+from simulations.partition import log_of_site
+
+HELD_OUT_EVENTS = 2
+"""The last two events of each user stay with the researcher: validation and test."""
+
+
+@dataclass(frozen=True)
+class SimulatedSite:
+    """What the researcher knows of a simulated site; a deployment's server knows none of the counts."""
+
+    name: str
+    folder: Path
+    users: int
+    events: int
+
+
+def simulated_secret(seed: int) -> bytes:
+    """The secret under which simulated sites de-identify public data, the same for every run of a seed.
+
+    It decides the order of events at equal times, so evaluation depends on the seed alone and not on how users
+    fall to sites. A real site's secret is random (`common.events.deidentify.new_secret`).
+    """
+    return hashlib.sha256(f"fedtide simulation {seed}".encode()).digest()
+
+
+def whole_histories(dataset: Dataset, policy: CleaningPolicy, seed: int) -> tuple[Histories, CleaningReport]:
+    """All users' histories, held-out events included, on the researcher's side."""
+    return clean(dataset.log, dataset.catalog, policy, simulated_secret(seed))
+
+
+def smallest_budget(plan: Plan, delta: float) -> float:
+    """The smallest epsilon, rounded up to a tenth, whose Renyi filter admits every round of the plan.
+
+    It lies above the plan's own PLD epsilon, because the filter's guarantee holds whatever is run next.
+    """
+    event = plan.round_event()
+    low, high = 0.0, 1000.0
+    epsilon = high
+    for _ in range(60):
+        middle = (low + high) / 2
+        try:
+            order = best_order([event], middle, delta)
+        except ValueError:  # no budget at all at this epsilon
+            low = middle
+            continue
+        needed = renyi_to_epsilon(plan.training.rounds * charge_of(event, order) / NANO, delta, order)
+        if needed <= middle:
+            epsilon = high = middle
+        else:
+            low = middle
+    return math.ceil(epsilon * 10 + 1e-9) / 10
+
+
+def make_sites(
+    dataset: Dataset,
+    sites: npt.NDArray[np.int64],
+    plan: Plan,
+    policy: CleaningPolicy,
+    root: Path,
+    registry: Registry,
+    catalog_file: Path,
+    *,
+    budget: float | None,
+    seed: int,
+) -> list[SimulatedSite]:
+    """Makes, or finds in `root`, one site for each number in `sites`, enrolled in the registry.
+
+    Args:
+        sites: [users of dataset.users] from `partition.divide`.
+        plan: calibrated.
+        budget: epsilon cap of each new site's ledger; None for the smallest that admits the plan.
+
+    Raises:
+        SiteError: a site has fewer users than the plan counts on, or the folder holds other sites.
+    """
+    count = int(sites.max()) + 1
+    found = sorted(path for path in root.glob("[0-9]*") if path.is_dir())
+    if found and len(found) != count:
+        raise SiteError(f"{root} holds {len(found)} sites, but {count} are asked for: choose another folder")
+    made = []
+    for number in range(count):
+        folder = root / f"{number:05d}"
+        name = f"site-{number}"
+        if not found:
+            histories, _ = clean(
+                log_of_site(dataset, sites, number), dataset.catalog, policy, simulated_secret(seed)
+            )
+            training, _ = histories.without_last(HELD_OUT_EVENTS)
+            if len(training) < plan.privacy.users_per_site:
+                raise SiteError(
+                    f"{name} has {len(training)} users, but the plan's sampling counts on at least "
+                    f"{plan.privacy.users_per_site}: use fewer sites, or lower privacy.users_per_site"
+                )
+            folder.mkdir(parents=True, mode=0o700)
+            site = Site(
+                folder=folder, name=name, catalog=catalog_file, users_at_least=plan.privacy.users_per_site
+            )
+            site.save()
+            training.save(site.histories_folder)
+            Ledger.create(
+                site.ledger_folder,
+                epsilon=budget or smallest_budget(plan, plan.privacy.delta),
+                delta=plan.privacy.delta,
+                typical_plan=[plan.round_event()],
+            ).disconnect()
+        site = Site.load(folder)
+        with Ledger.open(site.ledger_folder) as ledger:
+            genesis = next(iter(ledger.entries(0)))
+            if registry.site(ledger.key_id) is None:
+                registry.enroll(name, genesis)
+        training = Histories.load(site.histories_folder)
+        made.append(SimulatedSite(name=name, folder=folder, users=len(training), events=training.events))
+    return made
