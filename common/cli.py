@@ -88,13 +88,24 @@ def known_errors() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
+_INTERRUPTED = 130
+
+
+def _say_interrupted() -> None:
+    print("interrupted: what was begun is not finished, and is marked so", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `fedtide` command."""
     try:
         app(args=list(arguments) if arguments is not None else None)
     except KeyboardInterrupt:
-        print("interrupted: what was begun is not finished, and is marked so", file=sys.stderr)
-        sys.exit(130)
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
+    except SystemExit as end:  # typer turns an interrupt into this
+        if end.code == _INTERRUPTED:
+            _say_interrupted()
+        raise
     except BaseException as error:
         if not isinstance(error, known_errors()):
             raise

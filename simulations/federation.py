@@ -237,7 +237,9 @@ def _with_flower(run: RunFolder, environment: dict[str, str], nodes: int, option
             start_new_session=True,
         )
         try:
-            code = engine.wait()
+            # Short naps, not one long wait: an interrupt must be seen at once, whichever thread it reaches.
+            while (code := engine.poll()) is None:
+                time.sleep(0.1)
         finally:
             _end_group(engine)
     if code != 0:
