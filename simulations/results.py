@@ -77,6 +77,7 @@ def page(outcomes: list[Outcome], command: str, seconds: float) -> str:
     own = next(row for row in rows if row.name == FEDTIDE)
     plan, first = outcomes[0].plan, outcomes[0]
     users = len(own.ndcg)
+    sizes = [site.users for site in first.sites]
     header = ["model", *own.values]
     lines = [
         "# Results",
@@ -85,14 +86,14 @@ def page(outcomes: list[Outcome], command: str, seconds: float) -> str:
         f"{platform.python_version()}, torch {version('torch')}, Opacus {version('opacus')}, "
         f"dp-accounting {version('dp-accounting')}).",
         "",
-        f"MovieLens-100K, {len(first.sites)} sites by first digit of the ZIP code ({min(s.users for s in first.sites)} to "
-        f"{max(s.users for s in first.sites)} users each, {users} in all). Leave-one-out: a user's last event is the "
+        f"MovieLens-100K, {len(first.sites)} sites by first digit of the ZIP code ({min(sizes)} to {max(sizes)} users "
+        f"each, {users} in all). Leave-one-out: a user's last event is the "
         "test, the one before it the validation; ranking against the full catalog, seen items masked, ties at "
         "mid-rank; events at equal times in the order of a keyed hash. Test split, looked at once for each seed, after "
         "everything was fixed.",
         "",
-        f"Each user of each site has epsilon {first.privacy.epsilon:.3f} (PLD) at delta {plan.privacy.delta:g} over the "
-        f"whole run: {plan.steps} steps, sampling rate {plan.privacy.sampling_rate:g}, noise multiplier "
+        f"Each user of each site has epsilon {first.privacy.epsilon:.3f} (PLD) at delta {plan.privacy.delta:g} over "
+        f"the whole run: {plan.steps} steps, sampling rate {plan.privacy.sampling_rate:g}, noise multiplier "
         f"{plan.privacy.noise_multiplier:g}, clip norm {plan.privacy.clip_norm:g}. Five seeds are five runs: whoever "
         "took part in all five would have spent them all.",
         "",
