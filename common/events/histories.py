@@ -124,16 +124,22 @@ class Histories:
             items: [rows, max_events] int64, padded with -1 on the right.
             times: [rows, max_events] int64 seconds, padded with 0 on the right.
         """
+        places = self.padded_places(rows, max_events)
+        real = places >= 0
+        items = np.full(places.shape, NO_ITEM, dtype=np.int64)
+        times = np.zeros(places.shape, dtype=np.int64)
+        items[real], times[real] = self.items[places[real]], self.times[places[real]]
+        return items, times
+
+    def padded_places(self, rows: npt.ArrayLike, max_events: int) -> npt.NDArray[np.int64]:
+        """Where the events of those rectangles stand: [rows, max_events], -1 where there is no event."""
         if max_events < 1:
             raise HistoriesError(f"max_events is {max_events}, but must be at least 1")
         chosen = self._rows(rows)
         kept = np.minimum(self.lengths[chosen], max_events)
-        items = np.full((len(chosen), max_events), NO_ITEM, dtype=np.int64)
-        times = np.zeros((len(chosen), max_events), dtype=np.int64)
-        real = np.arange(max_events) < kept[:, None]  # [rows, max_events]
-        places = _ranges(self.offsets[chosen + 1] - kept, kept)
-        items[real], times[real] = self.items[places], self.times[places]
-        return items, times
+        place = np.arange(max_events)
+        starts = self.offsets[chosen + 1] - kept
+        return np.where(place < kept[:, None], starts[:, None] + place, -1).astype(np.int64)
 
     def save(self, folder: str | Path) -> None:
         """Writes a new folder of .npy files that their owner alone may read, whole or not at all.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from common.config import ModelPlan
-from common.models.families import FAMILIES
 from common.models.history_encoder import HistoryEncoder
 from common.models.interface import InterestModel
 from common.models.item_vectors import TextProjection, item_vectors
 from common.models.language_model import LanguageModel, load_language_model
+from common.models.names import FAMILIES, named
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def build_model(plan: ModelPlan, texts: list[str], folder: Path, *, cache: Path 
         negatives = None
         if plan.negatives is not None and plan.negatives < len(texts):
             negatives = torch.randperm(len(texts))[: plan.negatives].sort().values
-        model = FAMILIES[plan.family](
+        model = named(FAMILIES, plan.family)(
             public.vectors,
             core=plan.core,
             hidden_width=plan.hidden_width,

@@ -1,4 +1,4 @@
-"""Temporal cores: event vectors over time -> the user's state after each event.
+"""Recurrent temporal cores: event vectors over time -> the user's state after each event.
 
 Each weight is one Linear call on [users, events, .], so that every per-user-gradient engine sees one product
 per weight, and never a call per time step (Opacus' DPLSTM costs 9 to 21 plain steps because it makes those).
@@ -64,7 +64,7 @@ class LstmCore(nn.Module):
 
     def __init__(self, input_width: int, hidden_width: int) -> None:
         super().__init__()
-        self.hidden_width = hidden_width
+        self.hidden_width = self.output_width = hidden_width
         self.input_map = nn.Linear(input_width, 4 * hidden_width)
         self.state_map = nn.Linear(hidden_width, 4 * hidden_width, bias=False)
         bound = hidden_width**-0.5
@@ -92,5 +92,78 @@ class LstmCore(nn.Module):
         return states
 
 
-CORES: dict[str, type[nn.Module]] = {"lstm": LstmCore}
-"""Temporal cores by their name in the plan; each takes (input_width, hidden_width)."""
+class _GruThroughTime(torch.autograd.Function):
+    """Both maps' outputs for all events -> hidden states; backward is BPTT without weights' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, from_input: Tensor, from_state: Tensor, states: Tensor, state_weight: Tensor
+    ) -> Tensor:
+        # from_input, from_state: [users, events, 3 hidden]; states: [users, events, hidden] h_t
+        ctx.save_for_backward(from_input, from_state, states, state_weight)
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
+        (grad_states,) = grads
+        from_input, from_state, states, state_weight = ctx.saved_tensors
+        a_r, a_z, a_n = from_input.chunk(3, dim=-1)
+        s_r, s_z, s_n = from_state.chunk(3, dim=-1)
+        r, z = torch.sigmoid(a_r + s_r), torch.sigmoid(a_z + s_z)
+        n = torch.tanh(a_n + r * s_n)
+        previous = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)  # h_{t-1}
+        to_z, to_n, to_r = (previous - n) * z * (1 - z), (1 - z) * (1 - n * n), s_n * r * (1 - r)
+        grad_input, grad_state = torch.empty_like(from_input), torch.empty_like(from_state)
+        carried = torch.zeros_like(states[:, 0])
+        for t in range(states.shape[1] - 1, -1, -1):
+            grad_h = grad_states[:, t] + carried
+            d_n = grad_h * to_n[:, t]
+            d_r, d_z = d_n * to_r[:, t], grad_h * to_z[:, t]
+            grad_input[:, t] = torch.cat([d_r, d_z, d_n], dim=-1)
+            of_state = torch.cat([d_r, d_z, d_n * r[:, t]], dim=-1)
+            grad_state[:, t] = of_state
+            carried = grad_h * z[:, t] + of_state @ state_weight
+        return grad_input, grad_state, None, None
+
+
+class GruCore(nn.Module):
+    """A one-layer GRU, equal to `torch.nn.GRU` with `bias_hh` zero, in value and gradient.
+
+    Gate order r, z, n as in torch. Two thirds of torch's second bias duplicate the first and would only add
+    noise; the last third, b_hn in r * (W_hn h + b_hn), is no duplicate, but is left out too: its coordinates cost
+    noise, and the state's own weights can express a constant.
+
+    Args:
+        input_width: width of an event vector.
+        hidden_width: width of the state.
+    """
+
+    def __init__(self, input_width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.hidden_width = self.output_width = hidden_width
+        self.input_map = nn.Linear(input_width, 3 * hidden_width)
+        self.state_map = nn.Linear(hidden_width, 3 * hidden_width, bias=False)
+        bound = hidden_width**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [users, events, input_width] -> [users, events, hidden_width]."""
+        from_input = self.input_map(x)  # [users, events, 3 hidden]
+        weight = self.state_map.weight.detach()
+        with torch.no_grad():
+            h = x.new_zeros(x.shape[0], self.hidden_width)
+            previous, states = [], []
+            for step in from_input.detach().unbind(dim=1):
+                previous.append(h)
+                a_r, a_z, a_n = step.chunk(3, dim=-1)
+                s_r, s_z, s_n = (h @ weight.T).chunk(3, dim=-1)
+                z = torch.sigmoid(a_z + s_z)
+                n = torch.tanh(a_n + torch.sigmoid(a_r + s_r) * s_n)
+                h = (1 - z) * n + z * h
+                states.append(h)
+            h_previous = torch.stack(previous, dim=1)  # [users, events, hidden]
+            h_all = torch.stack(states, dim=1)
+        from_state = self.state_map(h_previous)
+        result: Tensor = _GruThroughTime.apply(from_input, from_state, h_all, weight)  # type: ignore[no-untyped-call]
+        return result

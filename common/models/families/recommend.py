@@ -13,10 +13,10 @@ from torch import Tensor
 
 from common.models.batches import HistoryBatch
 from common.models.content import content_states
-from common.models.cores import CORES
 from common.models.heads import next_item_loss, zero_linear
 from common.models.history_encoder import HistoryEncoder
 from common.models.interface import InterestModel
+from common.models.names import CORES, named
 
 PRIOR_SCALE = 4.0
 """Public factor of the trained prior: how much of a user's clipped gradient it may take."""
@@ -54,8 +54,8 @@ class Recommend(InterestModel):
         self.register_buffer("priors", vectors.new_zeros(len(vectors)), persistent=False)
         self.register_buffer("negatives", negatives, persistent=False)
         self.encoder = encoder
-        self.core = CORES[core](width, hidden_width)
-        self.residual = zero_linear(hidden_width + 2 * width, width)
+        self.core = named(CORES, core)(width, hidden_width)
+        self.residual = zero_linear(self.core.output_width + 2 * width, width)
         # Each user's row sees the prior through a Linear call of its own, so its gradient has one row a user.
         self.item_prior = zero_linear(1, len(vectors), bias=False) if item_prior else None
 
