@@ -12,11 +12,28 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from common.events.labels import LabelRule
 from common.models.names import CORES, FAMILIES
-from common.privacy.mechanisms import MOST_STEPS, SMALLEST_NOISE_MULTIPLIER, PoissonSubsampledGaussian
+from common.phases import (
+    FROZEN,
+    Exchange,
+    MetricsPlan,
+    Phase,
+    PretrainingPlan,
+    StatisticsPlan,
+    items_for_noise,
+    noise_of_promise,
+    noise_of_share,
+)
+from common.privacy.mechanisms import (
+    MOST_STEPS,
+    SMALLEST_NOISE_MULTIPLIER,
+    Event,
+    GaussianSum,
+    PoissonSubsampledGaussian,
+)
 
 
 class PlanError(ValueError):
@@ -24,7 +41,7 @@ class PlanError(ValueError):
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = FROZEN
 
 
 class ModelPlan(_Frozen):
@@ -163,7 +180,9 @@ class PrivacyPlan(_Frozen):
 class TrainingPlan(_Frozen):
     """How the model is trained: post-processing of the mechanism's output, but for the number of steps."""
 
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 6
+    rounds: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        default=6, description="of private fine-tuning; 0 leaves it out"
+    )
     steps_per_round: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 10
     learning_rate: Annotated[float, Field(gt=0)] = 2.0
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -177,6 +196,9 @@ class ServerPlan(_Frozen):
     """When a round is good enough."""
 
     minimum_sites: Annotated[int, Field(ge=1)] = 1
+    expected_sites: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="public number of sites, for the choice of top_items; none: minimum_sites"
+    )
     aggregation: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
     malicious_sites: Annotated[int, Field(ge=0)] = Field(
         default=0, description="how many bad sites trimmed-mean and krum are to withstand"
@@ -200,8 +222,25 @@ class Plan(_Frozen):
     model: ModelPlan = ModelPlan()
     privacy: PrivacyPlan = PrivacyPlan()
     training: TrainingPlan = TrainingPlan()
+    statistics: StatisticsPlan = StatisticsPlan()
+    pretraining: PretrainingPlan = PretrainingPlan()
+    metrics: MetricsPlan = MetricsPlan()
     server: ServerPlan = ServerPlan()
     performance: PerformancePlan = PerformancePlan()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Plan:
+        shares = self.statistics.popularity_share + self.statistics.transition_share + self.metrics.share
+        if shares > 1 or (shares == 1 and self.training.rounds):
+            raise ValueError(
+                f"the shares of statistics and metrics add up to {shares:g} of the promise: they must stay below 1 "
+                "for private fine-tuning, and at 1 without (training.rounds = 0)"
+            )
+        if not self.training.rounds and not self.statistics.popularity_share:
+            raise ValueError(
+                "the plan has neither statistics nor rounds of fine-tuning: nothing would be learned"
+            )
+        return self
 
     @property
     def steps(self) -> int:
@@ -209,20 +248,95 @@ class Plan(_Frozen):
         return self.training.rounds * self.training.steps_per_round
 
     def calibrated(self) -> Plan:
-        """The plan with its noise multiplier: the smallest whose PLD epsilon over all steps keeps the promise."""
-        if self.privacy.noise_multiplier is not None:
-            return self
-        from common.privacy.accountants import calibrate_noise
+        """The plan with the noise of every phase, so that the PLD epsilon of all together keeps the promise.
 
-        noise = calibrate_noise(
-            self.privacy.epsilon,
-            self.privacy.delta,
-            sampling_rate=self.privacy.sampling_rate,
-            steps=self.steps,
+        Sums get their shares of 1 / noise^2; what they leave goes to DP-SGD, whose noise is the smallest that
+        keeps the promise beside them (heterogeneous composition). Noise that the plan states stays as it is.
+
+        Raises:
+            PlanError: the noise that the plan states exceeds the promise.
+        """
+        from common.privacy.accountants import calibrate_noise, epsilon_pld
+
+        statistics, metrics, privacy = self.statistics, self.metrics, self.privacy
+        # An uncalibrated plan's own noise is trusted no more than any other: the whole is checked below.
+        shares = {
+            Phase.POPULARITY: statistics.popularity_share,
+            Phase.TRANSITIONS: statistics.transition_share,
+            Phase.METRICS: metrics.share,
+        }
+        stated = self._sum_noise()
+        missing = [phase for phase, share in shares.items() if share and stated[phase] is None]
+        whole = noise_of_promise(privacy.epsilon, privacy.delta) if missing else 0.0
+        found = stated | {phase: noise_of_share(whole, shares[phase]) for phase in missing}
+        statistics = statistics.model_copy(
+            update={
+                "popularity_noise_multiplier": found[Phase.POPULARITY],
+                "transition_noise_multiplier": found[Phase.TRANSITIONS],
+            }
         )
-        return self.model_copy(
-            update={"privacy": self.privacy.model_copy(update={"noise_multiplier": noise})}
+        if statistics.transition_share and statistics.top_items is None:
+            sites = self.server.expected_sites or self.server.minimum_sites
+            deviation = (statistics.transition_noise_multiplier or 1.0) * sites**0.5
+            count = items_for_noise(sites * privacy.users_per_site, deviation, symmetric=statistics.symmetric)
+            statistics = statistics.model_copy(update={"top_items": count})
+        metrics = metrics.model_copy(update={"noise_multiplier": found[Phase.METRICS]})
+        sums = [GaussianSum(noise) for phase in shares if shares[phase] and (noise := found[phase])]
+        if privacy.noise_multiplier is None and self.training.rounds:
+            noise = calibrate_noise(
+                privacy.epsilon,
+                privacy.delta,
+                sampling_rate=privacy.sampling_rate,
+                steps=self.steps,
+                spent=sums,
+            )
+            privacy = privacy.model_copy(update={"noise_multiplier": noise})
+        plan = self.model_copy(update={"statistics": statistics, "metrics": metrics, "privacy": privacy})
+        spent = epsilon_pld(plan.events(), privacy.delta)
+        if spent > privacy.epsilon:
+            raise PlanError(
+                f"privacy.epsilon is {privacy.epsilon:g}, but the noise that the plan states comes to {spent:.4g}: "
+                "raise the noise multipliers, leave them out, or promise less"
+            )
+        return plan
+
+    def _sum_noise(self) -> dict[Phase, float | None]:
+        return {
+            Phase.POPULARITY: self.statistics.popularity_noise_multiplier,
+            Phase.TRANSITIONS: self.statistics.transition_noise_multiplier,
+            Phase.METRICS: self.metrics.noise_multiplier,
+        }
+
+    def schedule(self) -> tuple[Exchange, ...]:
+        """Every round of the run, in order, with what it costs a site.
+
+        Raises:
+            PlanError: the plan is not calibrated yet.
+        """
+        before: list[tuple[Phase, Event]] = []
+        noise = self._sum_noise()
+
+        def sum_of(phase: Phase) -> tuple[Phase, Event]:
+            value = noise[phase]
+            if value is None:
+                raise PlanError(f"the plan has no noise multiplier for {phase} yet: calibrate it first")
+            return phase, GaussianSum(value)
+
+        if self.statistics.popularity_share:
+            before.append(sum_of(Phase.POPULARITY))
+        if self.statistics.transition_share:
+            before.append(sum_of(Phase.TRANSITIONS))
+        rounds = self.training.rounds
+        updates = [(Phase.UPDATE, self.round_event())] * rounds if rounds else []
+        after = [sum_of(Phase.METRICS)] if self.metrics.share else []
+        return tuple(
+            Exchange(number, phase, event)
+            for number, (phase, event) in enumerate([*before, *updates, *after], start=1)
         )
+
+    def events(self) -> list[Event]:
+        """What the whole run costs each site."""
+        return [exchange.event for exchange in self.schedule()]
 
     def round_event(self) -> PoissonSubsampledGaussian:
         """What one round of private fine-tuning costs a site.

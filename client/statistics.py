@@ -1,0 +1,110 @@
+"""Gaussian sums over a site's users: popularity, transitions between items, and metrics.
+
+Plain functions of (histories, public settings, generator). Each user contributes one vector, scaled to L2 norm
+at most 1 *as a whole*, however many events there are, so adding or removing a user moves a sum by at most 1;
+contributions are added in float64 and noised once (`private_sum`). Nothing of a sum without noise is returned
+but by the functions that begin with an underscore or end in `_sum`, which a site calls only to noise it at
+once. Budgets are not kept here: whoever calls has reserved the cost first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from common.events.histories import Histories
+from common.privacy.noise import GaussianNoise, private_sum
+from common.sums import CONTRIBUTION_NORM, PairLayout
+
+Contribution = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+"""One user's part of a sum: (places, values), no place twice, of L2 norm at most 1."""
+
+
+def unit(places: npt.NDArray[np.int64], weights: npt.NDArray[np.float64]) -> Contribution:
+    """Adds up weights at equal places, and scales all of them together to norm 1 (nothing stays nothing)."""
+    found, where = np.unique(places, return_inverse=True)
+    values = np.bincount(where, weights=weights, minlength=len(found)) if len(found) else np.zeros(0)
+    norm = float(np.linalg.norm(values))
+    if not math.isfinite(norm) or norm == 0.0:
+        return found[:0], values[:0]
+    return found, values * (CONTRIBUTION_NORM / norm)
+
+
+def user_popularity(items: npt.NDArray[np.int64]) -> Contribution:
+    """One user's items, each once, scaled to norm 1.
+
+    Args:
+        items: [events] rows of the catalog.
+    """
+    distinct = np.unique(items)
+    return unit(distinct, np.ones(len(distinct)))
+
+
+def user_transitions(
+    items: npt.NDArray[np.int64], index: npt.NDArray[np.int64], layout: PairLayout, gaps: int
+) -> Contribution:
+    """One user's pairs of items, 1 / gap for events `gap` <= `gaps` apart, scaled to norm 1 over all pairs.
+
+    Args:
+        items: [events] rows of the catalog, oldest first.
+        index: [catalog] int64, each item's place among the layout's items, -1 for an item that has none.
+    """
+    places, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+    inside = index[items]
+    for gap in range(1, min(gaps, len(inside) - 1) + 1):
+        first, second = inside[:-gap], inside[gap:]
+        real = (first >= 0) & (second >= 0) & (first != second)
+        places.append(layout.place(first[real], second[real]))
+        weights.append(np.full(int(real.sum()), 1.0 / gap))
+    return unit(np.concatenate(places), np.concatenate(weights))
+
+
+def user_metrics(hit: float, ndcg: float) -> Contribution:
+    """One user's (1, hit, NDCG) / sqrt(3): of norm at most 1 as both lie in [0, 1]; clamped to that."""
+    values = np.array([1.0, *np.clip(np.nan_to_num([hit, ndcg]), 0.0, 1.0)]) / math.sqrt(3)
+    return np.arange(3), values * CONTRIBUTION_NORM
+
+
+def sum_of(contributions: Iterator[Contribution], places: int) -> Tensor:
+    """[places] float64: the sum of users' contributions, without noise."""
+    total = np.zeros(places, dtype=np.float64)
+    for where, values in contributions:
+        total[where] += values  # no place twice, so nothing is lost
+    return torch.from_numpy(total)
+
+
+def popularity_sum(histories: Histories, catalog: int, max_events: int) -> Tensor:
+    """[catalog] float64, without noise: over each user's `max_events` most recent events."""
+    recent = histories.bounded(max_events)
+    return sum_of((user_popularity(recent.history(r).astype(np.int64)) for r in range(len(recent))), catalog)
+
+
+def transition_sum(
+    histories: Histories, top: Tensor, catalog: int, max_events: int, *, symmetric: bool, gaps: int
+) -> Tensor:
+    """[pairs of `top`] float64, without noise: over each user's `max_events` most recent events.
+
+    Args:
+        top: [size] int64, rows of the catalog whose pairs are counted.
+    """
+    layout = PairLayout(len(top), symmetric)
+    index = np.full(catalog, -1, dtype=np.int64)
+    index[top.numpy()] = np.arange(len(top))
+    recent = histories.bounded(max_events)
+    users = (recent.history(r).astype(np.int64) for r in range(len(recent)))
+    return sum_of((user_transitions(items, index, layout, gaps) for items in users), layout.places)
+
+
+def metric_sum(hits: npt.NDArray[np.float64], ndcg: npt.NDArray[np.float64]) -> Tensor:
+    """[3] float64, without noise: users, hits and NDCG over users, each divided by sqrt(3)."""
+    return sum_of((user_metrics(float(h), float(n)) for h, n in zip(hits, ndcg, strict=True)), 3)
+
+
+def noised(total: Tensor, noise_multiplier: float, noise: GaussianNoise) -> Tensor:
+    """The Gaussian mechanism on a sum whose users contribute norm 1 each: float32, to be released."""
+    return private_sum(total, clip_norm=CONTRIBUTION_NORM, noise_multiplier=noise_multiplier, noise=noise)
