@@ -1,22 +1,22 @@
 """Which updates may be aggregated, and why not: schema, key, chain, request, digest, values and bounds, in turn.
 
-A plain function of an answer and what the server holds. What is not admitted is never added to anything.
+A plain function of an answer and what the server holds. What is not admitted is never added to anything, and
+whatever a reply holds, the run goes on without it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import RecordDict
 
 from common.privacy.chain import Chain
-from common.privacy.faults import ForkError, ReceiptError
+from common.privacy.faults import ForkError, ReceiptError, WrongRequestError
 from common.privacy.receipts import Receipt, Request, check_receipt
 from common.wire import Refusal, State, Update, WireError, answer_from_records, state_to_bytes
-from server.registry import Registry, RegistryError
+from server.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ class LeftOut:
     """An answer that is not aggregated.
 
     Attributes:
-        reason: one word, for records and metrics.
+        reason: one word, for records and metrics: a fault's (`privacy/faults.py`), a refusal's, or one of ours.
         explanation: one line, of the server's own making; nothing that a site wrote.
         refused: whether the site itself said no.
-        site: its name, where a verified key tells it.
+        site: the name that the receipt's key is enrolled under: whose it claims to be. Anyone may send a copy of
+            another's receipt, so of a fault it proves nothing; only a proof of equivocation bars a site.
     """
 
     reason: str
@@ -71,7 +72,7 @@ class Expectation:
 def admit(
     content: RecordDict, expected: Expectation, registry: Registry, taken: Collection[str]
 ) -> Admitted | LeftOut:
-    """Decides on one answer.
+    """Decides on one answer. Nothing in an answer makes this raise; a registry that cannot be read does.
 
     Args:
         content: of the reply, as received.
@@ -79,67 +80,91 @@ def admit(
         registry: keys, chains and anchored heads.
         taken: key ids whose updates were admitted in this round already.
     """
-    try:
-        answer = answer_from_records(content)
-    except WireError as error:
-        return LeftOut("malformed", str(error))
-    if isinstance(answer, Refusal):
-        return LeftOut(answer.reason.value, "the site refused", refused=True)
-    try:
-        receipt = Receipt.from_bytes(answer.receipt)
-    except ReceiptError as error:
-        return _fault(error)
+    answer = _read(content)
+    if isinstance(answer, LeftOut):
+        return answer
+    update, receipt = answer
     site = registry.site(receipt.genesis.key_id)
     if site is None:
-        return LeftOut("not-enrolled", "the receipt's key is not enrolled")
+        return LeftOut("not_enrolled", "the receipt's key is not enrolled")
     if site.barred:
         return LeftOut("barred", "the site signed two histories of its ledger", site=site.name)
     if site.key_id in taken:
         return LeftOut(
-            "second-update", "the site's update of this round was admitted already", site=site.name
+            "second_update", "the site's update of this round was admitted already", site=site.name
         )
+    held = registry.chain(site.key_id)
+    checked = _check(update, receipt, expected, held)
+    if isinstance(checked, ForkError) and checked.proof is not None:
+        registry.bar(site.key_id, checked.proof)
+    if isinstance(checked, Exception):
+        return _fault(checked, site.name)
+    if isinstance(checked, LeftOut):
+        return replace(checked, site=site.name)
+    return Admitted(site=site.name, key_id=site.key_id, state=update.state, chain=checked, receipt=receipt)
+
+
+def _read(content: RecordDict) -> tuple[Update, Receipt] | LeftOut:
+    """The update and its receipt, by their form alone; what a stranger sent may fail in any way whatever."""
     try:
-        held = registry.chain(site.key_id)
-        chain = check_receipt(receipt, state_to_bytes(answer.state), expected.request, held)
-    except ForkError as error:
-        if error.proof is not None:
-            registry.bar(site.key_id, error.proof)
-        return _fault(error, site.name)
-    except (ReceiptError, RegistryError) as error:
-        return _fault(error, site.name)
-    fault = _mechanism_fault(receipt, expected) or _value_fault(answer, expected)
-    if fault is not None:
-        return LeftOut(*fault, site=site.name)
-    return Admitted(site=site.name, key_id=site.key_id, state=answer.state, chain=chain, receipt=receipt)
+        answer = answer_from_records(content)
+        if isinstance(answer, Refusal):
+            return LeftOut(answer.reason.value, "the site refused", refused=True)
+        return answer, Receipt.from_bytes(answer.receipt)
+    except WireError as error:
+        return LeftOut("malformed", str(error))
+    except Exception as error:
+        return _fault(error)
 
 
-def _mechanism_fault(receipt: Receipt, expected: Expectation) -> tuple[str, str] | None:
+def _check(
+    update: Update, receipt: Receipt, expected: Expectation, held: Chain
+) -> Chain | LeftOut | Exception:
+    """The chain extended by the receipt, or why there is none. Looks at what was sent, touches nothing."""
+    try:
+        chain = check_receipt(receipt, state_to_bytes(update.state), expected.request, held)
+        return _mechanism_fault(receipt, expected) or _value_fault(update, expected) or chain
+    except Exception as error:
+        return error
+
+
+def _mechanism_fault(receipt: Receipt, expected: Expectation) -> LeftOut | None:
     reserve = receipt.reserve
-    stated = (reserve.event, reserve.clip_norm, reserve.normaliser, reserve.learning_rate)
-    asked = (expected.event, expected.clip_norm, expected.normaliser, expected.learning_rate)
-    if stated != asked:
-        return "wrong-mechanism", "the receipt states another mechanism than the plan's"
+    stated = {
+        "mechanism": (reserve.event, expected.event),
+        "clip norm": (reserve.clip_norm, expected.clip_norm),
+        "normaliser": (reserve.normaliser, expected.normaliser),
+        "learning rate": (reserve.learning_rate, expected.learning_rate),
+    }
+    odd = [name for name, (said, asked) in stated.items() if said != asked]
+    if odd:
+        return LeftOut("wrong_mechanism", f"the receipt states another {', '.join(odd)} than the plan")
     return None
 
 
-def _value_fault(update: Update, expected: Expectation) -> tuple[str, str] | None:
+def _value_fault(update: Update, expected: Expectation) -> LeftOut | None:
     shapes = {name: tuple(tensor.shape) for name, tensor in update.state.items()}
+    if set(shapes) != set(expected.shapes):
+        return LeftOut("wrong_tensors", "the update has other tensors than the model")
     if shapes != dict(expected.shapes):
-        return "wrong-shape", "the update's tensors are not the model's"
+        return LeftOut("wrong_shape", "a tensor of the update has another shape than the model's")
     squares = torch.zeros((), dtype=torch.float64)
     for tensor in update.state.values():
         if not bool(tensor.isfinite().all()):
-            return "not-finite", "the update holds values that are not finite"
+            return LeftOut("not_finite", "the update holds values that are not finite")
         squares += tensor.double().square().sum()
     if float(squares) == 0.0:
-        return "all-zero", "the update is zero everywhere, which noise never is"
+        return LeftOut("all_zero", "the update is zero everywhere, which noise never is")
     if float(squares) ** 0.5 > expected.norm_bound:
-        return "over-norm", f"the update's norm is above the bound of {expected.norm_bound:g}"
+        return LeftOut("over_norm", f"the update's norm is above the bound of {expected.norm_bound:g}")
     return None
 
 
-def _fault(error: ReceiptError | RegistryError, site: str | None = None) -> LeftOut:
-    if isinstance(error, RegistryError):
-        return LeftOut("not-enrolled", "the receipt's key is not enrolled", site=site)
-    reason = getattr(error, "reason", None) or re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()
-    return LeftOut(str(reason), str(error), site=site)
+def _fault(error: Exception, site: str | None = None) -> LeftOut:
+    """A fault in the server's own words: messages of errors may quote what the site wrote."""
+    if isinstance(error, WrongRequestError):  # names fields of the request, and nothing of the reply's
+        return LeftOut(error.reason, str(error), site=site)
+    if isinstance(error, ReceiptError):
+        said = (type(error).__doc__ or "").split("\n\n")[0]
+        return LeftOut(error.reason, " ".join(said.split()), site=site)
+    return LeftOut("malformed", f"the reply cannot be read ({type(error).__name__})", site=site)

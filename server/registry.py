@@ -7,6 +7,7 @@ it a site could rewrite its own history.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.privacy.anchors import Countersignature
-from common.privacy.canonical import decode, encode
+from common.privacy.canonical import encode
 from common.privacy.chain import Chain, verified_chain
 from common.privacy.entries import Entry
 from common.privacy.equivocation import EquivocationProof
@@ -33,6 +34,9 @@ CREATE TABLE IF NOT EXISTS proofs (id INTEGER PRIMARY KEY, key_id TEXT NOT NULL,
 """
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
 class RegistryError(ValueError):
     """A site cannot be enrolled or found; the message says why and what to do."""
 
@@ -46,34 +50,106 @@ class EnrolledSite:
     barred: bool
 
 
-class Registry:
+class RegistryReader:
+    """Reads an existing registry, or an auditor's copy of one; needs no key, and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `RegistryError`: there is no registry in the folder."""
+        self._file = folder / "registry.sqlite"
+        self._chains: dict[str, Chain] = {}
+        if not self._file.is_file():
+            raise RegistryError(f"{folder} holds no registry: `fedtide server enroll` makes one")
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self._file, timeout=30, isolation_level=None)
+        try:
+            yield db
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.IntegrityError):
+                raise
+            raise RegistryError(
+                f"the registry {self._file} cannot be read or written ({error}): check its folder, or "
+                "restore it from a backup"
+            ) from error
+        finally:
+            db.close()
+
+    def sites(self) -> list[EnrolledSite]:
+        """All enrolled sites, by name."""
+        with self._open() as db:
+            rows = db.execute("SELECT name, key_id, barred FROM sites ORDER BY name").fetchall()
+        return [EnrolledSite(name, key_id, bool(barred)) for name, key_id, barred in rows]
+
+    def site(self, key_id: str) -> EnrolledSite | None:
+        """The site with this key, if it is enrolled."""
+        with self._open() as db:
+            row = db.execute("SELECT name, barred FROM sites WHERE key_id = ?", (key_id,)).fetchone()
+        return None if row is None else EnrolledSite(row[0], key_id, bool(row[1]))
+
+    def chain(self, key_id: str) -> Chain:
+        """The verified copy of a site's chain, with what other processes have stored meanwhile.
+
+        Raises:
+            RegistryError: the key is not enrolled.
+            ReceiptError: the stored chain does not verify.
+        """
+        with self._open() as db:
+            known = self._chains.get(key_id)
+            stored = _stored(db, key_id, 0 if known is None else len(known.entries))
+        if known is None:
+            if not stored:
+                raise RegistryError(f"no site is enrolled under key {key_id[:16]}")
+            heads = {anchor.seq: anchor.head for anchor in self.anchors(key_id)}
+            self._chains[key_id] = verified_chain(stored, anchored_heads=heads, key_id=key_id)
+        elif stored:
+            self._chains[key_id] = known.extended(stored)
+        return self._chains[key_id]
+
+    def anchors(self, key_id: str) -> list[Countersignature]:
+        """Every head of the site's chain that was countersigned, oldest first."""
+        with self._open() as db:
+            rows = db.execute(
+                "SELECT countersignature FROM anchors WHERE key_id = ? ORDER BY seq", (key_id,)
+            ).fetchall()
+        return [Countersignature.from_bytes(blob) for (blob,) in rows]
+
+    def proofs(self, key_id: str) -> list[EquivocationProof]:
+        """The proofs held against a site."""
+        with self._open() as db:
+            rows = db.execute("SELECT proof FROM proofs WHERE key_id = ? ORDER BY id", (key_id,)).fetchall()
+        return [EquivocationProof.from_bytes(blob) for (blob,) in rows]
+
+
+class Registry(RegistryReader):
     """See the module. Open it with `Registry(folder)`; the folder and the server's key are made if absent."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._file = folder / "registry.sqlite"
         self._key = _load_or_make_key(folder / "server.key")
-        self._chains: dict[str, Chain] = {}
+        file = folder / "registry.sqlite"
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+        super().__init__(folder)
+        with self._open() as db:
+            db.execute("PRAGMA journal_mode=WAL")
         with self._transaction() as db:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
-        self._file.chmod(0o600)
+        file.chmod(0o600)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self._file, timeout=30, isolation_level=None)
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
+        """One writer at a time, over all processes; on the disk at the end, or nothing at all."""
+        with self._open() as db:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("BEGIN IMMEDIATE")
-            yield db
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-        finally:
-            db.close()
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
 
     @property
     def server_key(self) -> str:
@@ -84,10 +160,14 @@ class Registry:
         """Takes a site's ledger in, by its genesis.
 
         Raises:
-            RegistryError: the name or the key is taken.
+            RegistryError: the name or the key is taken, or the name is none.
             ReceiptError: the genesis is not in order.
         """
         check_genesis(genesis)
+        if not _NAME.fullmatch(name):
+            raise RegistryError(
+                f"a site cannot be named {name!r}: use 1 to 64 letters, digits, points, dashes or underscores"
+            )
         try:
             with self._transaction() as db:
                 db.execute("INSERT INTO sites (key_id, name) VALUES (?, ?)", (genesis.key_id, name))
@@ -100,73 +180,51 @@ class Registry:
             ) from error
         return EnrolledSite(name, genesis.key_id, barred=False)
 
-    def sites(self) -> list[EnrolledSite]:
-        """All enrolled sites, by name."""
-        with self._transaction() as db:
-            rows = db.execute("SELECT name, key_id, barred FROM sites ORDER BY name").fetchall()
-        return [EnrolledSite(name, key_id, bool(barred)) for name, key_id, barred in rows]
-
-    def site(self, key_id: str) -> EnrolledSite | None:
-        """The site with this key, if it is enrolled."""
-        return next((site for site in self.sites() if site.key_id == key_id), None)
-
-    def chain(self, key_id: str) -> Chain:
-        """The verified copy of a site's chain; read and verified from the file once for each process.
+    def accept(self, chain: Chain) -> Countersignature:
+        """Stores an extended chain and countersigns its head, durably, before the head counts as seen.
 
         Raises:
-            RegistryError: the key is not enrolled.
-            ReceiptError: the stored chain does not verify.
+            ForkError: meanwhile another process stored another history of this site.
         """
-        if key_id not in self._chains:
-            with self._transaction() as db:
-                rows = db.execute(
-                    "SELECT entry FROM entries WHERE key_id = ? ORDER BY seq", (key_id,)
-                ).fetchall()
-            if not rows:
-                raise RegistryError(f"no site is enrolled under key {key_id[:16]}")
-            entries = [Entry.from_fields(decode(blob)) for (blob,) in rows]
-            heads = {anchor.seq: anchor.head for anchor in self.anchors(key_id)}
-            self._chains[key_id] = verified_chain(entries, anchored_heads=heads, key_id=key_id)
-        return self._chains[key_id]
-
-    def accept(self, chain: Chain) -> Countersignature:
-        """Stores an extended chain and countersigns its head, durably, before the head counts as seen."""
         known = self.chain(chain.key_id)
-        new = chain.entries[len(known.entries) :]
-        anchor = Countersignature.sign(
-            self._key, site_key_id=chain.key_id, seq=chain.head.seq, head=chain.head.hash
-        )
         with self._transaction() as db:
+            stored = _stored(db, chain.key_id, len(known.entries))
+            whole = known.extended(stored).extended(chain.entries[len(known.entries) :])
+            anchor = Countersignature.sign(
+                self._key, site_key_id=chain.key_id, seq=chain.head.seq, head=chain.head.hash
+            )
             db.executemany(
                 "INSERT INTO entries VALUES (?, ?, ?)",
-                [(chain.key_id, entry.seq, encode(entry.to_fields())) for entry in new],
+                [
+                    (chain.key_id, entry.seq, encode(entry.to_fields()))
+                    for entry in whole.entries[len(known.entries) + len(stored) :]
+                ],
             )
             db.execute(
                 "INSERT OR IGNORE INTO anchors VALUES (?, ?, ?)",
                 (chain.key_id, anchor.seq, anchor.to_bytes()),
             )
-        self._chains[chain.key_id] = chain
+        self._chains[chain.key_id] = whole
         return anchor
 
-    def anchors(self, key_id: str) -> list[Countersignature]:
-        """Every head of the site's chain that was countersigned, oldest first."""
-        with self._transaction() as db:
-            rows = db.execute(
-                "SELECT countersignature FROM anchors WHERE key_id = ? ORDER BY seq", (key_id,)
-            ).fetchall()
-        return [Countersignature.from_bytes(blob) for (blob,) in rows]
-
     def bar(self, key_id: str, proof: EquivocationProof) -> None:
-        """Keeps a proof that a site signed two histories, and takes no more updates from it."""
+        """Keeps a proof that a site signed two histories, and takes no more updates from it.
+
+        Raises:
+            ReceiptError: it proves nothing against this site.
+        """
+        genesis = self.chain(key_id).genesis
+        proof.verify(genesis.public_key)
         with self._transaction() as db:
             db.execute("INSERT INTO proofs (key_id, proof) VALUES (?, ?)", (key_id, proof.to_bytes()))
             db.execute("UPDATE sites SET barred = 1 WHERE key_id = ?", (key_id,))
 
-    def proofs(self, key_id: str) -> list[EquivocationProof]:
-        """The proofs held against a site."""
-        with self._transaction() as db:
-            rows = db.execute("SELECT proof FROM proofs WHERE key_id = ? ORDER BY id", (key_id,)).fetchall()
-        return [EquivocationProof.from_bytes(blob) for (blob,) in rows]
+
+def _stored(db: sqlite3.Connection, key_id: str, first: int) -> list[Entry]:
+    rows = db.execute(
+        "SELECT entry FROM entries WHERE key_id = ? AND seq >= ? ORDER BY seq", (key_id, first)
+    ).fetchall()
+    return [Entry.from_bytes(blob) for (blob,) in rows]
 
 
 def _load_or_make_key(path: Path) -> Ed25519PrivateKey:
