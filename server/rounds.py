@@ -22,7 +22,7 @@ from common.privacy.mechanisms import event_to_fields
 from common.privacy.receipts import Request as Asked
 from common.wire import TRAIN, Request, State, payload_bytes, request_to_records
 from server.admission import Admitted, Expectation, LeftOut, admit
-from server.aggregation import aggregation, fewest_updates
+from server.aggregation import aggregation, check_aggregation, fewest_updates
 from server.registry import Registry
 from server.runs import RunError, RunFolder, append_line
 
@@ -84,9 +84,11 @@ def run_rounds(
 
     Raises:
         RunError: too few sites, no round was aggregated, or the disk is full.
+        PlanError: the sites are too few for the plan's aggregation.
     """
     deadline = plan.server.round_deadline
-    nodes = wait_for_nodes(grid, nodes_expected or plan.server.minimum_sites, deadline)
+    nodes = wait_for_nodes(grid, nodes_expected or fewest_updates(plan.server), deadline)
+    check_aggregation(plan.server, len(nodes))
     state: State = {name: tensor.clone() for name, tensor in start.items()}
     velocity = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
     anchors: dict[int, bytes] = {}
@@ -160,9 +162,12 @@ def _exchange(
         replies = list(grid.pull_messages(list(asked)))
         for reply in replies:
             # An error made by the server's own link has no sender, so the node is told by what it replies to.
-            node, request = asked.pop(reply.metadata.reply_to_message_id)
+            found = asked.pop(reply.metadata.reply_to_message_id, None)
+            if found is None:  # answers nothing that was asked in this round
+                continue
+            node, request = found
             if reply.has_error():
-                record.left_out.append({"node": str(node), "reason": "node-error", "code": reply.error.code})
+                record.left_out.append({"node": str(node), "reason": "node_error", "code": reply.error.code})
                 continue
             record.bytes_up += payload_bytes(reply.content)
             verdict = admit(
@@ -174,6 +179,7 @@ def _exchange(
             if isinstance(verdict, LeftOut):
                 record.left_out.append({"node": str(node), **asdict(verdict)})
                 continue
+            run.save_update(request.round, verdict.key_id, verdict.state)
             anchors[node] = registry.accept(verdict.chain).to_bytes()
             admitted.append(verdict)
             record.admitted.append(verdict.site)

@@ -1,4 +1,4 @@
-"""A run's folder: plan, catalog, rounds, checkpoints, receipts, the final model; whole, or plainly not.
+"""A run's folder: plan, catalog, rounds, checkpoints, updates, receipts, the model; whole, or plainly not.
 
 A folder is named `<time>-<name>.incomplete` until the run has ended well, and loses that ending in one rename.
 Files appear whole (written aside, synced, renamed) or not at all.
@@ -140,6 +140,16 @@ class RunFolder:
 
     def _round_file(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:05d}.safetensors"
+
+    def save_update(self, number: int, key_id: str, state: State) -> None:
+        """An admitted update of a round, so that an auditor can hold it against its receipt."""
+        file = self.update_file(number, key_id)
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, state_to_bytes(state))
+
+    def update_file(self, number: int, key_id: str) -> Path:
+        """Where the update of a round and site lies, by the id of the site's key."""
+        return self.path / "updates" / f"{number:05d}-{key_id[:16]}.safetensors"
 
     def save_model(self, state: State) -> None:
         """The run's final parameters."""
