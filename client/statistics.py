@@ -28,7 +28,8 @@ Contribution = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 def unit(places: npt.NDArray[np.int64], weights: npt.NDArray[np.float64]) -> Contribution:
     """Adds up weights at equal places, and scales all of them together to norm 1 (nothing stays nothing)."""
     found, where = np.unique(places, return_inverse=True)
-    values = np.bincount(where, weights=weights, minlength=len(found)) if len(found) else np.zeros(0)
+    values: npt.NDArray[np.float64] = np.zeros(len(found))
+    np.add.at(values, where, weights)
     norm = float(np.linalg.norm(values))
     if not math.isfinite(norm) or norm == 0.0:
         return found[:0], values[:0]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from common.events.labels import LabelRule
-from common.models.names import CORES, FAMILIES
+from common.models.names import CORES, FAMILIES, TASKS
 from common.phases import (
     FROZEN,
     Exchange,
@@ -108,6 +108,8 @@ class ModelPlan(_Frozen):
             raise ValueError(f"family {self.family!r} is unknown: choose one of {', '.join(FAMILIES)}")
         if self.core not in CORES:
             raise ValueError(f"core {self.core!r} is unknown: choose one of {', '.join(CORES)}")
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is unknown: choose one of {', '.join(TASKS)}")
         if self.adapter != "lora":
             reason = _REFUSED_ADAPTERS.get(
                 self.adapter.casefold().replace("-", "").replace("_", ""), "nobody has tested its gradients"
@@ -280,6 +282,15 @@ class Plan(_Frozen):
             deviation = (statistics.transition_noise_multiplier or 1.0) * sites**0.5
             count = items_for_noise(sites * privacy.users_per_site, deviation, symmetric=statistics.symmetric)
             statistics = statistics.model_copy(update={"top_items": count})
+        if statistics.top_items is not None:
+            from common.sums import most_items
+
+            most = most_items(statistics.symmetric)
+            if statistics.top_items > most:
+                raise PlanError(
+                    f"statistics.top_items is {statistics.top_items}, but one release holds the pairs of {most} "
+                    "items at most: lower it"
+                )
         metrics = metrics.model_copy(update={"noise_multiplier": found[Phase.METRICS]})
         sums = [GaussianSum(noise) for phase in shares if shares[phase] and (noise := found[phase])]
         if privacy.noise_multiplier is None and self.training.rounds:

@@ -15,7 +15,6 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.privacy.mechanisms import SMALLEST_NOISE_MULTIPLIER, Event, GaussianSum
-from common.sums import most_items
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -85,11 +84,6 @@ class StatisticsPlan(BaseModel):
                 "transition_share needs a popularity_share above 0: the items whose transitions are asked for are "
                 "the most popular ones as released"
             )
-        most = most_items(self.symmetric)
-        if self.top_items is not None and self.top_items > most:
-            raise ValueError(
-                f"top_items is {self.top_items}, but one release holds the pairs of {most} at most"
-            )
         return self
 
     def most_items(self, catalog: int) -> int:
@@ -142,6 +136,8 @@ def items_for_noise(users: int, deviation: float, *, symmetric: bool) -> int:
     users / M^2, against noise of this standard deviation on the sum over sites: M = FACTOR sqrt(users /
     deviation). The factor was chosen on validation data of public data sets (docs/results.md).
     """
+    from common.sums import most_items  # not at the top: plans are read on machines that never load torch
+
     count = math.floor(ITEMS_FACTOR * math.sqrt(users / deviation))
     return max(2, min(count, most_items(symmetric)))
 

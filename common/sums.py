@@ -52,7 +52,8 @@ class PairLayout:
         if self.symmetric:
             low, high = np.minimum(first, second), np.maximum(first, second)
             # Row `low` of the upper triangle begins after size - 1, size - 2, ... places.
-            return low * (2 * self.size - low - 1) // 2 + (high - low - 1)
+            upper: npt.NDArray[np.int64] = low * (2 * self.size - low - 1) // 2 + (high - low - 1)
+            return upper
         return first * (self.size - 1) + second - (second > first)
 
     def matrix(self, vector: Tensor) -> Tensor:

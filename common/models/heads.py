@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from common.models.priors import Priors
+
 
 def zero_linear(input_width: int, output_width: int, *, bias: bool = True) -> nn.Linear:
     """A Linear layer that gives zero until it is trained, so that a residual starts as nothing."""
@@ -16,7 +18,12 @@ def zero_linear(input_width: int, output_width: int, *, bias: bool = True) -> nn
 
 
 def next_item_loss(
-    states: Tensor, items: Tensor, vectors: Tensor, priors: Tensor, negatives: Tensor | None
+    states: Tensor,
+    items: Tensor,
+    vectors: Tensor,
+    priors: Tensor,
+    negatives: Tensor | None,
+    released: Priors | None = None,
 ) -> Tensor:
     """Each user's mean cross-entropy of the next item, over the events that have a next one.
 
@@ -29,6 +36,7 @@ def next_item_loss(
         vectors: [items, width] frozen item vectors.
         priors: [users, items] added to each user's scores.
         negatives: [negatives] int64 rows of the catalog, or None for the whole catalog.
+        released: priors from released statistics, a public constant, added to each score; None for none.
 
     Returns:
         [users]; 0 for a user without two events.
@@ -41,6 +49,9 @@ def next_item_loss(
     scores = states @ vectors[candidates].T + priors[:, candidates].unsqueeze(
         1
     )  # [users, events - 1, candidates]
+    lift = None if released is None else released.lift_after_each(now)  # [users, events - 1, top + 1]
+    if released is not None and lift is not None:
+        scores = scores + released.of_candidates(lift, candidates)
     had = _first_had(now, len(vectors))[:, candidates].unsqueeze(1) <= torch.arange(
         now.shape[1], device=items.device
     ).view(1, -1, 1)  # [users, events - 1, candidates]: had by then
@@ -51,6 +62,8 @@ def next_item_loss(
     else:
         had = had | (target.unsqueeze(-1) == candidates)
         own = (states * vectors[target]).sum(-1, keepdim=True) + priors.gather(1, target).unsqueeze(-1)
+        if released is not None and lift is not None:
+            own = own + released.of_targets(lift, target).unsqueeze(-1)
         scores = torch.cat([own, scores.masked_fill(had, float("-inf"))], dim=-1)
         labels = torch.zeros_like(target)
     losses = cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view_as(target)

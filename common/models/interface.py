@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -9,10 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from common.models.batches import HistoryBatch
+from common.models.priors import Priors
 
 
 class InterestModel(nn.Module, ABC):
-    """`score = head(core(encoder(events)), encoder(candidate)) + priors`, for one row a user."""
+    """`score = head(core(encoder(events)), encoder(candidate)) + priors`, for one row a user.
+
+    `released` holds what released statistics add to each score: a public constant, the same in training (of
+    whatever rank-giving loss) and in scoring. None: nothing. A family adds it in both.
+    """
+
+    released: Priors | None = None
+
+    def set_released(self, priors: Priors | None) -> None:
+        """Sets the priors from released statistics, on the model's own device."""
+        if priors is not None:
+            tensor = next(itertools.chain(self.buffers(), self.parameters()), None)
+            priors = priors if tensor is None else priors.to(tensor.device)
+        self.released = priors
 
     def prepare(self, batch: HistoryBatch) -> HistoryBatch:
         """Adds what frozen parts compute once for each history; row by row, no gradient."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.sums import POPULARITY, SITES, TRANSITIONS, PairLayout, top_items
 
 if TYPE_CHECKING:
-    from common.config import StatisticsPlan
+    from common.phases import StatisticsPlan
 
 POPULARITY_FLOOR = 0.5
 """An item's popularity counts as at least this many standard deviations of its noise."""
@@ -50,34 +50,42 @@ class Priors:
         return Priors(self.log_popularity.to(device), self.lift.to(device), self.top.to(device), self.decay)
 
     def _places(self, items: Tensor) -> Tensor:
-        """[users, events] place among `top`, or its length where an event has none."""
+        """Place among `top` of each row of the catalog, the length of `top` for -1 and for other items."""
         index = torch.full((len(self.log_popularity) + 1,), len(self.top), device=items.device)
         index[self.top] = torch.arange(len(self.top), device=items.device)
         return index[torch.where(items >= 0, items, len(self.log_popularity))]
 
-    def after_each(self, items: Tensor) -> Tensor:
-        """What is added to each item's score after each event.
+    def lift_after_each(self, items: Tensor) -> Tensor:
+        """What a history so far says of the items of `top`, after each event.
 
         Args:
             items: [users, events] int64 rows of the catalog, -1 where there is no event.
 
         Returns:
-            [users, events, items]; without a lift [users, 1, items], as it is the same after every event.
+            [users, events, top + 1]; the last column, of all other items, is zero.
         """
-        users, events = items.shape
-        if not len(self.top):
-            return self.log_popularity.expand(users, 1, -1)
+        events = items.shape[1]
         age = torch.arange(events, device=items.device)
         age = age.unsqueeze(1) - age.unsqueeze(0)  # [events (now), events (then)]
         kernel = torch.where(age >= 0, self.decay ** age.clamp(min=0).to(self.lift.dtype), 0.0)
-        rows = torch.cat([self.lift, self.lift.new_zeros(1, len(self.top))])[self._places(items)]
-        said = torch.einsum("ts,usm->utm", kernel, rows)  # [users, events, top]
-        added = self.log_popularity.repeat(users, events, 1)
-        added[:, :, self.top] += said
-        return added
+        padded = torch.nn.functional.pad(self.lift, (0, 1, 0, 1))  # [top + 1, top + 1]
+        return torch.einsum("ts,usm->utm", kernel, padded[self._places(items)])
+
+    def of_candidates(self, lift: Tensor, candidates: Tensor) -> Tensor:
+        """[users, events, candidates] added to the scores of `candidates` [candidates], the same for all.
+
+        Args:
+            lift: from `lift_after_each`, [users, events, top + 1].
+        """
+        return self.log_popularity[candidates] + lift[:, :, self._places(candidates)]
+
+    def of_targets(self, lift: Tensor, targets: Tensor) -> Tensor:
+        """[users, events] added to the score of one item after each event, `targets` [users, events]."""
+        places = self._places(targets).unsqueeze(-1)
+        return self.log_popularity[targets] + lift.gather(2, places).squeeze(-1)
 
     def after_last(self, items: Tensor) -> Tensor:
-        """[users, items]: what is added to each item's score after the whole history (see `after_each`)."""
+        """[users, items]: what is added to every item's score after the whole history, items [users, events]."""
         users, events = items.shape
         if not len(self.top):
             return self.log_popularity.expand(users, -1)

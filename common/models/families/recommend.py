@@ -83,7 +83,12 @@ class Recommend(InterestModel):
 
     def per_user_loss(self, batch: HistoryBatch) -> Tensor:
         return next_item_loss(
-            self.states(batch), batch.items, self.vectors, self.priors_of(len(batch)), self.negatives
+            self.states(batch),
+            batch.items,
+            self.vectors,
+            self.priors_of(len(batch)),
+            self.negatives,
+            self.released,
         )
 
     @torch.no_grad()
@@ -92,4 +97,5 @@ class Recommend(InterestModel):
         lengths = batch.lengths
         users = torch.arange(len(batch), device=states.device)
         last = states[users, (lengths - 1).clamp(min=0)]  # [users, width]
-        return (last * (lengths > 0).unsqueeze(-1)) @ self.vectors.T + self.priors_of(len(batch))
+        scores = (last * (lengths > 0).unsqueeze(-1)) @ self.vectors.T + self.priors_of(len(batch))
+        return scores if self.released is None else scores + self.released.after_last(batch.items)
