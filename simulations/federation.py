@@ -24,6 +24,7 @@ from common.assets import home, language_model
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport
 from common.models.build import BuiltModel, build_model, item_texts
+from server.aggregation import check_aggregation
 from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
 from server.registry import Registry
 from server.runs import RunError, RunFolder, append_line
@@ -121,6 +122,7 @@ def simulate(
     division = divide(
         dataset, options.sites_by, options.n_sites, options.seed, options.alpha, plan.privacy.users_per_site
     )
+    check_aggregation(plan.server, int(division.max()) + 1)
     watcher.on_phase("reading the catalog's texts")
     built = build_model(
         plan.model,

@@ -101,11 +101,13 @@ def make_sites(
     found = sorted(path for path in root.glob("[0-9]*") if path.is_dir())
     if found and len(found) != count:
         raise SiteError(f"{root} holds {len(found)} sites, but {count} are asked for: choose another folder")
+    if not found and budget is None:
+        budget = smallest_budget(plan, plan.privacy.delta)
     made = []
     for number in range(count):
         folder = root / f"{number:05d}"
         name = f"site-{number}"
-        if not found:
+        if budget is not None and not found:
             histories, _ = clean(
                 log_of_site(dataset, sites, number), dataset.catalog, policy, simulated_secret(seed)
             )
@@ -123,7 +125,7 @@ def make_sites(
             training.save(site.histories_folder)
             Ledger.create(
                 site.ledger_folder,
-                epsilon=budget or smallest_budget(plan, plan.privacy.delta),
+                epsilon=budget,
                 delta=plan.privacy.delta,
                 typical_plan=[plan.round_event()],
             ).disconnect()
