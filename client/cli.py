@@ -1,0 +1,371 @@
+"""`fedtide site`: make a site, see what its budget has come to, verify its ledger, withdraw.
+
+What is printed here is for the site's own administrator: counts of users and events must not leave the site.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from client.ledger_reading import LedgerStatus
+    from common.privacy.mechanisms import Event
+
+app = typer.Typer(
+    help="A data site: its folder, its privacy ledger, its budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_BAR = 40
+_BARS = 24
+
+
+def _mapping(text: str | None, option: str) -> dict[str, str]:
+    from common.cli import UserError
+
+    found = {}
+    for each in text.split(",") if text else ():
+        field, equals, column = each.partition("=")
+        if not equals or not column:
+            raise UserError(f"{option} {each!r} must read field=column, such as user=CustomerID,item=Sku")
+        found[field.strip()] = column.strip()
+    return found
+
+
+def _typical_events(plan_file: Path | None, epsilon: float, delta: float, users: int) -> list[Event]:
+    from common.cli import UserError
+    from common.config import make_plan, read_plan
+
+    if plan_file is not None:
+        plan = read_plan(plan_file)
+        if plan.privacy.users_per_site > users:
+            raise UserError(
+                f"the typical plan counts on {plan.privacy.users_per_site} users, but --users-at-least is "
+                f"{users}: such a run would be refused"
+            )
+    else:
+        privacy = {"epsilon": min(epsilon, 100.0), "delta": delta, "users_per_site": users}
+        plan = make_plan({"privacy": privacy})
+    return list(plan.calibrated().events())
+
+
+@app.command()
+def init(
+    folder: Folder,
+    logs: Annotated[Path, typer.Option(help="The behaviour log: a file, or a folder of parts.")],
+    catalog: Annotated[Path, typer.Option(help="The public catalog: it must say nothing about any user.")],
+    epsilon: Annotated[float, typer.Option(help="All that may ever be spent on this data.")],
+    delta: Annotated[float, typer.Option(help="Far below 1/users.")],
+    users_at_least: Annotated[int, typer.Option(help="Public lower bound of users: sums are divided by it.")],
+    typical_plan: Annotated[
+        Path | None, typer.Option(help="A run's plan that the budget is to serve best; else the default's.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="For this site's own logs; else the folder's name.")] = "",
+    format: Annotated[
+        str, typer.Option(help="Of the log: auto, csv, tsv, parquet, jsonl, movielens or recbole.")
+    ] = "auto",
+    columns: Annotated[str | None, typer.Option(help="Of the log: user=...,item=...,time=...")] = None,
+    catalog_columns: Annotated[str | None, typer.Option(help="Of the catalog: item=...,text=...")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="A model family that may be trained here; may be repeated.")
+    ] = None,
+    minimum_events: Annotated[int, typer.Option(help="Users with fewer are left out.")] = 3,
+    max_events_per_user: Annotated[int, typer.Option(help="Users with more are taken for robots.")] = 10_000,
+    as_json: AsJson = False,
+) -> None:
+    """Make a site: clean and de-identify its log, open its ledger, and write the file that enrols it.
+
+    The folder gets mode 0700. The budget given here is the only one that this data will ever have.
+    """
+    from rich.console import Console
+
+    from client.making import ENROLMENT, Sources, make_site
+    from common.cli import UserError
+    from common.events.cleaning import CleaningPolicy
+    from common.privacy.enrolment import fingerprint
+
+    try:
+        made = make_site(
+            folder,
+            Sources(
+                logs,
+                catalog,
+                format,
+                _mapping(columns, "--columns"),
+                _mapping(catalog_columns, "--catalog-columns"),
+            ),
+            epsilon=epsilon,
+            delta=delta,
+            users_at_least=users_at_least,
+            typical_plan=(events := _typical_events(typical_plan, epsilon, delta, users_at_least)),
+            name=name,
+            families=tuple(family or ("recommend",)),
+            policy=CleaningPolicy(minimum_events=minimum_events, max_events_per_user=max_events_per_user),
+        )
+    except ValueError as error:
+        if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
+            raise UserError(str(error)) from error
+        raise
+    site = made.site
+    runs, whole = _runs_admitted(site.ledger_folder, events)
+    if as_json:
+        facts = {
+            "folder": str(site.folder),
+            "key_id": made.key_id,
+            "enrolment": str(site.folder / ENROLMENT),
+            "typical_runs_admitted": runs,
+        }
+        print(json.dumps(facts, indent=2))
+        return
+    console = Console()
+    console.print(made.report.table())
+    say = _sayer(console)
+    say(f"Site {site.name} is made in {site.folder}")
+    say(f"Key fingerprint: {fingerprint(made.key_id)}")
+    say(f"Guarantee: (epsilon {epsilon:g}, delta {delta:g}) for each user, whatever is run on this data.")
+    if not whole:
+        say(
+            f"Note: the budget admits {runs:.0%} of one typical run, and the rest would be refused: the brake "
+            "costs more than the plan's own epsilon, as it holds whatever is run next."
+        )
+    else:
+        say(f"The budget admits about {runs:.1f} typical runs.")
+    say(f"Hand {site.folder / ENROLMENT} to the server: `fedtide server enroll` (nothing in it is secret).")
+    say(f"Keep {site.folder / 'secret'} and the ledger backed up together; a budget does not reset.")
+
+
+def _sayer(console: Any) -> Any:
+    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _runs_admitted(ledger_folder: Path, events: list[Event]) -> tuple[float, bool]:
+    """How often the typical plan's events fit in the budget, and whether they fit once, whole."""
+    from client.ledger import Ledger
+    from common.privacy.renyi import charge_of
+
+    with Ledger.open(ledger_folder) as ledger:
+        genesis = ledger.genesis
+    cost = sum(charge_of(event, genesis.order) for event in events)
+    return genesis.cap / cost, cost <= genesis.cap
+
+
+@app.command()
+def status(
+    folder: Folder,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the burn-down as a PNG, too.")] = None,
+) -> None:
+    """Say how much of the budget is spent, and draw how it burnt down."""
+    from client.ledger import Ledger
+    from client.site import Site
+
+    site = Site.load(folder)
+    with Ledger.open(site.ledger_folder) as ledger:
+        found = ledger.status()
+    if plot is not None:
+        _draw(found, site.name, plot)
+    if as_json:
+        print(json.dumps(_facts(site.name, found), indent=2))
+    else:
+        _show(site.name, found)
+        if plot is not None:
+            print(f"The burn-down is drawn in {plot}")
+
+
+def _runs(status: LedgerStatus) -> list[dict[str, Any]]:
+    """What each run took, in the order of their first charges."""
+    runs: dict[str, dict[str, Any]] = {}
+    for charge in status.charges:
+        it = runs.setdefault(
+            charge.reserve.run,
+            {"run": charge.reserve.run, "released": 0, "burnt": 0, "open": 0, "share": 0.0},
+        )
+        it[charge.outcome] += 1
+        it["share"] += charge.reserve.charge / status.cap
+        it["left_after"] = 1 - charge.reserve.spent / status.cap
+    return list(runs.values())
+
+
+def _facts(name: str, status: LedgerStatus) -> dict[str, Any]:
+    genesis = status.genesis
+    return {
+        "site": name,
+        "key_id": status.key_id,
+        "epsilon": genesis.epsilon,
+        "delta": genesis.delta,
+        "renyi_order": genesis.order,
+        "share_spent": status.share,
+        "spent_nano": status.spent,
+        "cap_nano": status.cap,
+        "charges": len(status.charges),
+        "burnt": status.burnt,
+        "open": status.open,
+        "withdrawn": status.closed,
+        "head": {"seq": status.seq, "hash": status.head},
+        "runs": _runs(status),
+    }
+
+
+def _show(name: str, status: LedgerStatus) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, genesis = Console(), status.genesis
+    say = _sayer(console)
+    say(
+        f"Site {name}: {status.share:.1%} of the Renyi budget at order {genesis.order} spent; total guarantee "
+        f"(epsilon {genesis.epsilon:g}, delta {genesis.delta:g}) for each user, whatever happens next."
+    )
+    if status.closed:
+        say("The site has withdrawn: nothing more may be reserved or released.")
+    say(
+        f"{len(status.charges)} charges, {status.burnt} of them burnt (charged, never released), "
+        f"{status.open} open; the ledger ends at entry {status.seq}."
+    )
+    if not status.charges:
+        return
+    table = Table(title="burn-down: what is left of the budget after each run")
+    table.add_column("run")
+    for column in ("released", "burnt", "spent", "left"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    runs = _runs(status)
+    if len(runs) > _BARS:
+        say(f"The last {_BARS} of {len(runs)} runs:")
+    for run in runs[-_BARS:]:
+        full = round(_BAR * run["left_after"])
+        table.add_row(
+            run["run"],
+            str(run["released"]),
+            str(run["burnt"] + run["open"]),
+            f"{run['share']:.1%}",
+            f"{run['left_after']:.1%}",
+            "█" * full + "░" * (_BAR - full),
+        )
+    console.print(table)
+
+
+def _draw(status: LedgerStatus, name: str, file: Path) -> None:
+    from common.cli import UserError
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "--plot needs matplotlib: install fedtide[simulation], or leave --plot out"
+        ) from error
+    left = [1.0] + [1 - charge.reserve.spent / status.cap for charge in status.charges]
+    burnt = [place + 1 for place, charge in enumerate(status.charges) if charge.outcome != "released"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.step(range(len(left)), left, where="post", label="budget left")
+    axes.plot(burnt, [left[place] for place in burnt], "x", color="tab:red", label="burnt or open")
+    axes.set(xlabel="charges", ylabel="share of the Renyi budget", ylim=(0, 1.02), title=f"{name}: burn-down")
+    axes.legend()
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the plot {file} cannot be written ({error}): choose another path") from error
+
+
+@app.command()
+def verify(folder: Folder, as_json: AsJson = False) -> None:
+    """Verify the whole ledger: every entry, signature, charge and anchor, and the data it began with.
+
+    Exit code 1, naming the fault, when something does not hold.
+    """
+    from client.ledger import Ledger
+    from client.ledger_errors import LedgerDamagedError
+    from client.making import data_unchanged
+    from client.site import Site
+    from common.privacy.faults import ReceiptError
+
+    site = Site.load(folder)
+    try:
+        with Ledger.open(site.ledger_folder) as ledger:
+            report = ledger.verify()
+            committed = ledger.genesis.dataset_commitment
+    except (ReceiptError, LedgerDamagedError) as error:
+        _refuse(site.name, error.reason, str(error), as_json)
+    unchanged = data_unchanged(site, committed)
+    if unchanged is False:
+        _refuse(site.name, "other_data", "the histories are not those that the ledger began with", as_json)
+    facts = {
+        "site": site.name,
+        "verified": True,
+        "entries": report.seq + 1,
+        "head": report.head,
+        "reserved": report.reserved,
+        "released": report.released,
+        "burnt": report.burnt,
+        "open": report.open,
+        "anchors": report.anchors,
+        "share_spent": report.spent / report.cap,
+        "withdrawn": report.closed,
+        "data_unchanged": unchanged,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(
+        f"Site {site.name}: {report.seq + 1} entries verify: {report.reserved} charges, {report.released} "
+        f"released, {report.burnt} burnt, {report.open} open, {report.anchors} anchors."
+    )
+    print(f"Head: entry {report.seq}, {report.head}")
+    if unchanged:
+        print("The histories are those that the ledger began with.")
+
+
+def _refuse(name: str, reason: str, explanation: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"site": name, "verified": False, "reason": reason, "explanation": explanation}))
+    else:
+        print(f"Site {name}: FAULT {reason}: {explanation}")
+    raise typer.Exit(1)
+
+
+@app.command()
+def withdraw(
+    folder: Folder,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Where the certificate goes; else closing.json in the folder.")
+    ] = None,
+) -> None:
+    """Withdraw for good: nothing more may ever be reserved or released from this data.
+
+    What was released stays released. The certificate, signed by the site, says what was spent in all.
+    """
+    from client.ledger import Ledger
+    from client.making import CERTIFICATE
+    from client.site import Site
+    from common.cli import UserError
+
+    site = Site.load(folder)
+    file = certificate or site.folder / CERTIFICATE
+    with Ledger.open(site.ledger_folder) as ledger:
+        if not yes and not typer.confirm(
+            f"Withdraw site {site.name} for good? Its ledger closes, and no command opens it again"
+        ):
+            raise UserError("nothing was done: the site has not withdrawn")
+        closing = ledger.withdraw()
+    close = closing.verify()
+    try:
+        file.write_bytes(closing.to_bytes() + b"\n")
+    except OSError as error:
+        raise UserError(
+            f"the site has withdrawn, but the certificate {file} cannot be written ({error.strerror}): "
+            "run the command again with --certificate"
+        ) from error
+    share = close.spent / closing.genesis.body.cap  # type: ignore[union-attr]  # verified as a genesis
+    print(f"Site {site.name} has withdrawn, with {share:.1%} of its budget spent. Certificate: {file}")

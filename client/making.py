@@ -1,0 +1,147 @@
+"""Makes a site: a private folder with a secret, cleaned histories, the catalog, the ledger and `site.json`.
+
+Whole or not at all. What a site does afterwards is in `site.py`; what an administrator types, in `cli.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from client.ledger import Ledger
+from client.private_files import FOLDER_MODE, sync_folder
+from client.site import Site, SiteError
+from common.events.catalog import read_catalog
+from common.events.cleaning import CleaningPolicy, CleaningReport, clean
+from common.events.deidentify import load_secret, new_secret
+from common.events.histories import Histories
+from common.events.readers import read_log
+from common.privacy.enrolment import enrolment_to_bytes
+from common.privacy.mechanisms import Event
+
+SECRET, CATALOG, ENROLMENT, CERTIFICATE = "secret", "catalog.jsonl", "enrolment.json", "closing.json"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a site's data come from.
+
+    Attributes:
+        logs, catalog: files, as for `read_log` and `read_catalog`.
+        format: of the log; the catalog's goes by its name.
+        columns, catalog_columns: field -> column name, where names are not known ones.
+    """
+
+    logs: Path
+    catalog: Path
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None
+    catalog_columns: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class MadeSite:
+    """A new site, and what its administrator is to see. The report is for the site's eyes only."""
+
+    site: Site
+    key_id: str
+    report: CleaningReport
+
+
+def make_site(
+    folder: Path,
+    sources: Sources,
+    *,
+    epsilon: float,
+    delta: float,
+    users_at_least: int,
+    typical_plan: Sequence[Event],
+    name: str = "",
+    families: tuple[str, ...] = ("recommend",),
+    policy: CleaningPolicy | None = None,
+) -> MadeSite:
+    """A new site in a folder that does not exist yet or is empty.
+
+    Args:
+        epsilon, delta: the guarantee for all that will ever be released from this data.
+        users_at_least: the public lower bound of users that the site agrees to.
+        typical_plan: events of one typical run; the ledger's order is chosen by them.
+        name: for the site's own logs; the folder's where empty.
+
+    Raises:
+        SiteError: the folder holds something, or there are too few users.
+        LogError, SecretError, LedgerError, ValueError: what was given is wrong.
+    """
+    folder = folder.expanduser().resolve()
+    if users_at_least < 1:
+        raise SiteError(f"users_at_least is {users_at_least}, but must be at least 1")
+    if delta * users_at_least >= 1:
+        raise SiteError(
+            f"delta is {delta:g}, but must be far below 1/users_at_least = {1 / users_at_least:g}: "
+            "a delta that large lets a mechanism publish a whole user"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SiteError(f"{folder} is not empty: give a new folder, as a site's budget does not reset")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(mode=FOLDER_MODE)
+    try:
+        secret = new_secret(partial / SECRET)
+        catalog = read_catalog(sources.catalog, columns=sources.catalog_columns)
+        log = read_log(sources.logs, sources.format, sources.columns)
+        histories, report = clean(log, catalog, policy or CleaningPolicy(), secret)
+        if len(histories) < users_at_least:
+            raise SiteError(
+                f"the cleaned log has {len(histories)} users, but --users-at-least is {users_at_least}: "
+                "promise fewer, as sums are divided by that public number"
+            )
+        catalog.save(partial / CATALOG)
+        histories.save(partial / "histories")
+        site = Site(
+            folder=partial,
+            name=name or folder.name,
+            catalog=folder / CATALOG,
+            users_at_least=users_at_least,
+            families=families,
+        )
+        site.save()
+        with Ledger.create(
+            site.ledger_folder,
+            epsilon=epsilon,
+            delta=delta,
+            typical_plan=typical_plan,
+            dataset_commitment=commitment(histories, secret),
+        ) as ledger:
+            (partial / ENROLMENT).write_bytes(enrolment_to_bytes(ledger.entries()[0]) + b"\n")
+            key_id = ledger.key_id
+        sync_folder(partial)
+        if folder.exists():
+            folder.rmdir()  # empty, as was seen above
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return MadeSite(replace(site, folder=folder), key_id, report)
+
+
+def commitment(histories: Histories, secret: bytes) -> str:
+    """HMAC-SHA-256, hex, of the histories under the site's secret: tells nothing to who lacks the secret."""
+    digest = hashlib.sha256(b"fedtide/histories/1\n")
+    for array in (histories.users, histories.offsets, histories.items, histories.times, histories.kinds):
+        digest.update(f"{array.dtype.str}{array.shape}\n".encode())
+        digest.update(array.tobytes())
+    digest.update(histories.values.tobytes())
+    digest.update("\n".join(histories.kind_names).encode())
+    return hmac.digest(secret, b"fedtide/commitment\0" + digest.digest(), hashlib.sha256).hex()
+
+
+def data_unchanged(site: Site, committed: str | None) -> bool | None:
+    """Whether the histories are those that the ledger began with; None where there is nothing to compare."""
+    if committed is None or not (site.folder / SECRET).is_file():
+        return None
+    return commitment(Histories.load(site.histories_folder), load_secret(site.folder / SECRET)) == committed
