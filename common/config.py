@@ -22,6 +22,7 @@ from common.phases import (
     MetricsPlan,
     Phase,
     PretrainingPlan,
+    Stated,
     StatisticsPlan,
     items_for_noise,
     noise_of_promise,
@@ -192,6 +193,9 @@ class TrainingPlan(_Frozen):
     average_last: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="the final model is the mean over this share of the last rounds"
     )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="the final model is instead the exponential average of all rounds, of this decay"
+    )
 
 
 class ServerPlan(_Frozen):
@@ -344,6 +348,23 @@ class Plan(_Frozen):
             Exchange(number, phase, event)
             for number, (phase, event) in enumerate([*before, *updates, *after], start=1)
         )
+
+    def exchange(self, number: int, phase: Phase) -> Exchange:
+        """The exchange of a round.
+
+        Raises:
+            PlanError: the plan has no such round, or it is of another phase, or it is not calibrated yet.
+        """
+        found = next((each for each in self.schedule() if each.round == number), None)
+        if found is None or found.phase is not phase:
+            raise PlanError(f"the plan has no round {number} of {phase}")
+        return found
+
+    def stated(self, phase: Phase) -> Stated:
+        """What a reservation of this phase states beside its event."""
+        if phase is Phase.UPDATE:
+            return Stated(self.privacy.clip_norm, self.privacy.normaliser, self.training.learning_rate)
+        return Stated(clip_norm=1.0, normaliser=1.0, learning_rate=None)  # each user adds norm 1 at most
 
     def events(self) -> list[Event]:
         """What the whole run costs each site."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -16,22 +19,36 @@ class HistoryBatch:
     Attributes:
         items: [users, events] int64, rows of the catalog, -1 where there is no event.
         times: [users, events] int64, seconds since the epoch, 0 where there is no event.
+        labels: [users, events] float32, 1 liked, 0 not, NaN where unknown; None where no task asks for them.
         token_states: [users, tokens, width] float32, states of the encoder's frozen lower layers, or None.
         token_events: [users, tokens] int64, the event that each token belongs to, -1 for padding, or None.
     """
 
     items: Tensor
     times: Tensor
+    labels: Tensor | None = None
     token_states: Tensor | None = None
     token_events: Tensor | None = None
 
     @classmethod
-    def of(cls, items: np.ndarray, times: np.ndarray, device: torch.device | str = "cpu") -> HistoryBatch:
-        """Both [users, events]; see the attributes."""
+    def of(
+        cls,
+        items: np.ndarray,
+        times: np.ndarray,
+        device: torch.device | str = "cpu",
+        *,
+        labels: np.ndarray | None = None,
+    ) -> HistoryBatch:
+        """Each [users, events]; see the attributes."""
         return cls(
             items=torch.as_tensor(np.ascontiguousarray(items), dtype=torch.int64).to(device),
             times=torch.as_tensor(np.ascontiguousarray(times), dtype=torch.int64).to(device),
+            labels=None if labels is None else torch.as_tensor(labels, dtype=torch.float32).to(device),
         )
+
+    def to(self, device: torch.device | str) -> HistoryBatch:
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device))
 
     def __len__(self) -> int:
         return int(self.items.shape[0])
@@ -48,13 +65,40 @@ class HistoryBatch:
 
     def rows(self, index: Tensor) -> HistoryBatch:
         """The users at `index` [rows] int64, every tensor alike."""
-        return replace(
-            self,
-            items=self.items[index],
-            times=self.times[index],
-            token_states=None if self.token_states is None else self.token_states[index],
-            token_events=None if self.token_events is None else self.token_events[index],
+        return self._each(lambda tensor: tensor[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> HistoryBatch:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in tensors.items()}
+        return HistoryBatch(**changed)
+
+    @property
+    def known_labels(self) -> Tensor:
+        """[users, events] float32: labels, NaN everywhere if there are none."""
+        if self.labels is None:
+            return torch.full(self.items.shape, float("nan"), device=self.items.device)
+        return self.labels
+
+    def widened(self) -> HistoryBatch:
+        """The same histories with room for one more event, as padding: none of its tensors is empty."""
+        return HistoryBatch(
+            items=pad(self.items, (0, 1), value=-1),
+            times=pad(self.times, (0, 1)),
+            labels=None if self.labels is None else pad(self.labels, (0, 1), value=float("nan")),
         )
+
+    def followed_by(self, items: Tensor) -> HistoryBatch:
+        """Each history with one more event at its end, of unknown label, at the time of the last one.
+
+        Args:
+            items: [users] int64 rows of the catalog.
+        """
+        wide = self.widened()
+        users, place = torch.arange(len(self), device=self.items.device), self.lengths
+        last = wide.times.gather(1, (place - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        wide.items[users, place] = items
+        wide.times[users, place] = last
+        return wide
 
 
 def concatenate(batches: list[HistoryBatch]) -> HistoryBatch:
@@ -64,9 +108,7 @@ def concatenate(batches: list[HistoryBatch]) -> HistoryBatch:
         present = [part for part in parts if part is not None]
         return torch.cat(present) if present else None
 
-    return HistoryBatch(
-        items=torch.cat([batch.items for batch in batches]),
-        times=torch.cat([batch.times for batch in batches]),
-        token_states=join([batch.token_states for batch in batches]),
-        token_events=join([batch.token_events for batch in batches]),
-    )
+    joined: dict[str, Any] = {
+        f.name: join([getattr(b, f.name) for b in batches]) for f in fields(HistoryBatch)
+    }
+    return HistoryBatch(**joined)

@@ -9,12 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.config import ModelPlan
+from common.config import ModelPlan, PlanError
 from common.models.history_encoder import HistoryEncoder
 from common.models.interface import InterestModel
 from common.models.item_vectors import TextProjection, item_vectors
 from common.models.language_model import LanguageModel, load_language_model
 from common.models.names import FAMILIES, named
+from common.models.sequence import Ingredients
+from common.models.tasks.interest import Interest
+from common.models.tasks.next_category import NextCategory
+from common.models.tasks.next_item import NextItem
+from common.models.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,65 @@ def item_texts(texts: Sequence[str], categories: Sequence[Sequence[str]]) -> lis
     ]
 
 
-def build_model(plan: ModelPlan, texts: list[str], folder: Path, *, cache: Path | None = None) -> BuiltModel:
+def make_task(plan: ModelPlan, vectors: Tensor, categories: Sequence[Sequence[str]] | None) -> Task:
+    """The plan's task over a catalog.
+
+    Raises:
+        PlanError: the task is next-category, but the catalog has fewer than two categories.
+    """
+    if plan.task == "interest":
+        return Interest(vectors, like_weight=plan.like_weight, balance=plan.balance_likes)
+    if plan.task == "next-category":
+        return NextCategory(vectors, category_membership(categories or [()] * len(vectors)))
+    negatives = None
+    if plan.negatives is not None and plan.negatives < len(vectors):
+        negatives = torch.randperm(len(vectors))[: plan.negatives].sort().values
+    return NextItem(vectors, negatives=negatives)
+
+
+def category_names(categories: Sequence[Sequence[str]]) -> list[str]:
+    """The catalog's categories in alphabetical order: the candidates of task `next-category`."""
+    return sorted({name for names in categories for name in names})
+
+
+def category_membership(categories: Sequence[Sequence[str]]) -> Tensor:
+    """[items, categories] bool.
+
+    Raises:
+        PlanError: there are fewer than two categories.
+    """
+    names = category_names(categories)
+    if len(names) < 2:
+        raise PlanError(
+            f"model.task next-category needs a catalog with at least two categories, but it has {len(names)}: "
+            "give the catalog a categories column, or choose another task"
+        )
+    place = {name: number for number, name in enumerate(names)}
+    member = torch.zeros(len(categories), len(names), dtype=torch.bool)
+    for row, of_item in enumerate(categories):
+        member[row, [place[name] for name in of_item]] = True
+    return member
+
+
+def build_model(
+    plan: ModelPlan,
+    texts: list[str],
+    folder: Path,
+    *,
+    cache: Path | None = None,
+    categories: Sequence[Sequence[str]] | None = None,
+) -> BuiltModel:
     """The model of a plan at its seeded start.
 
     Args:
         texts: [items] what the language model reads of each item.
         folder: of the language model.
         cache: where item vectors are kept, by content; None to compute them anew.
+        categories: [items] names of each item's categories; the task `next-category` needs them.
 
     Raises:
         LanguageModelError: the language model cannot be read, or not in this mode.
+        PlanError: the catalog lacks what the task needs.
     """
     lm = load_language_model(folder)
     public = item_vectors(lm, texts, plan.width, cache=cache)
@@ -62,15 +116,8 @@ def build_model(plan: ModelPlan, texts: list[str], folder: Path, *, cache: Path 
                 most_tokens=plan.most_tokens,
                 seed=plan.seed,
             )
-        negatives = None
-        if plan.negatives is not None and plan.negatives < len(texts):
-            negatives = torch.randperm(len(texts))[: plan.negatives].sort().values
-        model = named(FAMILIES, plan.family)(
-            public.vectors,
-            core=plan.core,
-            hidden_width=plan.hidden_width,
-            item_prior=plan.item_prior,
-            negatives=negatives,
-            encoder=encoder,
+        task = make_task(plan, public.vectors, categories)
+        model: InterestModel = named(FAMILIES, plan.family).of(
+            Ingredients(public.vectors, task, lm, encoder, plan)
         )
     return BuiltModel(model=model, vectors=public.vectors, projection=public.projection, language_model=lm)

@@ -39,7 +39,21 @@ class InterestModel(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, batch: HistoryBatch) -> Tensor:
-        """[users, items]: how likely each item of the catalog is next; a user without events gets the priors."""
+        """[users, candidates]: how likely each item of the catalog is next, or liked (or each category, next).
+
+        A user without events gets the priors.
+        """
+
+    @abstractmethod
+    def interest(self, batch: HistoryBatch, items: Tensor) -> Tensor:
+        """[users]: the probability that each user likes one item, for a model of the task `interest`.
+
+        Args:
+            items: [users] int64 rows of the catalog.
+
+        Raises:
+            ValueError: the model has another task.
+        """
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves and that an update carries, by name, in a fixed order."""

@@ -1,6 +1,6 @@
-"""Families and temporal cores by their name in the plan: one line each, and nothing imported until it is asked for.
+"""Families, tasks and temporal cores by their name in the plan: one line each.
 
-A plan is checked against these names on machines and in commands that never load torch.
+Nothing is imported until it is asked for: a plan is checked against these names in commands that never load torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ FAMILIES: dict[str, str] = {
     "recommend": "common.models.families.recommend:Recommend",
 }
 """Family -> its class, a `common.models.interface.InterestModel`. A new one is a file and a line."""
+
+TASKS: dict[str, str] = {
+    "next-item": "common.models.tasks.next_item:NextItem",
+    "interest": "common.models.tasks.interest:Interest",
+    "next-category": "common.models.tasks.next_category:NextCategory",
+}
+"""Task -> its class, a `common.models.tasks.task.Task`: what is predicted, and the loss that trains it."""
 
 CORES: dict[str, str] = {
     "lstm": "common.models.cores:LstmCore",
