@@ -25,9 +25,7 @@ def site_folder(context: Context) -> Path:
     return Path(os.environ[SITES_FOLDER]) / f"{int(str(context.node_config['partition-id'])):05d}"
 
 
-@app.train()  # type: ignore[untyped-decorator]
-def train(message: Message, context: Context) -> Message:
-    """One round of private fine-tuning."""
+def _answered(message: Message, context: Context) -> Message:
     from client.site import Site, answer
     from common.wire import Reason, Refusal, WireError, answer_to_records, request_from_records
 
@@ -36,3 +34,21 @@ def train(message: Message, context: Context) -> Message:
     except WireError:
         return Message(answer_to_records(Refusal(Reason.POLICY)), reply_to=message)
     return Message(answer_to_records(answer(Site.load(site_folder(context)), request)), reply_to=message)
+
+
+@app.query()  # type: ignore[untyped-decorator]
+def query(message: Message, context: Context) -> Message:
+    """Statistics, as a Gaussian sum."""
+    return _answered(message, context)
+
+
+@app.train()  # type: ignore[untyped-decorator]
+def train(message: Message, context: Context) -> Message:
+    """One round of private fine-tuning."""
+    return _answered(message, context)
+
+
+@app.evaluate()  # type: ignore[untyped-decorator]
+def evaluate(message: Message, context: Context) -> Message:
+    """Metrics, as a Gaussian sum, where the site's policy allows them."""
+    return _answered(message, context)

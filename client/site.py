@@ -1,7 +1,7 @@
 """A data site: its folder with logs, keys, ledger and policy, and how it answers one request.
 
 The order is the contract's: check the plan against the site's policy, reserve the cost, look at the data,
-train, commit update and receipt together, answer. Whatever goes wrong after the reservation, it stays charged,
+train or sum, commit release and receipt together, answer. Whatever goes wrong after the reservation, it stays charged,
 and the server learns one word.
 """
 
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from client.ledger import Ledger
 from client.ledger_errors import BudgetRefusedError, LedgerError
+from client.statistics import release_metrics, release_statistics
 from client.training import StepSettings, train_round
 from common.assets import home, language_model
 from common.config import Plan, PlanError, make_plan
@@ -26,9 +28,13 @@ from common.events.histories import Histories
 from common.models.batches import HistoryBatch
 from common.models.build import build_model, item_texts
 from common.models.interface import InterestModel
+from common.models.priors import make_priors
+from common.phases import Phase
 from common.privacy.anchors import Countersignature
 from common.privacy.faults import AfterCloseError, ReceiptError, SecondReservationError
+from common.privacy.mechanisms import Event
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
+from common.sums import POPULARITY
 from common.wire import Reason, Refusal, Request, Update, state_from_bytes, state_to_bytes
 
 _log = logging.getLogger("fedtide.site")
@@ -49,6 +55,7 @@ class Site:
         users_at_least: the public lower bound of users that the site has agreed to.
         families: names of the model families that may be trained here.
         offline: whether a language model may be fetched.
+        metrics: whether metrics may be released from here, when a plan asks for them and the budget allows.
     """
 
     folder: Path
@@ -57,6 +64,7 @@ class Site:
     users_at_least: int
     families: tuple[str, ...] = ("recommend",)
     offline: bool = True
+    metrics: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Site:
@@ -74,6 +82,7 @@ class Site:
                 users_at_least=int(fields["users_at_least"]),
                 families=tuple(fields["families"]),
                 offline=bool(fields["offline"]),
+                metrics=fields.get("metrics", False) is True,
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise SiteError(
@@ -88,6 +97,7 @@ class Site:
             "users_at_least": self.users_at_least,
             "families": list(self.families),
             "offline": self.offline,
+            "metrics": self.metrics,
         }
         (self.folder / "site.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -135,18 +145,22 @@ def device_of(plan: Plan) -> torch.device:
 
 
 def answer(site: Site, request: Request) -> Update | Refusal:
-    """One round at a site: reserve, train, commit, answer. Never raises for what a request or the data do."""
+    """One exchange at a site: reserve, compute, commit, answer. Never raises for what a request or the data do."""
     try:
-        plan = _accepted_plan(site, request)
+        plan, event = _accepted_plan(site, request)
     except PlanError as error:
         _log.warning("site %s refuses a plan: %s", site.name, error)
         return Refusal(Reason.PLAN)
+    if request.phase is Phase.METRICS and not site.metrics:
+        _log.warning("site %s refuses: its policy releases no metrics", site.name)
+        return Refusal(Reason.POLICY)
     with Ledger.open(site.ledger_folder) as ledger:
         ledger.recover()
         kept = ledger.outbox(request.run, request.round, nonce=request.nonce)
         if kept is not None:  # a retry sends the same bytes
             update, receipt = kept
             return Update(state=state_from_bytes(update), receipt=receipt.to_bytes())
+        stated = plan.stated(request.phase)
         try:
             if request.anchor is not None:
                 ledger.anchor(Countersignature.from_bytes(request.anchor))
@@ -154,13 +168,13 @@ def answer(site: Site, request: Request) -> Update | Refusal:
                 run=request.run,
                 round=request.round,
                 attempt=request.attempt,
-                event=plan.round_event(),
+                event=event,
                 plan_hash=plan.digest(),
                 model_hash=request.model_digest,
                 nonce=request.nonce,
-                clip_norm=plan.privacy.clip_norm,
-                normaliser=plan.privacy.normaliser,
-                learning_rate=plan.training.learning_rate,
+                clip_norm=stated.clip_norm,
+                normaliser=stated.normaliser,
+                learning_rate=stated.learning_rate,
             )
         except BudgetRefusedError as error:
             _log.warning("site %s refuses: %s", site.name, error)
@@ -172,17 +186,20 @@ def answer(site: Site, request: Request) -> Update | Refusal:
             return Refusal(Reason.POLICY)
         # From here on the round is charged, whatever happens: a failure is one word to the server.
         try:
-            state = _train(site, plan, request)
+            state = _release(site, plan, request)
         except Exception as error:
             ledger.burn(reservation)
             # The text of an error may depend on the data, so only its type is logged.
             _log.error("site %s failed in a round after its reservation: %s", site.name, type(error).__name__)
             return Refusal(Reason.FAILED)
-        receipt_bytes = ledger.release(reservation, state_to_bytes(state)).to_bytes()
+        receipt_bytes = ledger.release(
+            reservation, state_to_bytes(state), content=request.phase.content
+        ).to_bytes()
     return Update(state=state, receipt=receipt_bytes)
 
 
-def _accepted_plan(site: Site, request: Request) -> Plan:
+def _accepted_plan(site: Site, request: Request) -> tuple[Plan, Event]:
+    """The plan, and what its round costs; looks at no data."""
     try:
         values: Any = json.loads(request.plan)
     except json.JSONDecodeError as error:
@@ -190,23 +207,35 @@ def _accepted_plan(site: Site, request: Request) -> Plan:
     if not isinstance(values, dict):
         raise PlanError("the plan is no table")
     plan = make_plan(values)
-    plan.round_event()
+    event = plan.exchange(request.round, request.phase).event
     if plan.model.family not in site.families:
         raise PlanError(f"family {plan.model.family} is not on the site's list")
     if plan.privacy.users_per_site > site.users_at_least:
         raise PlanError(
             f"the plan counts on {plan.privacy.users_per_site} users, but the site agreed to {site.users_at_least}"
         )
-    return plan
+    if request.phase is Phase.TRANSITIONS and POPULARITY not in request.released:
+        raise PlanError("transitions are asked for before popularity was released")
+    return plan, event
 
 
-def _train(site: Site, plan: Plan, request: Request) -> dict[str, torch.Tensor]:
+def _release(site: Site, plan: Plan, request: Request) -> dict[str, torch.Tensor]:
+    """What leaves the site for a request whose cost is reserved: the first look at the data is here."""
     if plan.performance.threads is not None:
         torch.set_num_threads(plan.performance.threads)
     catalog = Catalog.load(site.catalog)
+    histories, held_out = Histories.load(site.histories_folder), None
+    if plan.metrics.share:  # each user's last event is for the metrics, and for nothing else
+        histories, last = histories.without_last(1)
+        held_out = last[:, 0].astype(np.int64)
+    noise = SecureGaussian()
+    if request.phase in (Phase.POPULARITY, Phase.TRANSITIONS):
+        return release_statistics(histories, len(catalog), plan.statistics, request, noise)
     model = site_model(plan, catalog, offline=site.offline)
     model.load_trainable({name: tensor.to(device_of(plan)) for name, tensor in request.state.items()})
-    histories = Histories.load(site.histories_folder)
+    model.set_released(make_priors(request.released, plan.statistics, len(catalog)))
+    if held_out is not None and request.phase is Phase.METRICS:
+        return release_metrics(model, histories, held_out, plan, noise)
     items, times = histories.padded(range(len(histories)), plan.model.max_events)
     settings = StepSettings.of(plan)
 
@@ -218,6 +247,6 @@ def _train(site: Site, plan: Plan, request: Request) -> dict[str, torch.Tensor]:
         HistoryBatch.of(items, times, device_of(plan)),
         settings,
         sampler=SecurePoissonSampler(),
-        noise=SecureGaussian(),
+        noise=noise,
         on_step=on_step,
     )

@@ -17,9 +17,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.config import Plan
 from common.events.histories import Histories
+from common.metrics import ndcg, ranks
+from common.models.batches import HistoryBatch
+from common.models.interface import InterestModel
+from common.phases import Phase, StatisticsPlan
 from common.privacy.noise import GaussianNoise, private_sum
-from common.sums import CONTRIBUTION_NORM, PairLayout
+from common.sums import CONTRIBUTION_NORM, METRICS, POPULARITY, TRANSITIONS, PairLayout, top_items
+from common.wire import Request
 
 Contribution = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 """One user's part of a sum: (places, values), no place twice, of L2 norm at most 1."""
@@ -109,3 +115,68 @@ def metric_sum(hits: npt.NDArray[np.float64], ndcg: npt.NDArray[np.float64]) -> 
 def noised(total: Tensor, noise_multiplier: float, noise: GaussianNoise) -> Tensor:
     """The Gaussian mechanism on a sum whose users contribute norm 1 each: float32, to be released."""
     return private_sum(total, clip_norm=CONTRIBUTION_NORM, noise_multiplier=noise_multiplier, noise=noise)
+
+
+def release_statistics(
+    histories: Histories, catalog: int, plan: StatisticsPlan, request: Request, noise: GaussianNoise
+) -> dict[str, Tensor]:
+    """The noisy sum that a request of phase popularity or transitions asks for, by its name.
+
+    Args:
+        catalog: number of items.
+        request: names the phase; transitions are counted among the top items of what it says was released.
+
+    Raises:
+        ValueError: the plan is not calibrated, the catalog too large or too small, or another phase.
+    """
+    if request.phase is Phase.POPULARITY and plan.popularity_noise_multiplier is not None:
+        total = popularity_sum(histories, catalog, plan.max_events)
+        return {POPULARITY: noised(total, plan.popularity_noise_multiplier, noise)}
+    if request.phase is Phase.TRANSITIONS and plan.transition_noise_multiplier is not None:
+        top = top_items(request.released[POPULARITY], plan.most_items(catalog))
+        total = transition_sum(
+            histories, top, catalog, plan.max_events, symmetric=plan.symmetric, gaps=plan.gaps
+        )
+        return {TRANSITIONS: noised(total, plan.transition_noise_multiplier, noise)}
+    raise ValueError(f"{request.phase} is no statistic of this plan")
+
+
+def release_metrics(
+    model: InterestModel,
+    histories: Histories,
+    held_out: npt.NDArray[np.int64],
+    plan: Plan,
+    noise: GaussianNoise,
+    *,
+    users_at_once: int = 128,
+) -> dict[str, Tensor]:
+    """The noisy sums of users, hits and NDCG (see `metric_sum`), each user ranking the own held-out item.
+
+    Args:
+        model: with parameters and priors set.
+        histories: without the held-out events.
+        held_out: [users] rows of the catalog, -1 for a user who holds none out, and contributes nothing.
+    """
+    if plan.metrics.noise_multiplier is None:
+        raise ValueError("the plan has no noise multiplier for metrics")
+    model.eval()
+    device = next(iter(model.buffers())).device
+    rows = np.flatnonzero(held_out >= 0)
+    hits, gains = [np.zeros(0)], [np.zeros(0)]
+    for start in range(0, len(rows), users_at_once):
+        chosen = rows[start : start + users_at_once]
+        items, times = histories.padded(chosen, plan.model.max_events)
+        with torch.no_grad():
+            scores = model.scores(HistoryBatch.of(items, times, device)).cpu().numpy().astype(np.float64)
+        # A failure would tell of the user whose scores overflow; the worst rank is a contribution like another.
+        scores = np.nan_to_num(scores, nan=-1e30, posinf=1e30, neginf=-1e30)
+        seen = np.zeros(scores.shape, dtype=bool)
+        for place, row in enumerate(chosen):
+            seen[place, histories.history(int(row))] = True
+        # An item that the user had before would be masked; a repeated one counts as any other.
+        seen[np.arange(len(chosen)), held_out[chosen]] = False
+        found = ranks(scores, held_out[chosen], seen)
+        hits.append((found <= plan.metrics.top).astype(np.float64))
+        gains.append(ndcg(found, plan.metrics.top))
+    total = metric_sum(np.concatenate(hits), np.concatenate(gains))
+    return {METRICS: noised(total, plan.metrics.noise_multiplier, noise)}

@@ -194,7 +194,8 @@ class TrainingPlan(_Frozen):
         default=0.5, description="the final model is the mean over this share of the last rounds"
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="the final model is instead the exponential average of all rounds, of this decay"
+        default=None,
+        description="the final model is instead the exponential average of all rounds, of this decay",
     )
 
 
@@ -252,6 +253,12 @@ class Plan(_Frozen):
     def steps(self) -> int:
         """DP-SGD steps of the whole run, at each site."""
         return self.training.rounds * self.training.steps_per_round
+
+    @property
+    def rounds(self) -> int:
+        """Exchanges of the whole run, of every phase."""
+        sums = (self.statistics.popularity_share, self.statistics.transition_share, self.metrics.share)
+        return self.training.rounds + sum(share > 0 for share in sums)
 
     def calibrated(self) -> Plan:
         """The plan with the noise of every phase, so that the PLD epsilon of all together keeps the promise.

@@ -45,6 +45,15 @@ class Exchange:
     event: Event
 
 
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """Public constants of a mechanism that a reservation states beside its event (`entries.Reserve`)."""
+
+    clip_norm: float
+    normaliser: float
+    learning_rate: float | None
+
+
 class StatisticsPlan(BaseModel):
     """Popularity and item transitions as Gaussian sums, and what is made of them (post-processing).
 

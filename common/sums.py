@@ -25,8 +25,8 @@ TRANSITIONS = "transitions"
 SITES = ".sites"
 """Ending of the [1] float32 that says how many sites' sums were added up: the noise grows with its root."""
 
-METRIC_NAMES = ("users", "hits", "ndcg")
-"""What a metrics release holds: each user adds (1, hit, NDCG) / sqrt(3), of norm at most 1."""
+METRICS = "metrics"
+"""[3] float32, users, hits and NDCG: each user adds (1, hit, NDCG) / sqrt(3), of norm at most 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -18,8 +18,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-TRAIN = "train"
-"""The message type of a round of private fine-tuning."""
+from common.phases import Phase
+
+MESSAGE_TYPES = {
+    Phase.POPULARITY: "query",
+    Phase.TRANSITIONS: "query",
+    Phase.UPDATE: "train",
+    Phase.METRICS: "evaluate",
+}
+"""Flower's type of the message that asks for each phase; the phase itself stands in the message."""
 
 State = Mapping[str, Tensor]
 
@@ -52,7 +59,9 @@ class Request:
         plan: the calibrated plan as JSON.
         anchor: the server's countersignature over the head of the site's chain that it holds, as canonical
             bytes, or None before the first.
-        state: the broadcast trainable parameters.
+        state: the broadcast trainable parameters; empty where statistics are asked for.
+        phase: what is asked for.
+        released: what statistics were released before, by the names of `common.sums`, summed over sites.
     """
 
     run: str
@@ -62,16 +71,18 @@ class Request:
     plan: str
     state: State
     anchor: bytes | None = None
+    phase: Phase = Phase.UPDATE
+    released: State = field(default_factory=dict)
 
     @property
     def model_digest(self) -> str:
-        """sha256 of the broadcast parameters."""
-        return state_digest(self.state)
+        """sha256 of all that is broadcast: the parameters, and beside them what was released before."""
+        return state_digest({**self.state, **{f"released/{n}": t for n, t in self.released.items()}})
 
 
 @dataclass(frozen=True)
 class Update:
-    """A release: the change of the trainable parameters, and the receipt that travels with it."""
+    """A release and the receipt that travels with it: the change of the trainable parameters, or a noisy sum."""
 
     state: State
     receipt: bytes
@@ -105,8 +116,8 @@ def _arrays(state: State) -> ArrayRecord:
     return ArrayRecord({name: Array(state[name].detach().cpu().numpy()) for name in sorted(state)})
 
 
-def _state(record: ArrayRecord) -> dict[str, Tensor]:
-    if not 1 <= len(record) <= _MOST_TENSORS:
+def _state(record: ArrayRecord, fewest: int = 1) -> dict[str, Tensor]:
+    if not fewest <= len(record) <= _MOST_TENSORS:
         raise WireError(f"a message carries {len(record)} tensors")
     state = {}
     for name in sorted(record):
@@ -125,6 +136,7 @@ def request_to_records(request: Request) -> RecordDict:
     return RecordDict(
         {
             "model": _arrays(request.state),
+            "released": _arrays(request.released),
             "round": ConfigRecord(
                 {
                     "run": request.run,
@@ -132,6 +144,7 @@ def request_to_records(request: Request) -> RecordDict:
                     "attempt": request.attempt,
                     "nonce": request.nonce,
                     "plan": request.plan,
+                    "phase": request.phase.value,
                     # Flower's byte counter fails on empty strings, so "none" stands for none.
                     "anchor": "none" if request.anchor is None else request.anchor.hex(),
                 }
@@ -146,17 +159,23 @@ def request_from_records(content: RecordDict) -> Request:
     Raises:
         WireError: it has another form.
     """
-    if set(content) != {"model", "round"}:
-        raise WireError("a request must carry a model and a round")
-    model, fields = content["model"], content["round"]
-    if not isinstance(model, ArrayRecord) or not isinstance(fields, ConfigRecord):
+    if set(content) != {"model", "released", "round"}:
+        raise WireError("a request must carry a model, what was released, and a round")
+    model, released, fields = content["model"], content["released"], content["round"]
+    if not (
+        isinstance(model, ArrayRecord)
+        and isinstance(released, ArrayRecord)
+        and isinstance(fields, ConfigRecord)
+    ):
         raise WireError("a request carries records of the wrong type")
-    if set(fields) != {"run", "round", "attempt", "nonce", "plan", "anchor"}:
+    if set(fields) != {"run", "round", "attempt", "nonce", "plan", "phase", "anchor"}:
         raise WireError("a request has missing or unknown fields")
-    texts = {name: fields[name] for name in ("run", "nonce", "plan", "anchor")}
+    texts = {name: fields[name] for name in ("run", "nonce", "plan", "phase", "anchor")}
     numbers = {name: fields[name] for name in ("round", "attempt")}
     if not all(isinstance(value, str) for value in texts.values()):
-        raise WireError("run, nonce, plan and anchor must be text")
+        raise WireError("run, nonce, plan, phase and anchor must be text")
+    if texts["phase"] not in set(Phase):
+        raise WireError("a request asks for an unknown phase")
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in numbers.values()):
         raise WireError("round and attempt must be whole numbers")
     try:
@@ -170,7 +189,9 @@ def request_from_records(content: RecordDict) -> Request:
         plan=str(texts["plan"]),
         round=int(str(numbers["round"])),
         attempt=int(str(numbers["attempt"])),
-        state=_state(model),
+        phase=Phase(str(texts["phase"])),
+        state=_state(model, fewest=0),
+        released=_state(released, fewest=0),
     )
 
 

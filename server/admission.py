@@ -58,6 +58,7 @@ class Expectation:
         norm_bound: the largest L2 norm that an update may have; it bounds nonsense, and protects nobody's privacy.
         event: the canonical fields of the event that must have been charged.
         clip_norm, normaliser, learning_rate: what the receipt must state of the mechanism.
+        content: what the receipt must say was released: "update", "statistics" or "metrics".
     """
 
     request: Request
@@ -67,6 +68,7 @@ class Expectation:
     clip_norm: float
     normaliser: float
     learning_rate: float | None
+    content: str = "update"
 
 
 def admit(
@@ -135,6 +137,7 @@ def _mechanism_fault(receipt: Receipt, expected: Expectation) -> LeftOut | None:
         "clip norm": (reserve.clip_norm, expected.clip_norm),
         "normaliser": (reserve.normaliser, expected.normaliser),
         "learning rate": (reserve.learning_rate, expected.learning_rate),
+        "content": (receipt.release.content, expected.content),
     }
     odd = [name for name, (said, asked) in stated.items() if said != asked]
     if odd:

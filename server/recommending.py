@@ -17,6 +17,7 @@ from common.assets import home, language_model
 from common.events.catalog import Catalog
 from common.models.batches import HistoryBatch
 from common.models.build import BuiltModel, build_model, item_texts
+from common.models.priors import make_priors
 from server.runs import RunFolder
 
 
@@ -68,6 +69,7 @@ class Recommender:
             cache=home() / "item-vectors",
         )
         built.model.load_trainable(run.model_state())
+        built.model.set_released(make_priors(run.released_state(), plan.statistics, len(catalog)))
         built.model.eval()
         return cls(catalog, built, plan.model.max_events)
 

@@ -1,7 +1,7 @@
-"""The rounds of a run: ask, admit, aggregate, checkpoint. Works on any Flower grid, real or in one process.
+"""The rounds of a run, phase by phase: ask, admit, aggregate, checkpoint. Works on any Flower grid.
 
-Flower's own strategies end a run on one malformed reply and wait for nodes without an end; this loop does
-neither. Server optimisation is post-processing of what sites released.
+Statistics (popularity, then transitions), public pre-training between, private fine-tuning, metrics; each part
+is there if the plan has it. All that the server does with releases is post-processing of what sites released.
 """
 
 from __future__ import annotations
@@ -9,58 +9,69 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
 
 import torch
-from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from common.config import Plan
-from common.privacy.mechanisms import event_to_fields
-from common.privacy.receipts import Request as Asked
-from common.wire import TRAIN, Request, State, payload_bytes, request_to_records
-from server.admission import Admitted, Expectation, LeftOut, admit
+from common.phases import Exchange, Phase
+from common.sums import METRICS, POPULARITY, SITES
+from common.wire import Request, State
+from server.admission import Admitted
 from server.aggregation import aggregation, check_aggregation, fewest_updates
+from server.exchange import RoundRecord, ask_sites, wait_for_nodes
+from server.metrics import estimate
 from server.registry import Registry
 from server.runs import RunError, RunFolder, append_line
 
-_POLL = 0.05
+Pretrain = Callable[[State], State]
+"""From released statistics to the parameters that private fine-tuning starts with."""
 
 
-@dataclass
-class RoundRecord:
-    """What is recorded of a round: nothing that a site did not release."""
+class _Progress:
+    """What a run has so far: parameters, what was released, and the parameters after each aggregated round."""
 
-    round: int
-    admitted: list[str] = field(default_factory=list)
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    missing: int = 0
-    aggregated: bool = False
-    bytes_down: int = 0
-    bytes_up: int = 0
-    update_norm: float = 0.0
-    seconds: float = 0.0
+    def __init__(self, start: State) -> None:
+        self.state: State = {name: tensor.clone() for name, tensor in start.items()}
+        self.velocity = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+        self.released: dict[str, Tensor] = {}
+        self.history: list[State] = []
+
+    def final(self, plan: Plan) -> State:
+        """The run's final parameters, as the plan says.
+
+        Raises:
+            RunError: nothing was released that could make a model.
+        """
+        if not self.history:
+            if plan.training.rounds or POPULARITY not in self.released:
+                raise RunError(
+                    "no round was aggregated, so nothing was learned: rounds.jsonl says for each site why; "
+                    "lower server.minimum_sites only if the reasons are sound"
+                )
+            return self.state
+        return average_of_rounds(self.history, plan)
 
 
-def wait_for_nodes(grid: Grid, at_least: int, deadline: float) -> list[int]:
-    """Ids of the connected nodes, in order, once there are enough.
-
-    Raises:
-        RunError: there were too few until the deadline (seconds).
-    """
-    end = time.monotonic() + deadline
-    while True:
-        nodes = sorted(grid.get_node_ids())
-        if len(nodes) >= at_least:
-            return nodes
-        if time.monotonic() > end:
-            raise RunError(
-                f"{len(nodes)} sites are connected after {deadline:g} s, but the plan needs {at_least}: "
-                "start more sites, or lower server.minimum_sites"
-            )
-        time.sleep(_POLL)
+def average_of_rounds(history: list[State], plan: Plan) -> State:
+    """The mean over the last rounds, or their exponential average where the plan has `ema`."""
+    decay = plan.training.ema
+    if decay is None:
+        last = history[-max(1, round(len(history) * plan.training.average_last)) :]
+        weights = [1.0 / len(last)] * len(last)
+    else:
+        last = history
+        weights = [decay ** (len(last) - 1 - place) for place in range(len(last))]
+        weights = [weight / sum(weights) for weight in weights]
+    names = last[0].keys()
+    return {
+        name: sum(
+            (w * each[name].double() for w, each in zip(weights, last, strict=True)), torch.zeros(())
+        ).float()
+        for name in names
+    }
 
 
 def run_rounds(
@@ -72,12 +83,14 @@ def run_rounds(
     *,
     nodes_expected: int | None = None,
     on_round: Callable[[RoundRecord], None] = lambda _: None,
-) -> dict[str, Tensor]:
+    pretrain: Pretrain | None = None,
+) -> State:
     """All rounds of a calibrated plan.
 
     Args:
         start: the seeded start of the model's trainable parameters.
         nodes_expected: how many sites to wait for at the beginning; the plan's minimum where None.
+        pretrain: called once, after the statistics and before private fine-tuning.
 
     Returns:
         The final parameters: the mean over the last rounds, as the plan says.
@@ -86,136 +99,87 @@ def run_rounds(
         RunError: too few sites, no round was aggregated, or the disk is full.
         PlanError: the sites are too few for the plan's aggregation.
     """
-    deadline = plan.server.round_deadline
-    nodes = wait_for_nodes(grid, nodes_expected or fewest_updates(plan.server), deadline)
+    schedule = plan.schedule()
+    nodes = wait_for_nodes(grid, nodes_expected or fewest_updates(plan.server), plan.server.round_deadline)
     check_aggregation(plan.server, len(nodes))
-    state: State = {name: tensor.clone() for name, tensor in start.items()}
-    velocity = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+    progress = _Progress(start)
     anchors: dict[int, bytes] = {}
-    history: list[State] = []
-    run.save_round(0, state)
-    for number in range(1, plan.training.rounds + 1):
+    catalog = len(run.catalog())
+    run.save_round(0, progress.state)
+    final: State | None = None
+    for place, exchange in enumerate(schedule):
         began = time.monotonic()
-        record = RoundRecord(round=number)
+        record = RoundRecord(round=exchange.round, phase=exchange.phase.value)
         nodes = sorted(grid.get_node_ids()) or nodes
-        requests = {
-            node: Request(
-                run=run.name,
-                round=number,
-                attempt=1,
-                nonce=secrets.token_hex(16),
-                plan=plan.model_dump_json(),
-                state=state,
-                anchor=anchors.get(node),
-            )
-            for node in nodes
-        }
-        admitted = _exchange(grid, requests, plan, registry, record, anchors, run)
-        if len(admitted) >= fewest_updates(plan.server):
-            admitted.sort(key=lambda each: each.site)
-            mean = aggregation(plan.server)([each.state for each in admitted])
-            for name, value in mean.items():
-                velocity[name] = plan.training.server_momentum * velocity[name] + value
-            state = {n: state[n] + plan.training.server_learning_rate * velocity[n] for n in state}
-            record.aggregated = True
-            record.update_norm = float(sum(value.double().square().sum() for value in mean.values()) ** 0.5)
-            history.append(state)
+        if exchange.phase is Phase.METRICS:
+            progress.state = final = progress.final(plan)
+        if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
+            requests = {node: _request(plan, run, exchange, progress, anchors.get(node)) for node in nodes}
+            admitted = ask_sites(grid, requests, plan, exchange, registry, record, anchors, run, catalog)
+            if len(admitted) >= fewest_updates(plan.server):
+                admitted.sort(key=lambda each: each.site)
+                _aggregate(plan, run, exchange, progress, admitted, record)
+        following = schedule[place + 1].phase if place + 1 < len(schedule) else None
+        if pretrain is not None and exchange.phase.content == "statistics" and _is_last(exchange, following):
+            progress.state = pretrain(progress.released)
         record.seconds = time.monotonic() - began
-        run.save_round(number, state)
+        run.save_round(exchange.round, progress.state)
         append_line(run.rounds_file, asdict(record))
         on_round(record)
-    if not history:
-        raise RunError(
-            "no round was aggregated, so nothing was learned: rounds.jsonl says for each site why; "
-            "lower server.minimum_sites only if the reasons are sound"
-        )
-    last = history[-max(1, round(len(history) * plan.training.average_last)) :]
-    final = {name: torch.stack([each[name].double() for each in last]).mean(dim=0).float() for name in state}
+    final = progress.final(plan) if final is None else final
     run.save_model(final)
     return final
 
 
-def _exchange(
-    grid: Grid,
-    requests: dict[int, Request],
-    plan: Plan,
-    registry: Registry,
-    record: RoundRecord,
-    anchors: dict[int, bytes],
-    run: RunFolder,
-) -> list[Admitted]:
-    """Sends a round's requests, admits what comes back until the deadline, and stores receipts and heads."""
-    deadline = plan.server.round_deadline
-    messages = []
-    for node, request in requests.items():
-        content = request_to_records(request)
-        record.bytes_down += payload_bytes(content)
-        # A request that outlives its round must not be trained on: it would spend budget for nothing.
-        messages.append(
-            Message(content, dst_node_id=node, message_type=TRAIN, ttl=deadline, group_id=str(request.round))
-        )
-    asked = dict(zip(grid.push_messages(messages), requests.items(), strict=True))
-    event = plan.round_event()
-    admitted: list[Admitted] = []
-    end = time.monotonic() + deadline
-    while asked and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(asked)))
-        for reply in replies:
-            # An error made by the server's own link has no sender, so the node is told by what it replies to.
-            found = asked.pop(reply.metadata.reply_to_message_id, None)
-            if found is None:  # answers nothing that was asked in this round
-                continue
-            node, request = found
-            if reply.has_error():
-                record.left_out.append({"node": str(node), "reason": "node_error", "code": reply.error.code})
-                continue
-            record.bytes_up += payload_bytes(reply.content)
-            verdict = admit(
-                reply.content,
-                _expectation(plan, request, event),
-                registry,
-                [each.key_id for each in admitted],
-            )
-            if isinstance(verdict, LeftOut):
-                record.left_out.append({"node": str(node), **asdict(verdict)})
-                continue
-            run.save_update(request.round, verdict.key_id, verdict.state)
-            anchors[node] = registry.accept(verdict.chain).to_bytes()
-            admitted.append(verdict)
-            record.admitted.append(verdict.site)
-            append_line(
-                run.receipts_file,
-                {
-                    "run": run.name,
-                    "round": request.round,
-                    "site": verdict.site,
-                    "key_id": verdict.key_id,
-                    "delta": verdict.chain.genesis.delta,
-                    "event": event_to_fields(verdict.receipt.reserve.event),
-                    "receipt": verdict.receipt.to_bytes().decode("ascii"),
-                    "anchor": anchors[node].decode("ascii"),
-                },
-            )
-        if asked and not replies:
-            time.sleep(_POLL)
-    record.missing = len(asked)
-    return admitted
+def _is_last(exchange: Exchange, following: Phase | None) -> bool:
+    return following is None or following.content != exchange.phase.content
 
 
-def _expectation(plan: Plan, request: Request, event: object) -> Expectation:
-    return Expectation(
-        request=Asked(
-            run=request.run,
-            round=request.round,
-            nonce=request.nonce,
-            plan_hash=plan.digest(),
-            model_hash=request.model_digest,
-            attempt=request.attempt,
-        ),
-        shapes={name: tuple(tensor.shape) for name, tensor in request.state.items()},
-        norm_bound=plan.server.update_norm_bound,
-        event=event,
-        clip_norm=plan.privacy.clip_norm,
-        normaliser=plan.privacy.normaliser,
-        learning_rate=plan.training.learning_rate,
+def _request(
+    plan: Plan, run: RunFolder, exchange: Exchange, progress: _Progress, anchor: bytes | None
+) -> Request:
+    statistics = exchange.phase.content == "statistics"
+    return Request(
+        run=run.name,
+        round=exchange.round,
+        attempt=1,
+        nonce=secrets.token_hex(16),
+        plan=plan.model_dump_json(),
+        state={} if statistics else progress.state,
+        anchor=anchor,
+        phase=exchange.phase,
+        released=progress.released,
     )
+
+
+def _aggregate(
+    plan: Plan,
+    run: RunFolder,
+    exchange: Exchange,
+    progress: _Progress,
+    admitted: list[Admitted],
+    record: RoundRecord,
+) -> None:
+    """Adds a round's admitted releases to what the run has."""
+    mean = aggregation(plan.server)([each.state for each in admitted])
+    record.aggregated = True
+    record.update_norm = float(sum(value.double().square().sum() for value in mean.values()) ** 0.5)
+    if exchange.phase is Phase.UPDATE:
+        for name, value in mean.items():
+            progress.velocity[name] = plan.training.server_momentum * progress.velocity[name] + value
+        progress.state = {
+            name: value + plan.training.server_learning_rate * progress.velocity[name]
+            for name, value in progress.state.items()
+        }
+        progress.history.append(progress.state)
+        return
+    sums = {name: value * len(admitted) for name, value in mean.items()}
+    if exchange.phase is Phase.METRICS:
+        found = estimate(sums[METRICS], plan.metrics.noise_multiplier or 0.0, len(admitted))
+        append_line(
+            run.metrics_file, {"released": True, "round": exchange.round, **found.as_json(plan.metrics.top)}
+        )
+        return
+    for name, value in sums.items():
+        progress.released |= {name: value, name + SITES: torch.tensor([float(len(admitted))])}
+    run.save_released(exchange.round, progress.released)

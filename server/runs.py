@@ -118,6 +118,11 @@ class RunFolder:
         return self.path / "rounds.jsonl"
 
     @property
+    def metrics_file(self) -> Path:
+        """JSON lines: quality by round, and what sites released of it."""
+        return self.path / "metrics.jsonl"
+
+    @property
     def receipts_file(self) -> Path:
         """JSON lines: one record a receipt that was admitted."""
         return self.path / "receipts.jsonl"
@@ -150,6 +155,25 @@ class RunFolder:
     def update_file(self, number: int, key_id: str) -> Path:
         """Where the update of a round and site lies, by the id of the site's key."""
         return self.path / "updates" / f"{number:05d}-{key_id[:16]}.safetensors"
+
+    def save_released(self, number: int, released: State) -> None:
+        """What statistics were released up to a round, summed over sites; also as the run's own."""
+        data = state_to_bytes(released)
+        write_whole(self._released_file(number), data)
+        write_whole(self.path / "released.safetensors", data)
+
+    def released_state(self, number: int | None = None) -> dict[str, Tensor]:
+        """What statistics were released up to a round, or in the whole run; empty where there were none."""
+        if number is None:
+            file = self.path / "released.safetensors"
+            return state_from_bytes(file.read_bytes()) if file.is_file() else {}
+        for earlier in range(number, 0, -1):
+            if self._released_file(earlier).is_file():
+                return state_from_bytes(self._released_file(earlier).read_bytes())
+        return {}
+
+    def _released_file(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:05d}.released.safetensors"
 
     def save_model(self, state: State) -> None:
         """The run's final parameters."""

@@ -136,7 +136,7 @@ def simulate(
         cpus=cpus or os.cpu_count() or 1,
         offline=offline,
     )
-    watcher = ConsoleWatcher(console, plan.training.rounds)
+    watcher = ConsoleWatcher(console, plan.rounds)
     try:
         with watcher.showing():
             outcome = run_simulation(dataset, plan, options, watcher)

@@ -96,6 +96,7 @@ def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Tab
     )
     cells = {
         "round": str(record["round"]),
+        "phase": record["phase"],
         "sites": str(len(record["admitted"])),
         "left out": left_out or "0",
         "kB up": f"{record['bytes_up'] / 1000:,.0f}",
@@ -104,7 +105,8 @@ def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Tab
         f"validation NDCG@{TOP}": f"{ndcg.value:.4f} ± {ndcg.standard_error:.4f}",
     }
     for name in cells:
-        table.add_column(name, justify="right", min_width=len(name))
+        width = 11 if name == "phase" else len(name)  # the longest phase's name
+        table.add_column(name, justify="right", min_width=width)
     table.add_row(*cells.values())
     return table
 

@@ -24,6 +24,8 @@ from common.assets import home, language_model
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport
 from common.models.build import BuiltModel, build_model, item_texts
+from common.models.interface import InterestModel
+from common.models.priors import make_priors
 from server.aggregation import check_aggregation
 from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
 from server.registry import Registry
@@ -115,6 +117,9 @@ def simulate(
     """
     began = time.monotonic()
     watcher = watcher or Watcher()
+    if plan.server.expected_sites is None:  # public: the choice of statistics.top_items goes by it
+        server = plan.server.model_copy(update={"expected_sites": options.n_sites})
+        plan = plan.model_copy(update={"server": server})
     plan = plan.calibrated()
     watcher.on_phase("reading the log")
     policy = CleaningPolicy(minimum_events=5)
@@ -186,9 +191,10 @@ def _run_and_watch(
     follower.catch_up()
     records = list(run.records())
     # The engine's exit code is not believed: what the run's folder holds is.
-    if len(records) != plan.training.rounds or not (run.path / "model.safetensors").is_file():
+    rounds = len(plan.schedule())
+    if len(records) != rounds or not (run.path / "model.safetensors").is_file():
         raise RunError(
-            f"the run stopped after {len(records)} of {plan.training.rounds} rounds; {run.path} is kept as "
+            f"the run stopped after {len(records)} of {rounds} rounds; {run.path} is kept as "
             f"incomplete, and its engine.log says why"
         )
     return follower.qualities
@@ -279,6 +285,14 @@ def _session_members(session: int) -> list[int]:
     return alive
 
 
+def _load_checkpoint(
+    model: InterestModel, run: RunFolder, plan: Plan, number: int | None, items: int
+) -> None:
+    """Parameters and priors after a round, or of the finished run."""
+    model.load_trainable(run.model_state() if number is None else run.round_state(number))
+    model.set_released(make_priors(run.released_state(number), plan.statistics, items))
+
+
 class _Follower:
     """Follows a run's folder: steps, rounds, and the quality of each checkpoint."""
 
@@ -301,7 +315,7 @@ class _Follower:
 
     def _quality(self, number: int) -> Quality:
         model = self._built.model
-        model.load_trainable(self._run.round_state(number))
+        _load_checkpoint(model, self._run, self._plan, number, len(self._built.vectors))
         return evaluate(model_scorer(model), self._held_out, "validation", len(self._built.vectors))
 
     @contextlib.contextmanager
@@ -371,13 +385,13 @@ def _conclude(
     popular = popularity_scorer(held_out, items)
     baselines = {POPULARITY: evaluate(popular, held_out, "validation", items), CONTENT: validation[0]}
     test = {POPULARITY: evaluate(popular, held_out, "test", items)}
-    model.load_trainable(run.round_state(0))
+    _load_checkpoint(model, run, plan, 0, items)
     test[CONTENT] = evaluate(model_scorer(model), held_out, "test", items)
     if options.baseline_epochs:
         open_model = train_without_privacy(model, held_out, items, epochs=options.baseline_epochs)
         baselines[OPEN] = evaluate(model_scorer(open_model), held_out, "validation", items)
         test[OPEN] = evaluate(model_scorer(open_model), held_out, "test", items)
-    model.load_trainable(run.model_state())
+    _load_checkpoint(model, run, plan, None, items)
     test[FEDTIDE] = evaluate(model_scorer(model), held_out, "test", items)
     records = list(run.records())
     outcome = Outcome(

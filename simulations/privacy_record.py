@@ -8,7 +8,7 @@ from typing import Any
 from common.config import Plan
 from common.privacy.accountants import PublishedEpsilon, epsilon_pld, published_epsilon
 from common.privacy.entries import Burnt, Release, Reserve
-from common.privacy.mechanisms import Event, PoissonSubsampledGaussian, event_to_fields
+from common.privacy.mechanisms import Event, event_to_fields
 from server.registry import Registry
 from server.runs import RunFolder
 
@@ -126,11 +126,5 @@ def privacy_record(run: RunFolder, plan: Plan, registry: Registry) -> PrivacyRec
 
 def epsilon_by_round(plan: Plan) -> list[float]:
     """PLD epsilon after each round as planned, from round 0."""
-    event = plan.round_event()
-    return [0.0] + [
-        epsilon_pld(
-            [PoissonSubsampledGaussian(event.sampling_rate, event.noise_multiplier, event.steps * number)],
-            plan.privacy.delta,
-        )
-        for number in range(1, plan.training.rounds + 1)
-    ]
+    events = plan.events()
+    return [epsilon_pld(events[:number], plan.privacy.delta) for number in range(len(events) + 1)]

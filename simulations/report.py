@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from common.config import Plan
 from common.metrics import paired_difference
 from server.runs import write_whole
 from simulations import plots
@@ -90,6 +91,35 @@ def cost_rows(outcome: Outcome) -> list[tuple[str, str]]:
             "guarantee of a site's ledger, whatever happens next",
             f"({privacy.budget_epsilon:g}, {plan.privacy.delta:g})",
         ),
+        *_statistics_rows(plan),
+        *_training_rows(plan),
+        ("releases (charged, released)", f"{charged}, {released}"),
+        ("bytes to sites, from sites", f"{outcome.bytes_down:,}, {outcome.bytes_up:,}"),
+        ("wall time", f"{outcome.seconds:.0f} s"),
+    ]
+    return rows
+
+
+def _statistics_rows(plan: Plan) -> list[tuple[str, str]]:
+    statistics, rows = plan.statistics, []
+    if statistics.popularity_share:
+        rows.append(("noise on popularity", f"{statistics.popularity_noise_multiplier:g}"))
+    if statistics.transition_share:
+        rows.append(
+            (
+                "noise on transitions",
+                f"{statistics.transition_noise_multiplier:g}, among {statistics.top_items} items",
+            )
+        )
+    if plan.metrics.share:
+        rows.append(("noise on metrics", f"{plan.metrics.noise_multiplier:g}"))
+    return rows
+
+
+def _training_rows(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.training.rounds:
+        return [("private fine-tuning", "none")]
+    return [
         ("noise multiplier", f"{plan.privacy.noise_multiplier:g}"),
         ("clip norm", f"{plan.privacy.clip_norm:g}"),
         ("sampling rate of users", f"{plan.privacy.sampling_rate:g}"),
@@ -97,11 +127,7 @@ def cost_rows(outcome: Outcome) -> list[tuple[str, str]]:
             "steps at each site",
             f"{plan.training.rounds} rounds x {plan.training.steps_per_round} = {plan.steps}",
         ),
-        ("releases (charged, released)", f"{charged}, {released}"),
-        ("bytes to sites, from sites", f"{outcome.bytes_down:,}, {outcome.bytes_up:,}"),
-        ("wall time", f"{outcome.seconds:.0f} s"),
     ]
-    return rows
 
 
 PROTECTION = (

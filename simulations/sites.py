@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,17 +58,18 @@ def smallest_budget(plan: Plan, delta: float) -> float:
 
     It lies above the plan's own PLD epsilon, because the filter's guarantee holds whatever is run next.
     """
-    event = plan.round_event()
+    events = plan.events()
     low, high = 0.0, 1000.0
     epsilon = high
     for _ in range(60):
         middle = (low + high) / 2
         try:
-            order = best_order([event], middle, delta)
+            order = best_order(events, middle, delta)
         except ValueError:  # no budget at all at this epsilon
             low = middle
             continue
-        needed = renyi_to_epsilon(plan.training.rounds * charge_of(event, order) / NANO, delta, order)
+        charges = sum(times * charge_of(event, order) for event, times in Counter(events).items())
+        needed = renyi_to_epsilon(charges / NANO, delta, order)
         if needed <= middle:
             epsilon = high = middle
         else:
@@ -119,7 +121,11 @@ def make_sites(
                 )
             folder.mkdir(parents=True, mode=0o700)
             site = Site(
-                folder=folder, name=name, catalog=catalog_file, users_at_least=plan.privacy.users_per_site
+                folder=folder,
+                name=name,
+                catalog=catalog_file,
+                users_at_least=plan.privacy.users_per_site,
+                metrics=plan.metrics.share > 0,
             )
             site.save()
             training.save(site.histories_folder)
@@ -127,7 +133,7 @@ def make_sites(
                 site.ledger_folder,
                 epsilon=budget,
                 delta=plan.privacy.delta,
-                typical_plan=[plan.round_event()],
+                typical_plan=plan.events(),
             ).disconnect()
         site = Site.load(folder)
         with Ledger.open(site.ledger_folder) as ledger:
