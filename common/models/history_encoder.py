@@ -72,25 +72,24 @@ class HistoryEncoder(nn.Module):
                 f"a model of type {model.config.model_type} has no query and value projections that we know; "  # type: ignore[union-attr]
                 "use frozen item vectors with it"
             )
-        if lm.most_tokens < most_tokens:
-            most_tokens = lm.most_tokens - 2
         self.model = model
         self.causal = lm.causal
-        self.most_tokens = most_tokens
+        self.most_tokens = min(most_tokens, lm.most_tokens)
         self._top = top_layers
         tokens = lm.tokenizer(
             [text if text.strip() else lm.tokenizer.pad_token for text in texts],
             add_special_tokens=False,
             truncation=True,
-            max_length=tokens_per_item,
+            max_length=min(tokens_per_item, self.most_tokens),
         )["input_ids"]
-        longest = max(len(row) for row in tokens)
+        longest = max(1, *(len(row) for row in tokens))
         table = torch.full((len(texts), longest), -1, dtype=torch.int64)
         for row, ids in enumerate(tokens):
             table[row, : len(ids)] = torch.tensor(ids)
         self.register_buffer("item_tokens", table, persistent=False)
         self.register_buffer("mean", projection.mean, persistent=False)
         self.register_buffer("rotation", projection.rotation, persistent=False)
+        self._check_reading(len(lm.tokenizer))
 
     def token_sequences(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and the event of each token, the most recent events that fit.
@@ -101,18 +100,18 @@ class HistoryEncoder(nn.Module):
         Returns:
             [users, tokens] ids (0 for padding) and [users, tokens] events (-1 for padding), padded on the right.
         """
-        users, events = items.shape
+        events = items.shape[1]
         tokens = self.item_tokens[items.clamp(min=0)]  # [users, events, tokens per item]
         real = (tokens >= 0) & (items >= 0).unsqueeze(-1)
         counts = real.sum(dim=2)
         after = counts.flip(1).cumsum(dim=1).flip(1)  # tokens of this event and all later ones
         real = real & (after <= self.most_tokens).unsqueeze(-1)
         event = torch.arange(events, device=items.device).view(1, -1, 1).expand_as(tokens)
-        flat_real = real.reshape(users, -1)
+        flat_real = real.flatten(1)
         order = torch.argsort((~flat_real).to(torch.int8), dim=1, stable=True)[:, : self.most_tokens]
         kept = flat_real.gather(1, order)
-        ids = tokens.reshape(users, -1).gather(1, order).masked_fill(~kept, 0)
-        of = event.reshape(users, -1).gather(1, order).masked_fill(~kept, -1)
+        ids = tokens.flatten(1).gather(1, order).masked_fill(~kept, 0)
+        of = event.flatten(1).gather(1, order).masked_fill(~kept, -1)
         return ids, of
 
     def _attention(self, token_events: Tensor) -> Tensor:
@@ -135,6 +134,10 @@ class HistoryEncoder(nn.Module):
         if len(batch) == 0:
             states = torch.zeros(*ids.shape, self.rotation.shape[0], device=ids.device)
             return replace(batch, token_states=states, token_events=token_events)
+        return replace(batch, token_states=self._below(ids, token_events), token_events=token_events)
+
+    def _below(self, ids: Tensor, token_events: Tensor) -> Tensor:
+        """[users, tokens, encoder width]: what enters the first top layer."""
         kept: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -144,12 +147,60 @@ class HistoryEncoder(nn.Module):
         first_top = transformer_layers(self.model)[-self._top]
         handle = first_top.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(input_ids=ids, attention_mask=self._attention(token_events), use_cache=False)
+            self._whole(ids, token_events)
         except _LowerLayersDoneError:
             pass
         finally:
             handle.remove()
-        return replace(batch, token_states=kept[0].detach(), token_events=token_events)
+        return kept[0].detach()
+
+    def _above(self, states: Tensor, token_events: Tensor) -> Tensor:
+        """[users, tokens, encoder width]: the model's last states, from what enters the first top layer."""
+        with _only_top_layers(self.model, self._top, states):
+            # Which ids stand here does not matter: `states` takes the place of what becomes of them.
+            return self._whole(torch.zeros_like(token_events), token_events)
+
+    def _whole(self, ids: Tensor, token_events: Tensor) -> Tensor:
+        states: Tensor = self.model(
+            input_ids=ids, attention_mask=self._attention(token_events), use_cache=False
+        ).last_hidden_state
+        return states
+
+    @torch.no_grad()
+    def _check_reading(self, vocabulary: int) -> None:
+        """Tries the model on made-up tokens: an architecture with masks or layers of its own kind is refused.
+
+        Raises:
+            LanguageModelError: it fails, lets an event see a later one, gives other states from its top layers
+                than as a whole, or is random.
+        """
+        kind = self.model.config.model_type  # type: ignore[union-attr]
+        token_events = torch.tensor([[0, 0, 1, 1, 2, -1]])
+        first = torch.tensor([[3, 4, 5, 6, 7, 0]]) % vocabulary
+        second = torch.tensor([[3, 4, 5, 6, 8, 0]]) % vocabulary
+        training = self.model.training
+        self.model.train()
+        try:
+            whole, again = self._whole(first, token_events), self._whole(first, token_events)
+            later = self._whole(second, token_events)
+            parts = self._above(self._below(first, token_events), token_events)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise LanguageModelError(
+                f"a model of type {kind} cannot read a history event by event ({type(error).__name__}); "
+                "use frozen item vectors with it"
+            ) from error
+        finally:
+            self.model.train(training)
+        room = 1e-4 * float(whole.abs().max())
+        for holds, otherwise in (
+            (torch.allclose(whole, again, atol=room), "reads the same history differently each time"),
+            (torch.allclose(whole[:, :4], later[:, :4], atol=room), "lets an event see later ones"),
+            (torch.allclose(whole[:, :5], parts[:, :5], atol=room), "cannot be cut between its layers"),
+        ):
+            if not holds:
+                raise LanguageModelError(
+                    f"a model of type {kind} {otherwise}; use frozen item vectors with it"
+                )
 
     def forward(self, batch: HistoryBatch) -> Tensor:
         """Event vectors [users, events, width]; zeros for events that did not fit into `most_tokens`."""
@@ -158,10 +209,7 @@ class HistoryEncoder(nn.Module):
         states, token_events = batch.token_states, batch.token_events
         assert states is not None
         assert token_events is not None
-        with _only_top_layers(self.model, self._top, states):
-            top = self.model(
-                inputs_embeds=states, attention_mask=self._attention(token_events), use_cache=False
-            ).last_hidden_state  # [users, tokens, encoder width]
+        top = self._above(states, token_events)  # [users, tokens, encoder width]
         users, events = batch.items.shape
         slot = torch.where(token_events >= 0, token_events, events)  # padding goes to a slot of its own
         pooled = top.new_zeros(users, events + 1, top.shape[-1])

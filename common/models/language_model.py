@@ -42,7 +42,16 @@ class LanguageModel:
     @property
     def most_tokens(self) -> int:
         """The longest sequence that the model's positions allow."""
-        return int(getattr(self.model.config, "max_position_embeddings", 512) or 512)
+        positions = int(getattr(self.model.config, "max_position_embeddings", 512) or 512)
+        # RoBERTa and its kin count positions from the padding id on, so their table is longer than a sequence.
+        kept_back = [
+            module.padding_idx + 1
+            for name, module in self.model.named_modules()
+            if name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ]
+        return positions - max(kept_back, default=0)
 
 
 def load_language_model(folder: Path) -> LanguageModel:
@@ -71,11 +80,13 @@ def load_language_model(folder: Path) -> LanguageModel:
 def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
     """The model with every parameter frozen and every dropout off, whatever mode it is put in later."""
     model.requires_grad_(False)
+    config: Any = model.config
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        _without_dropout(module)
+    _without_dropout(config)
     model.eval()
-    config: Any = model.config
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -87,6 +98,13 @@ def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
     return LanguageModel(model=model, tokenizer=tokenizer, causal=causal, digest=digest.hexdigest())
+
+
+def _without_dropout(owner: object) -> None:
+    """Sets the rates that an object keeps as plain numbers to zero: Llama and others call dropout by function."""
+    for name, value in vars(owner).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(owner, name, 0.0)
 
 
 _TWO_WAY = frozenset(
