@@ -1,8 +1,9 @@
 """User-level DP-SGD on one site: a plain function of (model, histories, settings, generators).
 
 Opacus gives per-user gradients; the optimiser here clips each user's row in fp32, sums, adds noise from the
-cryptographic generator on a fixed grid and divides by a public constant. Every step asserts that each trainable
-parameter has exactly one row a user. There is no switch that turns clipping or noise off. Budgets are not kept
+cryptographic generator on a fixed grid and divides by a public constant. Before the first step a model shows on
+made-up users that its rows are users; every step asserts that each trainable parameter has exactly one row a
+user. There is no switch that turns clipping or noise off. Budgets are not kept
 here: whoever calls has reserved the cost first.
 """
 
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,6 +30,10 @@ VOUCHED_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear,)
 
 class UnvouchedLayerError(ValueError):
     """The model has a trainable layer whose per-user gradients nobody here has checked."""
+
+
+_SHOWN: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+"""Models whose rows were shown to be users, with the names of the parameters that were trainable then."""
 
 
 class RowsAreNotUsersError(RuntimeError):
@@ -154,6 +160,72 @@ def per_user_gradients(model: InterestModel) -> Iterator[Callable[[HistoryBatch]
                     delattr(parameter, attribute)
 
 
+def check_rows_are_users(model: InterestModel) -> None:
+    """Shows on made-up histories that a user's row is that user's own gradient, whoever else is in the batch.
+
+    Per-user gradients of four users in one batch are compared with plain autograd over each of them alone, at
+    parameters moved off their start (where a zero layer would hide much). No real data is looked at, the
+    parameters come back unchanged, and what was shown for a model once is not shown again.
+
+    Args:
+        model: its loss must be a function of its inputs: one that draws at random fails here.
+
+    Raises:
+        UnvouchedLayerError: names the first parameter whose rows are something else.
+    """
+    check_layers(model)
+    trainable = model.trainable()
+    if _SHOWN.get(model) == tuple(trainable):
+        return
+    device = next(iter(trainable.values())).device
+    start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in trainable.values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(device))
+        batch = model.prepare(_made_up_histories(model, device))
+        with per_user_gradients(model) as gradients:
+            together = gradients(batch)
+        alone: list[tuple[Tensor, ...]] = []
+        for user in range(len(batch)):
+            loss = model.per_user_loss(batch.rows(torch.tensor([user], device=device)))
+            alone.append(torch.autograd.grad(loss.sum(), list(trainable.values())))
+    except RowsAreNotUsersError as error:
+        raise UnvouchedLayerError(f"the model's rows are not users: {error}") from error
+    finally:
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(start[name])
+    for user, own in enumerate(alone):
+        whole = torch.cat([gradient.flatten() for gradient in own]).norm()
+        for name, row, gradient in zip(trainable, (sample[user] for sample in together), own, strict=True):
+            room = 1e-3 * torch.maximum(gradient.norm(), 1e-2 * whole)
+            if not bool((row - gradient).norm() <= room):  # also where either is not finite
+                raise UnvouchedLayerError(
+                    f"parameter {name} gives a user another gradient in a batch than alone: a user's loss may "
+                    "depend on that user, the catalog and the parameters only, and may not draw at random"
+                )
+    _SHOWN[model] = tuple(trainable)
+
+
+def _made_up_histories(model: InterestModel, device: torch.device) -> HistoryBatch:
+    """Four users with five, four, two and one events, liked and not, over the first items of the catalog."""
+    vectors = getattr(model, "vectors", None)
+    one = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    catalog = len(vectors) if isinstance(vectors, Tensor) else model.scores(HistoryBatch(one, one)).shape[1]
+    event = torch.arange(5, device=device)
+    user = torch.arange(4, device=device).unsqueeze(1)
+    present = event < torch.tensor([5, 4, 2, 1], device=device).unsqueeze(1)  # [users, events]
+    items = (3 * user + 2 * event) % catalog
+    times = 1_000_000_000 + 86_400 * (1 + user) * event * event
+    return HistoryBatch(
+        items=torch.where(present, items, -1),
+        times=torch.where(present, times, 0),
+        labels=torch.where(present, ((user + event) % 2).float(), float("nan")),
+    )
+
+
 def clipped_sum(rows: list[Tensor], clip_norm: float) -> Tensor:
     """Sum over users of each user's whole gradient, scaled to norm at most `clip_norm`.
 
@@ -166,16 +238,16 @@ def clipped_sum(rows: list[Tensor], clip_norm: float) -> Tensor:
     Returns:
         [coordinates] float64, the parameters flattened one after the other.
     """
-    users = len(rows[0])
-    flat = torch.cat([sample.reshape(users, -1) for sample in rows], dim=1)  # [users, coordinates]
-    norms = flat.norm(dim=1)
+    flat = torch.cat([sample.flatten(1) for sample in rows], dim=1)  # [users, coordinates]
+    # In float64: a float32 norm of many coordinates can be off by more than what the noise's inflation covers.
+    norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
     factors = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
     finite = norms.isfinite()
     if not bool(finite.all()):
         flat = torch.where(finite.unsqueeze(1), flat, 0.0)
         factors = torch.where(finite, factors, 0.0)
     # Summed in float64: rounding in a long float32 sum could exceed what the noise's inflation covers.
-    total: Tensor = factors.double() @ flat.double()
+    total: Tensor = factors @ flat.double()
     return total
 
 
@@ -200,7 +272,12 @@ def train_round(
 
     Returns:
         The update: parameters after minus before, by name, float32 on the CPU.
+
+    Raises:
+        UnvouchedLayerError: the model's rows are not users; said before any history is looked at.
+        RowsAreNotUsersError: a step's rows were not users.
     """
+    check_rows_are_users(model)
     before = model.trainable_state()
     parameters = list(model.trainable().values())
     device = parameters[0].device
