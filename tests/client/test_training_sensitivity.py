@@ -1,0 +1,203 @@
+"""One user more or less moves a step by at most C; and each broken way to train is shown to move it by more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from client.training import clipped_sum, per_user_gradients, train_round
+from common.models.batches import HistoryBatch
+from common.models.families.recommend import Recommend
+from common.models.heads import next_item_loss
+from common.privacy.noise import INFLATION
+from tests.client.training_cases import (
+    CLIP,
+    SETTINGS,
+    Everyone,
+    SeededGaussian,
+    a_model,
+    batch_of,
+    flat,
+    moved,
+    some_users,
+    step_sum,
+)
+
+LONGEST, CATALOG = 1000, 150
+QUIET = [4, 5]
+LOUD = np.random.default_rng(11).integers(0, CATALOG, size=LONGEST).tolist()
+
+
+def a_loud_model(kind: type[Recommend] = Recommend) -> Recommend:
+    """Weights so far off that a user's gradient is many times the clip norm."""
+    model = a_model(kind, items=CATALOG)
+    moved(model, by=20.0)
+    return model
+
+
+def movement(
+    step: Callable[[HistoryBatch], Tensor],
+    others: list[list[int]],
+    user: list[int],
+    width: int,
+    clip_norm: float = CLIP,
+) -> float:
+    """How far one user more moves a step's sum, in clip norms."""
+    return float((step(batch_of([*others, user], width)) - step(batch_of(others, width))).norm()) / clip_norm
+
+
+@pytest.mark.parametrize("others", [0, 1, 5, 40])
+@pytest.mark.parametrize("user", [QUIET, LOUD], ids=["quiet", "loud"])
+def test_one_user_more_moves_the_clipped_sum_by_at_most_c(others: int, user: list[int]) -> None:
+    model = a_loud_model()
+    moves = movement(lambda batch: step_sum(model, batch), some_users(others), user, LONGEST)
+    assert moves <= 1 + 1e-6
+    if user is LOUD:
+        assert moves > 1 - 1e-6  # the bound is reached, so the test would see more
+        assert movement(lambda batch: step_sum(model, batch, 1e12), [], user, LONGEST) > 10
+
+
+@pytest.mark.parametrize("others", [0, 1, 5, 40])
+@pytest.mark.parametrize("user", [QUIET, LOUD], ids=["quiet", "loud"])
+def test_one_user_more_moves_the_released_update_by_at_most_its_share(others: int, user: list[int]) -> None:
+    rows = some_users(others)
+    updates = []
+    for batch in (batch_of(rows, LONGEST), batch_of([*rows, user], LONGEST)):
+        noise = SeededGaussian(5)  # the same stream for both
+        updates.append(flat(train_round(a_loud_model(), batch, SETTINGS, sampler=Everyone(), noise=noise)))
+    share = SETTINGS.learning_rate * CLIP / SETTINGS.normaliser
+    moves = float(np.linalg.norm(updates[1] - updates[0])) / share
+    assert moves <= 1 + INFLATION
+    assert np.linalg.norm(updates[0]) > share  # the noise is there
+    if user is LOUD:
+        assert moves > 1 - INFLATION
+
+
+def test_removing_any_user_of_a_batch_in_any_place_moves_it_by_at_most_c() -> None:
+    model = a_loud_model()
+    rows = [QUIET, *some_users(6), LOUD[:60]]
+    whole = step_sum(model, batch_of(rows, 60))
+    for user in range(len(rows)):
+        rest = step_sum(model, batch_of(rows[:user] + rows[user + 1 :], 60))
+        assert float((whole - rest).norm()) <= CLIP * (1 + 1e-6)
+
+
+def test_a_user_without_clipping_would_be_caught() -> None:
+    model = a_loud_model()
+    assert movement(lambda batch: step_sum(model, batch, 1e12), some_users(5), LOUD, LONGEST) > 10
+
+
+def test_clipping_the_batch_instead_of_the_user_would_be_caught() -> None:
+    model, clip_norm = a_model(), 1e-4
+    moved(model)
+    batch = batch_of(some_users(60, longest=4)[1:], 4)
+    singles = torch.stack([step_sum(model, batch.rows(torch.tensor([user])), 1e12) for user in range(59)])
+    pairs = singles.unsqueeze(0) + singles.unsqueeze(1)  # what two users add up to, unclipped
+    as_one = torch.nn.functional.normalize(pairs, dim=-1) - torch.nn.functional.normalize(singles, dim=-1)
+    assert float(as_one.norm(dim=-1).max()) > 1.05  # in clip norms
+    user, other = divmod(int(as_one.norm(dim=-1).argmax()), 59)
+    together = step_sum(model, batch.rows(torch.tensor([user, other])), clip_norm)
+    alone = step_sum(model, batch.rows(torch.tensor([other])), clip_norm)
+    assert float((together - alone).norm()) / clip_norm <= 1 + 1e-6
+
+
+def split(user: list[int], parts: int) -> list[list[int]]:
+    return [chunk.tolist() for chunk in np.array_split(np.array(user), parts)]
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_one_user_in_several_rows_would_be_caught(rows: int) -> None:
+    model = a_loud_model()
+    others = some_users(5)
+    whole = step_sum(model, batch_of([*others, *split(LOUD[:90], rows)], 90))
+    moves = float((whole - step_sum(model, batch_of(others, 90))).norm()) / CLIP
+    assert 1.05 < moves <= rows * (1 + 1e-6)
+
+
+def test_clipping_events_instead_of_users_would_be_caught() -> None:
+    model = a_loud_model()
+    others = some_users(5)
+    events = [list(pair) for pair in pairwise(LOUD)]
+    whole = step_sum(model, batch_of([*others, *events], 12))
+    assert float((whole - step_sum(model, batch_of(others, 12))).norm()) / CLIP > 10
+
+
+class InBatchNegatives(Recommend):
+    """What must never be used: candidates that are the other users' items."""
+
+    def per_user_loss(self, batch: HistoryBatch) -> Tensor:
+        return next_item_loss(
+            self.states(batch),
+            batch.items,
+            self.vectors,
+            self.priors_of(len(batch)),
+            negatives=batch.items[batch.items >= 0].unique(),
+        )
+
+
+def test_negatives_from_the_batch_would_be_caught_and_public_ones_are_not() -> None:
+    others = [[0, 1]] * 40  # alone, they have no candidate but the target, and so no gradient
+    broken, right, clip_norm = a_model(InBatchNegatives), a_model(), 1e-3
+    assert movement(lambda batch: step_sum(broken, batch, clip_norm), others, [2, 3], 2, clip_norm) > 5
+    assert movement(lambda batch: step_sum(right, batch, clip_norm), others, [2, 3], 2, clip_norm) <= 1 + 1e-6
+
+
+def test_a_normaliser_counted_from_the_data_would_be_caught() -> None:
+    rows = some_users(5)
+    share = SETTINGS.learning_rate * CLIP / SETTINGS.normaliser
+    updates = []
+    for batch in (batch_of(rows, 12), batch_of([*rows, QUIET], 12)):
+        counted = replace(SETTINGS, normaliser=float(len(batch)))
+        noise = SeededGaussian(5)
+        updates.append(flat(train_round(a_loud_model(), batch, counted, sampler=Everyone(), noise=noise)))
+    assert float(np.linalg.norm(updates[1] - updates[0])) / share > 1.5
+
+
+def test_a_user_whose_gradient_is_not_finite_contributes_nothing() -> None:
+    rows = [torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(3, 2)]
+    rows[0][1, 2] = float("nan")
+    broken = [rows[0].clone(), rows[1].clone()]
+    broken[0][1, 2] = float("inf")
+    kept = [row[[0, 2]] for row in rows]
+    assert torch.equal(clipped_sum(rows, CLIP), clipped_sum(kept, CLIP))
+    assert torch.equal(clipped_sum(broken, CLIP), clipped_sum(kept, CLIP))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e20, 1e30])
+def test_a_row_of_any_size_is_clipped_to_c_and_no_further(scale: float) -> None:
+    row = scale * torch.randn(1, 300_000, generator=torch.Generator().manual_seed(0))
+    norm = float(clipped_sum([row], CLIP).norm())
+    assert norm == pytest.approx(min(CLIP, float(row.double().norm())), rel=1e-9)
+
+
+def test_users_are_clipped_over_all_parameters_together() -> None:
+    rows = [torch.full((1, 4), 10.0), torch.full((1, 4), 10.0)]
+    assert float(clipped_sum(rows, CLIP).norm()) == pytest.approx(CLIP)
+
+
+def test_micro_batches_are_for_memory_alone() -> None:
+    model = a_loud_model()
+    batch = batch_of(some_users(24), 12)
+    whole = step_sum(model, batch)
+    with per_user_gradients(model) as gradients:
+        parts = sum(
+            (
+                clipped_sum(gradients(batch.rows(torch.arange(start, start + users))), CLIP)
+                for start, users in ((0, 7), (7, 1), (8, 16))
+            ),
+            torch.zeros_like(whole),
+        )
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6 * CLIP)
+    updates = []
+    for micro_batch in (24, 7, 1):
+        settings = replace(SETTINGS, micro_batch=micro_batch)
+        noise = SeededGaussian(1)
+        updates.append(flat(train_round(a_loud_model(), batch, settings, sampler=Everyone(), noise=noise)))
+    np.testing.assert_allclose(updates[1], updates[0], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(updates[2], updates[0], rtol=0, atol=2e-6)

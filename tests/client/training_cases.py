@@ -1,0 +1,99 @@
+"""Small models and made-up users for the tests of training. Everything is seeded but the mechanism itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from client.training import StepSettings, clipped_sum, per_user_gradients
+from common.models.batches import HistoryBatch
+from common.models.families.recommend import Recommend
+from common.models.interface import InterestModel
+
+torch.set_num_threads(1)  # products this small are slower on many threads, and tests share the machine
+
+CLIP = 0.1
+ITEMS, WIDTH, HIDDEN = 20, 6, 4
+SETTINGS = StepSettings(
+    sampling_rate=1.0, noise_multiplier=1.0, clip_norm=CLIP, normaliser=5.0, steps=1, learning_rate=1.0
+)
+
+
+def item_vectors(items: int = ITEMS, width: int = WIDTH) -> Tensor:
+    return normalize(torch.randn(items, width, generator=torch.Generator().manual_seed(7)), dim=-1)
+
+
+def a_model(kind: type[Recommend] = Recommend, *, items: int = ITEMS, item_prior: bool = True) -> Recommend:
+    """In vectors mode, at its start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return kind(item_vectors(items), core="lstm", hidden_width=HIDDEN, item_prior=item_prior)
+
+
+def moved(model: InterestModel, by: float = 0.3, seed: int = 2) -> None:
+    """Moves every trainable parameter off its start, where a zero layer hides what lies below it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+def batch_of(rows: list[list[int]], width: int) -> HistoryBatch:
+    """Histories padded on the right to `width` events, an hour apart."""
+    items = np.full((len(rows), width), -1, dtype=np.int64)
+    times = np.zeros_like(items)
+    for user, row in enumerate(rows):
+        items[user, : len(row)] = row
+        times[user, : len(row)] = 1_000_000_000 + 3600 * np.arange(len(row))
+    return HistoryBatch.of(items, times)
+
+
+def some_users(users: int, *, longest: int = 12, items: int = ITEMS, seed: int = 3) -> list[list[int]]:
+    """Ragged histories; the first user has one event."""
+    chance = np.random.default_rng(seed)
+    lengths = [1, *chance.integers(2, longest + 1, size=users)][:users]
+    return [chance.integers(0, items, size=length).tolist() for length in lengths]
+
+
+def step_sum(model: InterestModel, batch: HistoryBatch, clip_norm: float = CLIP) -> Tensor:
+    """The clipped sum of one step over all of a batch."""
+    if len(batch) == 0:
+        return torch.zeros(sum(p.numel() for p in model.trainable().values()), dtype=torch.float64)
+    with per_user_gradients(model) as gradients:
+        return clipped_sum(gradients(model.prepare(batch)), clip_norm)
+
+
+class Everyone:
+    """A sampler for tests: every user takes part."""
+
+    def sample(self, users: int, rate: float) -> npt.NDArray[np.bool_]:
+        return np.ones(users, dtype=np.bool_)
+
+
+class SeededGaussian:
+    """What must never be used outside of tests: normals that a seed reproduces."""
+
+    def __init__(self, seed: int = 0, factor: float = 1.0) -> None:
+        self.generator, self.factor, self.calls = np.random.default_rng(seed), factor, 0
+
+    def normal(self, size: int) -> npt.NDArray[np.float64]:
+        self.calls += 1
+        return self.factor * self.generator.standard_normal(size)
+
+
+class SeededSampler:
+    """What must never be used outside of tests: a Poisson sample that a seed reproduces."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = np.random.default_rng(seed)
+
+    def sample(self, users: int, rate: float) -> npt.NDArray[np.bool_]:
+        return self.generator.random(users) < rate
+
+
+def flat(update: dict[str, Tensor]) -> npt.NDArray[np.float64]:
+    """An update as one vector."""
+    return torch.cat([update[name].flatten() for name in sorted(update)]).double().numpy()
