@@ -15,6 +15,9 @@ from typer.core import TyperGroup
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("simulations.cli:simulate_app", "Train one model across simulated sites on this machine."),
+    "site": ("client.cli:app", "A data site: make it, see its budget, verify its ledger, withdraw."),
+    "server": ("server.cli:app", "The coordinator: enrol sites, and list them."),
+    "audit": ("simulations.audit.cli:app", "Check what a run says about privacy, receipt by receipt."),
     "recommend": ("server.recommend_cli:app", "Recommend items for a history, with a run's model."),
     "data": ("simulations.data_cli:app", "Fetch public data sets and language models, verified."),
 }
