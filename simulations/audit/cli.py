@@ -61,23 +61,16 @@ def _show(found: Findings) -> None:
     from simulations.audit.findings import TOLERANCE
 
     console = Console()
-    table = Table(title=f"receipts of {escape(found.run)}: {found.rounds} rounds")
-    columns = (
-        "chain",
-        "charges",
-        "receipts",
-        "printed",
-        "PLD",
-        "PRV",
-        "RDP",
-        "RDP Google",
-        "closed",
-        "spent",
+    table = Table(
+        title=f"receipts of {escape(found.run)}: {found.rounds} rounds",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("site")
+    columns = ("charges", "receipts", "printed", "PLD", "PRV", "RDP", "Google", "closed", "spent")
+    table.add_column("site", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
-    table.add_column("")
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for site in found.sites:
         table.add_row(*_row(site))
     console.print(table)
