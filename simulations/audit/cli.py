@@ -53,7 +53,6 @@ def receipts(
 
 
 def _show(found: Findings) -> None:
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -63,7 +62,8 @@ def _show(found: Findings) -> None:
     console = Console()
     table = Table(
         title=f"receipts of {escape(found.run)}: {found.rounds} rounds",
-        box=box.SIMPLE_HEAD,
+        box=None,  # so that it fits eighty columns
+        pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     columns = ("charges", "receipts", "printed", "PLD", "PRV", "RDP", "Google", "closed", "spent")
