@@ -120,7 +120,7 @@ def test_the_command_takes_a_local_folder_offline(
     assert refused.stderr.startswith("error: cannot get movielens-100k")
     assert refused.stderr.count("\n") == 1
     listed = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
-    assert [asset["path"] for asset in listed] == [None, None]
+    assert [asset["path"] for asset in listed] == [None, None, None]
     done = runner.invoke(app, ["fetch", "movielens-100k", "--offline", "--source", str(there)])
     assert done.exit_code == 0
     assert load_movielens_100k(offline=True).catalog == movielens.catalog
