@@ -20,7 +20,8 @@ from rich.table import Table
 from common.config import Plan
 from common.events.cleaning import CleaningReport
 from simulations.evaluation import TOP, Quality
-from simulations.federation import Outcome, Watcher
+from simulations.federation import Outcome
+from simulations.follower import Watcher
 from simulations.report import PROTECTION, RESEARCHER_SIDE, cost_rows, quality_header, quality_rows, verdicts
 from simulations.sites import SimulatedSite
 

@@ -124,7 +124,6 @@ def privacy_record(run: RunFolder, plan: Plan, registry: Registry) -> PrivacyRec
     return PrivacyRecord(sites=tuple(found))
 
 
-def epsilon_by_round(plan: Plan) -> list[float]:
-    """PLD epsilon after each round as planned, from round 0."""
-    events = plan.events()
-    return [epsilon_pld(events[:number], plan.privacy.delta) for number in range(len(events) + 1)]
+def epsilon_after(plan: Plan, number: int) -> float:
+    """PLD epsilon after this many exchanges of a calibrated plan, as planned."""
+    return epsilon_pld(plan.events()[:number], plan.privacy.delta)

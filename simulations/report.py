@@ -11,7 +11,6 @@ from common.metrics import paired_difference
 from server.runs import write_whole
 from simulations import plots
 from simulations.evaluation import TOP
-from simulations.privacy_record import epsilon_by_round
 
 if TYPE_CHECKING:
     from simulations.federation import Outcome
@@ -22,16 +21,15 @@ SIGNIFICANT_Z = 1.96
 def write_report(outcome: Outcome) -> None:
     """Plots and summary."""
     folder = outcome.run.path
-    epsilons = epsilon_by_round(outcome.plan)
     plots.quality_by_round(folder / "quality-by-round.png", outcome.validation, outcome.baselines_validation)
     plots.epsilon_by_round(
         folder / "epsilon-by-round.png",
-        epsilons,
+        outcome.epsilons,
         outcome.plan.privacy.epsilon,
         outcome.privacy.budget_epsilon,
     )
     plots.privacy_utility(
-        folder / "privacy-utility.png", epsilons, outcome.validation, outcome.baselines_validation
+        folder / "privacy-utility.png", outcome.epsilons, outcome.validation, outcome.baselines_validation
     )
     write_whole(folder / "summary.md", summary(outcome).encode())
 

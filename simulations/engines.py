@@ -1,0 +1,104 @@
+"""The two ways to run a federation on one machine: Flower's simulation engine with Ray, and one process.
+
+Flower's engine runs in a process group of its own, and nothing of it is left when this returns or is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from server.app import RUN_FOLDER
+from server.runs import RunError, RunFolder
+from simulations.sites import SimulatedSite
+
+
+def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite]) -> None:
+    from client.app import app as client_app
+    from server.app import app as server_app
+    from simulations.inline import run_inline
+
+    with _environment(environment):
+        configs = {number + 2: {"partition-id": number} for number in range(len(sites))}
+        run_inline(server_app, client_app, configs, {"run-dir": environment[RUN_FOLDER]})
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def run_with_flower(run: RunFolder, environment: dict[str, str], nodes: int, cpus: int) -> None:
+    """Runs Flower's engine in a process group of its own, and leaves none of it behind."""
+    command = [
+        sys.executable,
+        "-m",
+        "simulations.flower_engine",
+        "--sites",
+        str(nodes),
+        "--cpus",
+        str(cpus),
+    ]
+    with (run.path / "engine.log").open("wb") as log:
+        engine = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        try:
+            # Short naps, not one long wait: an interrupt must be seen at once, whichever thread it reaches.
+            while (code := engine.poll()) is None:
+                time.sleep(0.1)
+        finally:
+            _end_group(engine)
+    if code != 0:
+        said = (run.path / "engine.log").read_text(errors="replace").splitlines()
+        ours = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+        reason = ours[-1] if ours else f"Flower's engine ended with code {code}"
+        raise RunError(f"{reason}; the run is kept as incomplete in {run.path}, with engine.log")
+
+
+def _end_group(engine: subprocess.Popen[bytes]) -> None:
+    """Ends every process of the engine's session: Ray starts daemons that would outlive it."""
+    for sent, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+        alive = _session_members(engine.pid)
+        if not alive:
+            break
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sent)
+        end = time.monotonic() + patience
+        while _session_members(engine.pid) and time.monotonic() < end:
+            engine.poll()
+            time.sleep(0.05)
+    engine.wait()
+
+
+def _session_members(session: int) -> list[int]:
+    """Processes of a session, or below one, that still run (Ray's daemons keep the session of who started them)."""
+    alive = []
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session and fields[0] != "Z":
+                    alive.append(int(entry.name))
+    return alive
