@@ -202,7 +202,7 @@ def _accepted_plan(site: Site, request: Request) -> tuple[Plan, Event]:
     """The plan, and what its round costs; looks at no data."""
     try:
         values: Any = json.loads(request.plan)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError("the plan is no JSON") from error
     if not isinstance(values, dict):
         raise PlanError("the plan is no table")

@@ -432,9 +432,11 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(
             f"the plan {path} cannot be read ({error.strerror}): give the path of a TOML or JSON file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"the plan {path} is no text: give the path of a TOML or JSON file") from error
     try:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"the plan {path} cannot be parsed: {error}") from error
     if not isinstance(values, dict):
         raise PlanError(f"the plan {path} must be a table of sections")
