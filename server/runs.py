@@ -47,12 +47,22 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON line and syncs it."""
+    """Adds one JSON line and syncs it.
+
+    Raises:
+        RunError: the disk is full or the file cannot be written; what stood in the file stands there still, no more.
+    """
+    line = json.dumps(record, sort_keys=True).encode() + b"\n"
     try:
-        with path.open("ab") as file:
-            file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(whole)
+                raise
     except OSError as error:
         raise _disk_error(path, error) from error
 
@@ -85,9 +95,12 @@ class RunFolder:
                 raise _disk_error(path, error) from error
             break
         run = cls(path)
-        (path / "rounds").mkdir()
         write_whole(path / "plan.json", plan.to_json().encode())
-        catalog.save(run.catalog_file)
+        try:
+            (path / "rounds").mkdir()
+            catalog.save(run.catalog_file)
+        except OSError as error:
+            raise _disk_error(run.catalog_file, error) from error
         return run
 
     @classmethod
