@@ -9,8 +9,9 @@ from torch import Tensor
 
 from common.models.language_model import LanguageModel, freeze
 
-WORDS = tuple(
-    "red blue green sun moon star river hill tree stone fire rain wind snow leaf bird fish wolf bear fox".split()
+WORDS = (
+    *("red", "blue", "green", "sun", "moon", "star", "river", "hill", "tree", "stone"),
+    *("fire", "rain", "wind", "snow", "leaf", "bird", "fish", "wolf", "bear", "fox"),
 )
 TEXTS = [
     " ".join(WORDS[(3 * row + column) % len(WORDS)] for column in range(1 + row % 4)) for row in range(12)

@@ -1,0 +1,349 @@
+"""A site's answers, with a real ledger and real files: charge before touch, the same bytes again, one word for no."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client import site as site_module
+from client.ledger import Ledger
+from client.ledger_reading import LedgerStatus
+from client.site import Site, SiteError, answer
+from common.config import Plan, make_plan
+from common.events.catalog import Catalog
+from common.events.histories import Histories
+from common.models.build import build_model, item_texts
+from common.privacy.receipts import Receipt, check_receipt_alone
+from common.wire import Reason, Refusal, Request, Update, state_digest, state_to_bytes
+from tests.tiny import WORDS, tiny_language_model
+
+USERS, ITEMS, EVENTS = 12, 9, 5
+NONCE = "ab" * 16
+SECRET_USER = "user-whose-name-must-not-appear"
+SECRET_ITEM = 7
+CATALOG = Catalog(
+    ids=tuple(f"i{item}" for item in range(ITEMS)),
+    texts=tuple(f"red river {WORDS[item]}" for item in range(ITEMS)),
+    categories=((),) * ITEMS,
+)
+Ask = Callable[..., Request]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a tiny language model and a cache."""
+    folder = tmp_path_factory.mktemp("shared")
+    tiny_language_model(folder / "language-model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDTIDE_HOME", str(folder / "home"))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def plan(shared: Path) -> Plan:
+    return make_plan(
+        {
+            "name": "tiny",
+            "model": {
+                "encoder": str(shared / "language-model"),
+                "width": 4,
+                "hidden_width": 3,
+                "max_events": 6,
+            },
+            "privacy": {"users_per_site": 10, "noise_multiplier": 1.0, "sampling_rate": 0.5},
+            "training": {"rounds": 40, "steps_per_round": 2},
+        }
+    )
+
+
+def some_histories() -> Histories:
+    chance = np.random.default_rng(0)
+    events = USERS * EVENTS
+    return Histories(
+        users=np.array([SECRET_USER, *(f"pseudonym-{user}" for user in range(1, USERS))]),
+        offsets=np.arange(0, events + 1, EVENTS, dtype=np.int64),
+        items=chance.integers(0, ITEMS, size=events).astype(np.int32),
+        times=np.arange(events, dtype=np.int64),
+        kinds=np.zeros(events, dtype=np.int16),
+        values=np.full(events, np.nan, dtype=np.float32),
+        kind_names=("view",),
+    )
+
+
+@pytest.fixture
+def site(tmp_path: Path, plan: Plan) -> Site:
+    folder = tmp_path / "site"
+    folder.mkdir(mode=0o700)
+    CATALOG.save(tmp_path / "catalog.jsonl")
+    made = Site(folder=folder, name="here", catalog=tmp_path / "catalog.jsonl", users_at_least=10)
+    made.save()
+    some_histories().save(made.histories_folder)
+    Ledger.create(made.ledger_folder, epsilon=8, delta=1e-5, typical_plan=[plan.round_event()]).disconnect()
+    return made
+
+
+@pytest.fixture(scope="module")
+def start(plan: Plan) -> dict[str, torch.Tensor]:
+    """What the server broadcasts at first."""
+    texts = item_texts(CATALOG.texts, CATALOG.categories)
+    return build_model(plan.model, texts, Path(plan.model.encoder)).model.trainable_state()
+
+
+@pytest.fixture
+def ask(plan: Plan, start: dict[str, torch.Tensor]) -> Ask:
+    """Makes a request of the plan, for round 1 unless told."""
+
+    def made(round: int = 1, *, nonce: str = NONCE, attempt: int = 1) -> Request:
+        return Request(
+            run="run-a", round=round, attempt=attempt, nonce=nonce, plan=plan.model_dump_json(), state=start
+        )
+
+    return made
+
+
+def status(site: Site) -> LedgerStatus:
+    with Ledger.open(site.ledger_folder) as ledger:
+        ledger.verify()
+        return ledger.status()
+
+
+def outcomes(site: Site) -> list[str]:
+    return [charge.outcome for charge in status(site).charges]
+
+
+def lose_histories(site: Site) -> None:
+    """Whoever looks at the data from here on fails."""
+    site.histories_folder.rename(site.histories_folder.with_name("elsewhere"))
+
+
+def test_a_round_is_charged_and_answered_with_an_update_and_its_receipt(
+    site: Site, plan: Plan, ask: Ask
+) -> None:
+    request = ask()
+    reply = answer(site, request)
+    assert isinstance(reply, Update)
+    assert set(reply.state) == set(request.state)
+    assert all(float(change.norm()) > 0 for change in reply.state.values())
+    assert outcomes(site) == ["released"]
+    (charge,) = status(site).charges
+    assert charge.reserve.event == plan.round_event()
+    assert charge.reserve.plan_hash == plan.digest()
+    assert charge.reserve.model_hash == state_digest(request.state)
+    assert charge.reserve.nonce == NONCE
+    assert (charge.reserve.clip_norm, charge.reserve.normaliser) == (
+        plan.privacy.clip_norm,
+        plan.privacy.normaliser,
+    )
+    assert (
+        check_receipt_alone(Receipt.from_bytes(reply.receipt), state_to_bytes(reply.state)) == charge.reserve
+    )
+
+
+def test_the_charge_stands_in_the_ledger_before_histories_are_opened(
+    site: Site, plan: Plan, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = Histories.load, list[list[str]]()
+
+    def watched(folder: Path) -> Histories:
+        seen.append(outcomes(site))  # through a second connection: it is on the disk
+        return real(folder)
+
+    monkeypatch.setattr(site_module.Histories, "load", watched)
+    assert isinstance(answer(site, ask()), Update)
+    assert seen == [["open"]]
+
+
+def test_a_round_that_fails_at_the_data_stays_charged(site: Site, plan: Plan, ask: Ask) -> None:
+    lose_histories(site)
+    assert answer(site, ask()) == Refusal(Reason.FAILED)
+    assert outcomes(site) == ["burnt"]
+    assert status(site).spent > 0
+
+
+def test_a_round_that_fails_in_training_stays_charged(site: Site, plan: Plan, ask: Ask) -> None:
+    broken = ask()
+    state = {name: tensor[:1] for name, tensor in broken.state.items()}
+    assert answer(site, replace(broken, state=state)) == Refusal(Reason.FAILED)
+    assert outcomes(site) == ["burnt"]
+    assert answer(site, ask()) == Refusal(Reason.POLICY)  # no second try of the same attempt
+    assert isinstance(answer(site, ask(attempt=2)), Update)
+    assert outcomes(site) == ["burnt", "released"]
+
+
+def test_a_retry_gets_the_same_bytes_without_a_second_charge(site: Site, plan: Plan, ask: Ask) -> None:
+    request = ask()
+    first = answer(site, request)
+    lose_histories(site)  # nor is the data looked at again
+    second = answer(site, request)
+    assert isinstance(first, Update)
+    assert isinstance(second, Update)
+    assert state_to_bytes(first.state) == state_to_bytes(second.state)
+    assert first.receipt == second.receipt
+    assert outcomes(site) == ["released"]
+
+
+def test_another_nonce_for_a_round_already_released_is_no_second_noising(
+    site: Site, plan: Plan, ask: Ask
+) -> None:
+    assert isinstance(answer(site, ask()), Update)
+    assert answer(site, ask(nonce="cd" * 16)) == Refusal(Reason.POLICY)
+    assert outcomes(site) == ["released"]
+
+
+def test_an_exhausted_budget_is_refused_and_nothing_is_touched(site: Site, plan: Plan, ask: Ask) -> None:
+    lose_histories(site)  # whoever touched the data would fail in another way
+    event = plan.round_event()
+    with Ledger.open(site.ledger_folder) as ledger:
+        round_ = 0
+        while ledger.fits(event):
+            round_ += 1
+            ledger.burn(
+                ledger.reserve(
+                    run="spend",
+                    round=round_,
+                    attempt=1,
+                    event=event,
+                    plan_hash="a" * 64,
+                    model_hash="b" * 64,
+                    nonce=NONCE,
+                    clip_norm=1.0,
+                    normaliser=1.0,
+                    learning_rate=1.0,
+                )
+            )
+        before = ledger.status()
+    assert answer(site, ask()) == Refusal(Reason.BUDGET)
+    assert status(site) == before
+
+
+def test_a_site_that_has_withdrawn_refuses(site: Site, plan: Plan, ask: Ask) -> None:
+    with Ledger.open(site.ledger_folder) as ledger:
+        ledger.withdraw()
+    lose_histories(site)
+    assert answer(site, ask()) == Refusal(Reason.CLOSED)
+
+
+def changed(plan: Plan, **sections: dict[str, object]) -> str:
+    values = json.loads(plan.model_dump_json())
+    for section, fields in sections.items():
+        values[section].update(fields)
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda plan: changed(plan, privacy={"users_per_site": 11}),  # more than the site has agreed to
+        lambda plan: changed(plan, privacy={"noise_multiplier": None}),
+        lambda plan: changed(plan, privacy={"noise_multiplier": 0.001}),
+        lambda plan: changed(plan, privacy={"sampling_rate": 1.5}),
+        lambda plan: changed(plan, privacy={"unheard_of": 1}),
+        lambda plan: changed(plan, model={"family": "unknown"}),
+        lambda plan: changed(plan, training={"rounds": 0}),
+        lambda _: "no JSON",
+        lambda _: "[]",
+        lambda _: "null",
+        lambda _: "[" * 200_000,
+        lambda _: '{"privacy": NaN}',
+        lambda _: '{"privacy": {"epsilon": ' + "1" * 5000 + "}}",
+    ],
+)
+def test_a_plan_that_the_site_does_not_accept_costs_nothing(
+    site: Site, plan: Plan, ask: Ask, bad: object
+) -> None:
+    assert callable(bad)
+    lose_histories(site)
+    request = replace(ask(), plan=bad(plan))
+    assert answer(site, request) == Refusal(Reason.PLAN)
+    assert outcomes(site) == []
+
+
+def test_a_round_that_the_plan_does_not_have_costs_nothing(site: Site, plan: Plan, ask: Ask) -> None:
+    for round_ in (0, -1, 41):
+        assert answer(site, ask(round=round_)) == Refusal(Reason.PLAN)
+    assert outcomes(site) == []
+
+
+def test_a_family_that_is_not_on_the_sites_list_is_refused(site: Site, plan: Plan, ask: Ask) -> None:
+    assert answer(replace(site, families=()), ask()) == Refusal(Reason.PLAN)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"run": ""},
+        {"run": "x" * 10_000},
+        {"run": "../../etc"},
+        {"nonce": "no hex"},
+        {"nonce": ""},
+        {"attempt": -1},
+        {"anchor": b"no anchor"},
+        {"anchor": b"{}"},
+    ],
+    ids=str,
+)
+def test_a_request_with_fields_out_of_bounds_is_refused_in_one_word(
+    site: Site, plan: Plan, ask: Ask, fields: dict[str, object]
+) -> None:
+    lose_histories(site)
+    reply = answer(site, replace(ask(), **fields))  # type: ignore[arg-type]
+    assert reply == Refusal(Reason.POLICY)
+    assert outcomes(site) == []
+
+
+def test_an_abandoned_reservation_is_burnt_at_the_next_request(site: Site, plan: Plan, ask: Ask) -> None:
+    with Ledger.open(site.ledger_folder) as ledger:
+        ledger.reserve(
+            run="dead",
+            round=1,
+            attempt=1,
+            event=plan.round_event(),
+            plan_hash="a" * 64,
+            model_hash="b" * 64,
+            nonce=NONCE,
+            clip_norm=1.0,
+            normaliser=1.0,
+            learning_rate=1.0,
+        )
+    assert isinstance(answer(site, ask()), Update)
+    assert outcomes(site) == ["burnt", "released"]
+
+
+def test_no_log_line_holds_data(
+    site: Site, plan: Plan, ask: Ask, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"{SECRET_USER} bought item {SECRET_ITEM}")
+
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(site_module, "train_round", fail)
+    assert answer(site, ask()) == Refusal(Reason.FAILED)
+    assert "RuntimeError" in caplog.text  # the kind of failure is told to the site's own log
+    assert SECRET_USER not in caplog.text
+    assert "item 7" not in caplog.text
+    assert all(record.exc_info is None for record in caplog.records)
+
+
+def test_progress_tells_steps_alone(site: Site, plan: Plan, ask: Ask) -> None:
+    answer(site, ask(round=3))
+    assert (site.folder / "progress").read_text() == "3 2 2"
+
+
+def test_a_site_reads_back_what_it_saved(site: Site) -> None:
+    assert Site.load(site.folder) == site
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"name": 1}', "\x00"])
+def test_a_folder_without_a_readable_site_is_refused_in_words(tmp_path: Path, content: str) -> None:
+    with pytest.raises(SiteError, match="site init"):
+        Site.load(tmp_path)
+    (tmp_path / "site.json").write_text(content)
+    with pytest.raises(SiteError, match="site init"):
+        Site.load(tmp_path)
