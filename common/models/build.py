@@ -118,6 +118,6 @@ def build_model(
             )
         task = make_task(plan, public.vectors, categories)
         model: InterestModel = named(FAMILIES, plan.family).of(
-            Ingredients(public.vectors, task, lm, encoder, plan)
+            Ingredients(public.vectors, task, lm, public.projection, encoder, plan)
         )
     return BuiltModel(model=model, vectors=public.vectors, projection=public.projection, language_model=lm)

@@ -17,6 +17,16 @@ def zero_linear(input_width: int, output_width: int, *, bias: bool = True) -> nn
     return layer
 
 
+def mean_so_far(x: Tensor, mask: Tensor) -> Tensor:
+    """Masked-mean pooling of the events up to each one.
+
+    Args:
+        x: [users, events, width], zeros where there is no event.
+        mask: [users, events] bool.
+    """
+    return x.cumsum(dim=1) / mask.unsqueeze(-1).cumsum(dim=1).clamp(min=1)
+
+
 def next_item_loss(
     states: Tensor,
     items: Tensor,

@@ -11,8 +11,13 @@ from typing import Any
 
 FAMILIES: dict[str, str] = {
     "recommend": "common.models.families.recommend:Recommend",
+    "dual": "common.models.families.dual:Dual",
+    "lstm-vae": "common.models.families.lstm_vae:LstmVae",
+    "lstm-lm": "common.models.families.lstm_lm:LstmLm",
+    "classifier": "common.models.families.classifier:Classifier",
+    "ensemble": "common.models.families.ensemble:Ensemble",
 }
-"""Family -> its class, a `common.models.interface.InterestModel`. A new one is a file and a line."""
+"""Family -> its class, a `common.models.sequence.SequenceModel`. A new one is a file and a line."""
 
 TASKS: dict[str, str] = {
     "next-item": "common.models.tasks.next_item:NextItem",

@@ -18,6 +18,7 @@ from common.models.batches import HistoryBatch
 from common.models.heads import zero_linear
 from common.models.history_encoder import HistoryEncoder
 from common.models.interface import InterestModel
+from common.models.item_vectors import TextProjection
 from common.models.language_model import LanguageModel
 from common.models.tasks.next_item import NextItem
 from common.models.tasks.task import Task
@@ -34,14 +35,15 @@ class Ingredients:
     Attributes:
         vectors: [items, width] float32 unit vectors of the catalog's items.
         task: over these vectors; a member of an ensemble gets one of its own.
-        language_model: frozen.
+        language_model: frozen, with `projection` from its pooled states to the space of vectors.
         encoder: reads a history as one token sequence; None to take frozen item vectors as event vectors.
         plan: for widths, weights and names.
     """
 
     vectors: Tensor
     task: Task
-    language_model: LanguageModel | None
+    language_model: LanguageModel
+    projection: TextProjection
     encoder: HistoryEncoder | None
     plan: ModelPlan
 
@@ -108,13 +110,17 @@ class SequenceModel(InterestModel):
         return batch if self.encoder is None else self.encoder.lower(batch)
 
     @abstractmethod
-    def read(self, batch: HistoryBatch) -> Reading:
-        """The family's own part: the residual state after each event, and losses of its own."""
+    def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
+        """The family's own part: the residual state after each event, and losses of its own.
+
+        Args:
+            vectors: [users, events, width] from `event_vectors`.
+        """
 
     def event_vectors(self, batch: HistoryBatch) -> Tensor:
         """[users, events, width]: frozen item vectors, or what the encoder read; zeros where there is no event."""
         x: Tensor = self.vectors[batch.items.clamp(min=0)] if self.encoder is None else self.encoder(batch)
-        return self.task.event_vectors(x * batch.mask.unsqueeze(-1), batch)
+        return x * batch.mask.unsqueeze(-1)
 
     def event_inputs(self, x: Tensor, batch: HistoryBatch) -> Tensor:
         """Event vectors with features of time and label beside them: [users, events, input_width]."""
@@ -128,7 +134,7 @@ class SequenceModel(InterestModel):
 
     def states(self, batch: HistoryBatch) -> Tensor:
         """[users, events, width]: the user's state after each event."""
-        return self.task.content(batch) + self.read(batch).residual
+        return self.task.content(batch) + self.read(self.event_vectors(batch), batch).residual
 
     def priors_of(self, users: int) -> Tensor:
         """[users, candidates]."""
@@ -138,7 +144,7 @@ class SequenceModel(InterestModel):
         return PRIOR_SCALE * trained
 
     def per_user_loss(self, batch: HistoryBatch) -> Tensor:
-        reading = self.read(batch)
+        reading = self.read(self.event_vectors(batch), batch)
         states = self.task.content(batch) + reading.residual
         priors = self.priors_of(len(batch))
         loss = self.task.loss(states, priors, batch, pairs=reading.pairs, released=self.released)
@@ -170,7 +176,7 @@ class SequenceModel(InterestModel):
                 "the model was not trained for the task interest: train one with model.task=interest"
             )
         batch = self.prepare(batch.followed_by(items))
-        reading = self.read(batch)
+        reading = self.read(self.event_vectors(batch), batch)
         priors = self.priors_of(len(batch))
         logits = self.task.logits(self.task.content(batch) + reading.residual, priors, batch, reading.pairs)
         users = torch.arange(len(batch), device=logits.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.models.batches import HistoryBatch
-from common.models.heads import zero_linear
+from common.models.heads import mean_so_far, zero_linear
 from common.models.history_encoder import HistoryEncoder
 from common.models.names import CORES, named
 from common.models.sequence import Ingredients, Reading, SequenceModel
@@ -65,9 +65,7 @@ class Recommend(SequenceModel):
             with_times=plan.time_features,
         )
 
-    def read(self, batch: HistoryBatch) -> Reading:
-        x = self.event_vectors(batch)  # [users, events, width]
+    def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
+        x = self.task.event_vectors(vectors, batch)  # [users, events, width]
         h = self.core(self.event_inputs(x, batch))  # [users, events, hidden]
-        # Masked-mean pooling of the events so far.
-        mean = x.cumsum(dim=1) / batch.mask.unsqueeze(-1).cumsum(dim=1).clamp(min=1)
-        return Reading(self.residual(torch.cat([h, mean, x], dim=-1)))
+        return Reading(self.residual(torch.cat([h, mean_so_far(x, batch.mask), x], dim=-1)))
