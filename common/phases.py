@@ -108,6 +108,7 @@ class PretrainingPlan(BaseModel):
     histories: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         default=0, description="synthetic histories to train on; 0 leaves the phase out"
     )
+    events: Annotated[int, Field(ge=2, le=2000)] = Field(default=20, description="length of a history")
     epochs: Annotated[int, Field(ge=1, le=1000)] = 5
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     batch_size: Annotated[int, Field(ge=1)] = 64

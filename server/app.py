@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+
+if TYPE_CHECKING:
+    from common.wire import State
+    from server.rounds import Pretrain
+    from server.runs import RunFolder
 
 app = ServerApp()
 
@@ -35,4 +41,29 @@ def main(grid: Grid, context: Context) -> None:
         registry,
         run.round_state(0),
         nodes_expected=int(expected) if expected else None,
+        pretrain=_pretraining(run),
     )
+
+
+def _pretraining(run: RunFolder) -> Pretrain | None:
+    """What the plan asks the server to do between statistics and fine-tuning, if anything."""
+    plan = run.plan()
+    if not plan.pretraining.histories:
+        return None
+
+    def start(released: State) -> State:
+        from common.assets import home, language_model
+        from common.models.build import build_model, item_texts
+        from common.models.priors import make_priors
+        from server.pretraining import pretrain
+
+        catalog = run.catalog()
+        texts = item_texts(catalog.texts, catalog.categories)
+        folder = language_model(plan.model.encoder)
+        built = build_model(plan.model, texts, folder, cache=home() / "item-vectors")
+        built.model.load_trainable(run.round_state(0))
+        priors = make_priors(released, plan.statistics, len(catalog))
+        events = min(plan.pretraining.events, plan.model.max_events)
+        return pretrain(built.model, built.vectors, priors, plan.pretraining, events, plan.model.seed)
+
+    return start

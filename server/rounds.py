@@ -90,7 +90,7 @@ def run_rounds(
     Args:
         start: the seeded start of the model's trainable parameters.
         nodes_expected: how many sites to wait for at the beginning; the plan's minimum where None.
-        pretrain: called once, after the statistics and before private fine-tuning.
+        pretrain: called once, after the statistics and before the first round of private fine-tuning.
 
     Returns:
         The final parameters: the mean over the last rounds, as the plan says.
@@ -107,10 +107,12 @@ def run_rounds(
     catalog = len(run.catalog())
     run.save_round(0, progress.state)
     final: State | None = None
-    for place, exchange in enumerate(schedule):
+    for exchange in schedule:
         began = time.monotonic()
         record = RoundRecord(round=exchange.round, phase=exchange.phase.value)
         nodes = sorted(grid.get_node_ids()) or nodes
+        if exchange.phase is Phase.UPDATE and pretrain is not None:
+            progress.state, pretrain = pretrain(progress.released), None
         if exchange.phase is Phase.METRICS:
             progress.state = final = progress.final(plan)
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
@@ -119,9 +121,6 @@ def run_rounds(
             if len(admitted) >= fewest_updates(plan.server):
                 admitted.sort(key=lambda each: each.site)
                 _aggregate(plan, run, exchange, progress, admitted, record)
-        following = schedule[place + 1].phase if place + 1 < len(schedule) else None
-        if pretrain is not None and exchange.phase.content == "statistics" and _is_last(exchange, following):
-            progress.state = pretrain(progress.released)
         record.seconds = time.monotonic() - began
         run.save_round(exchange.round, progress.state)
         append_line(run.rounds_file, asdict(record))
@@ -129,10 +128,6 @@ def run_rounds(
     final = progress.final(plan) if final is None else final
     run.save_model(final)
     return final
-
-
-def _is_last(exchange: Exchange, following: Phase | None) -> bool:
-    return following is None or following.content != exchange.phase.content
 
 
 def _request(

@@ -40,6 +40,7 @@ ALL_PHASES: dict[str, Any] = {
     "privacy": {"noise_multiplier": None, "epsilon": 8.0},
     "statistics": {"popularity_share": 0.1, "transition_share": 0.4, "top_items": 10},
     "metrics": {"share": 0.1},
+    "pretraining": {"histories": 20, "epochs": 1, "events": 5},
 }
 
 
