@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -189,7 +190,9 @@ class Registry(RegistryReader):
         known = self.chain(chain.key_id)
         with self._transaction() as db:
             stored = _stored(db, chain.key_id, len(known.entries))
-            whole = known.extended(stored).extended(chain.entries[len(known.entries) :])
+            held = known.extended(stored)
+            same = sum(1 for _ in takewhile(_alike, zip(held.entries, chain.entries, strict=False)))
+            whole = held.extended(chain.entries[same:])
             anchor = Countersignature.sign(
                 self._key, site_key_id=chain.key_id, seq=chain.head.seq, head=chain.head.hash
             )
@@ -197,7 +200,7 @@ class Registry(RegistryReader):
                 "INSERT INTO entries VALUES (?, ?, ?)",
                 [
                     (chain.key_id, entry.seq, encode(entry.to_fields()))
-                    for entry in whole.entries[len(known.entries) + len(stored) :]
+                    for entry in whole.entries[len(held.entries) :]
                 ],
             )
             db.execute(
@@ -218,6 +221,10 @@ class Registry(RegistryReader):
         with self._transaction() as db:
             db.execute("INSERT INTO proofs (key_id, proof) VALUES (?, ?)", (key_id, proof.to_bytes()))
             db.execute("UPDATE sites SET barred = 1 WHERE key_id = ?", (key_id,))
+
+
+def _alike(pair: tuple[Entry, Entry]) -> bool:
+    return pair[0] is pair[1] or pair[0].hash == pair[1].hash
 
 
 def _stored(db: sqlite3.Connection, key_id: str, first: int) -> list[Entry]:
