@@ -63,7 +63,7 @@ class ModelPlan(_Frozen):
     width: Annotated[int, Field(ge=2, le=1024)] = 64
     hidden_width: Annotated[int, Field(ge=1, le=4096)] = 16
     max_events: Annotated[int, Field(ge=2, le=2000)] = 50
-    time_features: bool = Field(default=False, description="gaps and ages of events beside event vectors")
+    time_features: bool = Field(default=True, description="gaps and ages of events beside event vectors")
     item_prior: bool = Field(default=True, description="train a prior for each item beside the residual")
     negatives: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="public negatives in the loss; none: the whole catalog"
@@ -247,6 +247,11 @@ class Plan(_Frozen):
             raise ValueError(
                 "the plan has neither statistics nor rounds of fine-tuning: nothing would be learned"
             )
+        if self.model.task != "next-item" and (self.metrics.share or self.pretraining.histories):
+            raise ValueError(
+                f"metrics and pretraining are for the task next-item, not {self.model.task}: set metrics.share and "
+                "pretraining.histories to 0"
+            )
         return self
 
     @property
@@ -408,7 +413,7 @@ def make_plan(values: dict[str, Any]) -> Plan:
         PlanError: one line for each wrong value, with its place and its bound.
     """
     try:
-        return Plan.model_validate(values)
+        plan = Plan.model_validate(values)
     except ValidationError as error:
         lines = []
         for fault in error.errors():
@@ -418,6 +423,12 @@ def make_plan(values: dict[str, Any]) -> Plan:
             shown = f" (given: {given!r})" if isinstance(given, str | int | float | None) else ""
             lines.append(f"{place}: {said[0].lower()}{said[1:]}{shown}")
         raise PlanError("; ".join(lines)) from error
+    for section, part in plan:  # pydantic takes true for 1
+        given = values.get(section)
+        for field, value in given.items() if isinstance(given, dict) else ():
+            if isinstance(value, bool) and not isinstance(getattr(part, field), bool):
+                raise PlanError(f"{section}.{field}: input should be a number (given: {value!r})")
+    return plan
 
 
 def read_plan(path: Path) -> Plan:
