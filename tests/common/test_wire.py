@@ -1,0 +1,339 @@
+"""Messages through real protobuf bytes: what we write comes back, and nothing else gets in."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as stnp
+
+from common.phases import Phase
+from common.wire import (
+    Reason,
+    Refusal,
+    Request,
+    Update,
+    WireError,
+    answer_from_records,
+    answer_to_records,
+    payload_bytes,
+    request_from_records,
+    request_to_records,
+    state_digest,
+    state_from_bytes,
+    state_to_bytes,
+)
+
+STATE = {"b.weight": torch.arange(6.0).view(2, 3), "a": torch.tensor([0.5])}
+REQUEST = Request(run="run-a", round=3, attempt=1, nonce="ab" * 16, plan='{"name": "x"}', state=STATE)
+
+
+def through_bytes(content: RecordDict) -> RecordDict:
+    """As Flower sends it: protobuf, serialised and parsed again."""
+    from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+    from flwr.proto.recorddict_pb2 import RecordDict as Proto
+
+    data = recorddict_to_proto(content).SerializeToString()
+    parsed = Proto()
+    parsed.ParseFromString(data)
+    result: RecordDict = recorddict_from_proto(parsed)
+    return result
+
+
+def same_state(first: Any, second: Any) -> bool:
+    return set(first) == set(second) and all(
+        first[name].dtype == second[name].dtype
+        and first[name].shape == second[name].shape
+        and torch.equal(first[name], second[name])
+        for name in first
+    )
+
+
+def same_request(first: Request, second: Request) -> bool:
+    plain = ("run", "round", "attempt", "nonce", "plan", "anchor", "phase")
+    return (
+        all(getattr(first, name) == getattr(second, name) for name in plain)
+        and same_state(first.state, second.state)
+        and same_state(first.released, second.released)
+        and first.model_digest == second.model_digest
+    )
+
+
+states = st.dictionaries(
+    st.text(min_size=1, max_size=12),
+    stnp.arrays(
+        np.float32,
+        stnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+        elements=st.floats(width=32),
+    ).map(lambda array: torch.from_numpy(np.array(array))),
+    min_size=1,
+    max_size=4,
+)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(
+    state=states,
+    released=states | st.just({}),
+    anchor=st.none() | st.binary(max_size=40),
+    run=texts,
+    round_=st.integers(-(2**31), 2**31),
+    phase=st.sampled_from(Phase),
+)
+@settings(max_examples=60, deadline=None)
+def test_requests_come_back_as_they_were(
+    state: Any, released: Any, anchor: bytes | None, run: str, round_: int, phase: Phase
+) -> None:
+    state = {name: torch.nan_to_num(tensor) for name, tensor in state.items()}
+    released = {name: torch.nan_to_num(tensor) for name, tensor in released.items()}
+    request = Request(
+        run=run,
+        round=round_,
+        attempt=2,
+        nonce="00",
+        plan="{}",
+        state=state,
+        released=released,
+        anchor=anchor,
+        phase=phase,
+    )
+    assert same_request(request_from_records(through_bytes(request_to_records(request))), request)
+
+
+@given(state=states, receipt=st.binary(max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_updates_come_back_bit_for_bit(state: Any, receipt: bytes) -> None:
+    answer = answer_from_records(through_bytes(answer_to_records(Update(state, receipt))))
+    assert isinstance(answer, Update)
+    assert answer.receipt == receipt
+    assert state_to_bytes(answer.state) == state_to_bytes(state)  # NaN and -0.0 included
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_refusals_come_back_with_one_known_word(reason: Reason) -> None:
+    content = through_bytes(answer_to_records(Refusal(reason)))
+    assert answer_from_records(content) == Refusal(reason)
+    assert {name: dict(record) for name, record in content.items()} == {"refusal": {"reason": reason.value}}
+
+
+def test_a_parameter_that_is_no_contiguous_block_travels_too() -> None:
+    state = {"t": torch.arange(6.0).view(2, 3).T, "leaf": torch.nn.Parameter(torch.ones(2))}
+    answer = answer_from_records(through_bytes(answer_to_records(Update(state, b"r"))))
+    assert isinstance(answer, Update)
+    assert answer.state["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def arrays(**tensors: Any) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.asarray(value)) for name, value in tensors.items()})
+
+
+def raw(data: bytes, dtype: str = "float32", stype: str = "numpy.ndarray") -> ArrayRecord:
+    return ArrayRecord({"x": Array(dtype=dtype, shape=(1,), stype=stype, data=data)})
+
+
+def saved(array: Any, *, pickled: bool = False) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=pickled)
+    return file.getvalue()
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, x=np.ones(1, dtype=np.float32))
+    return file.getvalue()
+
+
+GOOD = arrays(w=np.ones(2, dtype=np.float32))
+RECEIPT = ConfigRecord({"entries": b"r"})
+HUGE = saved(np.ones(1, dtype=np.float32)).replace(b"(1,)", b"(99999999999999,)", 1)
+
+BAD_ARRAYS = {
+    "no tensor": ArrayRecord(),
+    "float64": arrays(w=np.ones(2)),
+    "float16": arrays(w=np.ones(2, dtype=np.float16)),
+    "int64": arrays(w=np.ones(2, dtype=np.int64)),
+    "bool": arrays(w=np.ones(2, dtype=np.bool_)),
+    "complex": arrays(w=np.ones(2, dtype=np.complex64)),
+    "text": arrays(w=np.array(["a"])),
+    "other byte order": arrays(w=np.ones(2, dtype=">f4")),
+    "one of two is float64": arrays(v=np.ones(2, dtype=np.float32), w=np.ones(2)),
+    "dtype that lies": raw(saved(np.ones(1))),
+    "no bytes": raw(b""),
+    "noise": raw(b"\x93NUMPY then noise"),
+    "cut short": raw(saved(np.ones(9, dtype=np.float32))[:-3]),
+    "a shape beyond all memory": raw(HUGE),
+    "pickled": raw(saved(np.array([{}], dtype=object), pickled=True)),
+    "zip": raw(zipped()),
+    "broken zip": raw(b"PK\x03\x04 broken"),
+    "another serialisation": raw(saved(np.ones(1, dtype=np.float32)), stype="torch"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_an_update_with_bad_tensors_is_refused(name: str) -> None:
+    with pytest.raises(WireError):
+        answer_from_records(RecordDict({"update": BAD_ARRAYS[name], "receipt": RECEIPT}))
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_ARRAYS if name != "no tensor"])
+def test_a_request_with_bad_tensors_is_refused(name: str) -> None:
+    for place in ("model", "released"):
+        content = request_to_records(REQUEST)
+        content[place] = BAD_ARRAYS[name]
+        with pytest.raises(WireError):
+            request_from_records(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"update": GOOD},
+        {"receipt": RECEIPT},
+        {"update": GOOD, "receipt": RECEIPT, "more": RECEIPT},
+        {"update": GOOD, "receipt": RECEIPT, "loss": MetricRecord({"loss": 1.0})},
+        {"update": GOOD, "receipt": RECEIPT, "refusal": ConfigRecord({"reason": "budget"})},
+        {"update": RECEIPT, "receipt": RECEIPT},
+        {"update": GOOD, "receipt": GOOD},
+        {"update": GOOD, "receipt": ConfigRecord({})},
+        {"update": GOOD, "receipt": ConfigRecord({"entries": "text"})},
+        {"update": GOOD, "receipt": ConfigRecord({"entries": [b"r"]})},
+        {"update": GOOD, "receipt": ConfigRecord({"entries": b"r", "users": 7})},
+        {"refusal": ConfigRecord({})},
+        {"refusal": ConfigRecord({"reason": "because user 7 said so"})},
+        {"refusal": ConfigRecord({"reason": "budget", "detail": "left: 0.1"})},
+        {"refusal": ConfigRecord({"reason": ["budget"]})},
+        {"refusal": ConfigRecord({"reason": 1})},
+        {"refusal": ConfigRecord({"reason": "Budget"})},
+        {"refusal": MetricRecord({"reason": 1.0})},
+        {"refusal": GOOD},
+    ],
+    ids=lambda content: ",".join(content) or "nothing",
+)
+def test_a_malformed_reply_is_refused(content: dict[str, Any]) -> None:
+    with pytest.raises(WireError) as caught:
+        answer_from_records(RecordDict(content))
+    assert "7" not in str(caught.value)  # what was found is never quoted
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("run", 3),
+        ("run", b"bytes"),
+        ("round", "1"),
+        ("round", 1.0),
+        ("round", True),
+        ("round", [1]),
+        ("attempt", False),
+        ("nonce", 5),
+        ("plan", ["{}"]),
+        ("phase", "confession"),
+        ("phase", 1),
+        ("phase", ["update"]),
+        ("anchor", "not hex"),
+        ("anchor", "abc"),
+        ("anchor", b"ab"),
+        ("more", 1),
+    ],
+)
+def test_a_malformed_request_is_refused(field: str, value: Any) -> None:
+    content = request_to_records(REQUEST)
+    content["round"][field] = value
+    with pytest.raises(WireError):
+        request_from_records(content)
+
+
+@pytest.mark.parametrize("field", ["run", "round", "attempt", "nonce", "plan", "phase", "anchor"])
+def test_a_request_without_a_field_is_refused(field: str) -> None:
+    content = request_to_records(REQUEST)
+    del content["round"][field]
+    with pytest.raises(WireError):
+        request_from_records(content)
+
+
+@pytest.mark.parametrize("record", ["model", "released", "round"])
+def test_a_request_without_a_record_or_with_another_is_refused(record: str) -> None:
+    content = request_to_records(REQUEST)
+    del content[record]
+    with pytest.raises(WireError):
+        request_from_records(content)
+    content[record] = MetricRecord({"x": 1})
+    with pytest.raises(WireError):
+        request_from_records(content)
+
+
+scalars = st.integers(-(2**31), 2**31) | st.floats() | st.booleans() | texts | st.binary(max_size=9)
+configs = st.dictionaries(
+    st.sampled_from(
+        ["run", "round", "attempt", "nonce", "plan", "phase", "anchor", "reason", "entries", "odd"]
+    ),
+    scalars | st.lists(st.integers(0, 9), max_size=3),
+    max_size=7,
+).map(ConfigRecord)
+records = configs | st.sampled_from([GOOD, MetricRecord({"x": 1.0}), *BAD_ARRAYS.values()])
+contents = st.dictionaries(
+    st.sampled_from(["model", "released", "round", "update", "receipt", "refusal", "odd"]),
+    records,
+    max_size=4,
+)
+
+
+@given(content=contents)
+@settings(max_examples=300, deadline=None)
+def test_anything_else_is_a_wire_error_or_exactly_an_answer(content: dict[str, Any]) -> None:
+    try:
+        answer = answer_from_records(RecordDict(dict(content)))
+    except WireError:
+        pass
+    else:
+        assert isinstance(answer, Update | Refusal)
+        assert set(content) in ({"refusal"}, {"update", "receipt"})
+    try:
+        request_from_records(RecordDict(dict(content)))
+    except WireError:
+        return
+    assert set(content) == {"model", "released", "round"}
+
+
+@given(data=st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_for_a_tensor_are_refused(data: bytes) -> None:
+    for prefix in (b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04"):
+        with pytest.raises(WireError):
+            answer_from_records(RecordDict({"update": raw(prefix + data), "receipt": RECEIPT}))
+
+
+def test_the_digest_is_that_of_names_shapes_and_bits() -> None:
+    assert state_digest(STATE) == state_digest(dict(reversed(STATE.items())))
+    assert state_digest(STATE) == state_digest(state_from_bytes(state_to_bytes(STATE)))
+    others = [
+        {**STATE, "a": torch.tensor([0.25])},
+        {**STATE, "a": torch.tensor([[0.5]])},
+        {"c": STATE["a"], "b.weight": STATE["b.weight"]},
+        {"a": STATE["a"]},
+    ]
+    assert len({state_digest(state) for state in (STATE, *others)}) == 5
+    assert REQUEST.model_digest == state_digest(STATE)
+    beside = Request(
+        run="run-a",
+        round=3,
+        attempt=1,
+        nonce="",
+        plan="",
+        state=STATE,
+        released={"popularity": torch.ones(2)},
+    )
+    assert beside.model_digest != REQUEST.model_digest  # what was released before is part of what is asked
+
+
+def test_payload_is_the_weight_of_what_a_message_carries() -> None:
+    heavy = {"w": torch.zeros(1000)}
+    assert 4000 < payload_bytes(answer_to_records(Update(heavy, b"r" * 500))) - 500 < 4200
+    assert payload_bytes(answer_to_records(Refusal(Reason.BUDGET))) == len("budget")
