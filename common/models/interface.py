@@ -81,4 +81,5 @@ class InterestModel(nn.Module, ABC):
                     f"parameter {name} has shape {tuple(value.shape)} and dtype {value.dtype}, "
                     f"but the model's has {tuple(parameter.shape)} and {parameter.dtype}"
                 )
-            parameter.copy_(value)
+        for name, parameter in own.items():  # all, or none
+            parameter.copy_(state[name])
