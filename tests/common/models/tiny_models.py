@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.models.language_model import LanguageModel, freeze
+
+torch.set_num_threads(1)  # models this small are slower on many threads, and tests share the machine
 
 WORDS = (
     *("red", "blue", "green", "sun", "moon", "star", "river", "hill", "tree", "stone"),
@@ -37,10 +40,11 @@ def tiny_tokenizer() -> Any:
     )
 
 
+@cache
 def tiny_language_model(
     architecture: str, *, layers: int = 3, dropout: float = 0.0, positions: int = 64, seed: int = 0
 ) -> LanguageModel:
-    """A random model of an architecture: width 16, two heads, frozen."""
+    """A random model of an architecture: width 16, two heads, frozen. The same object each time: do not change it."""
     from transformers import AutoConfig, AutoModel
 
     tokenizer = tiny_tokenizer()
