@@ -25,6 +25,7 @@ from common.assets import home, language_model
 from common.config import Plan, PlanError, make_plan
 from common.events.catalog import Catalog
 from common.events.histories import Histories
+from common.events.labels import padded_labels
 from common.models.batches import HistoryBatch
 from common.models.build import build_model, item_texts
 from common.models.interface import InterestModel
@@ -131,6 +132,7 @@ def site_model(plan: Plan, catalog: Catalog, *, offline: bool) -> InterestModel:
             item_texts(catalog.texts, catalog.categories),
             language_model(plan.model.encoder, offline=offline),
             cache=home() / "item-vectors",
+            categories=catalog.categories,
         )
         _MODELS[key] = built.model.to(device_of(plan))
     _MODELS.move_to_end(key)
@@ -236,7 +238,9 @@ def _release(site: Site, plan: Plan, request: Request) -> dict[str, torch.Tensor
     model.set_released(make_priors(request.released, plan.statistics, len(catalog)))
     if held_out is not None and request.phase is Phase.METRICS:
         return release_metrics(model, histories, held_out, plan, noise)
-    items, times = histories.padded(range(len(histories)), plan.model.max_events)
+    everyone, longest = range(len(histories)), plan.model.max_events
+    items, times = histories.padded(everyone, longest)
+    labels = padded_labels(histories, everyone, longest, plan.model.label_rule)
     settings = StepSettings.of(plan)
 
     def on_step(step: int) -> None:
@@ -244,7 +248,7 @@ def _release(site: Site, plan: Plan, request: Request) -> dict[str, torch.Tensor
 
     return train_round(
         model,
-        HistoryBatch.of(items, times, device_of(plan)),
+        HistoryBatch.of(items, times, device_of(plan), labels=labels),
         settings,
         sampler=SecurePoissonSampler(),
         noise=noise,

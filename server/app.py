@@ -60,7 +60,9 @@ def _pretraining(run: RunFolder) -> Pretrain | None:
         catalog = run.catalog()
         texts = item_texts(catalog.texts, catalog.categories)
         folder = language_model(plan.model.encoder)
-        built = build_model(plan.model, texts, folder, cache=home() / "item-vectors")
+        built = build_model(
+            plan.model, texts, folder, cache=home() / "item-vectors", categories=catalog.categories
+        )
         built.model.load_trainable(run.round_state(0))
         priors = make_priors(released, plan.statistics, len(catalog))
         events = min(plan.pretraining.events, plan.model.max_events)

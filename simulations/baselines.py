@@ -11,22 +11,31 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
 
 
 def popularity_scorer(held_out: HeldOut, items: int) -> Scorer:
-    """Items by their exact count in the training events, the same for every user."""
+    """What is usual in the training events, the same for every user.
+
+    Items by their exact count; for `interest` the item's smoothed rate of likes; for `next-category` categories by
+    their count.
+    """
     training, _ = held_out.split("validation")
-    counts = torch.from_numpy(np.bincount(training.items, minlength=items).astype(np.float32))
-
-    def score(batch: HistoryBatch) -> Tensor:
-        return counts.expand(len(batch), -1)
-
-    return score
+    if held_out.labels is not None:
+        labels = held_out.labels.labels(training)
+        known = ~np.isnan(labels)
+        liked = np.bincount(training.items[known], weights=labels[known], minlength=items)
+        shown = np.bincount(training.items[known], minlength=items)
+        overall = float(labels[known].mean()) if known.any() else 0.5
+        rates = torch.from_numpy((liked + 2 * overall) / (shown + 2))
+        return lambda batch, asked: rates[asked]
+    counts = np.bincount(training.items, minlength=items).astype(np.float64)
+    if held_out.membership is not None:
+        counts = counts @ held_out.membership
+    usual = torch.from_numpy(counts.astype(np.float32))
+    return lambda batch, asked: usual.expand(len(batch), -1)
 
 
 def train_without_privacy(
@@ -49,18 +58,19 @@ def train_without_privacy(
     model = copy.deepcopy(start)
     training, _ = held_out.split("validation")
     device = next(iter(model.buffers())).device
-    padded, times = training.padded(range(len(training)), held_out.max_events)
-    batch = model.prepare(HistoryBatch.of(padded, times, device))
+    batch = model.prepare(held_out.batch(training, np.arange(len(training))).to(device))
     optimiser = torch.optim.AdamW(model.trainable().values(), lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    best, best_state = -1.0, model.trainable_state()
+    best, best_state = -float("inf"), model.trainable_state()
     for epoch in range(epochs):
         model.train()
         for rows in torch.randperm(len(batch), generator=generator).split(batch_size):
             optimiser.zero_grad()
             model.per_user_loss(batch.rows(rows.to(device))).mean().backward()
             optimiser.step()
-        quality = float(evaluate(model_scorer(model), held_out, "validation", items).ndcg.mean())
+        quality = float(
+            evaluate(model_scorer(model, held_out.task), held_out, "validation", items).per_user.mean()
+        )
         if quality > best:
             best, best_state = quality, model.trainable_state()
         on_epoch(epoch + 1)

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from common.config import Plan
 from common.events.cleaning import CleaningReport
-from simulations.evaluation import TOP, Quality
 from simulations.federation import Outcome
 from simulations.follower import Watcher
+from simulations.quality import Quality
 from simulations.report import PROTECTION, RESEARCHER_SIDE, cost_rows, quality_header, quality_rows, verdicts
 from simulations.sites import SimulatedSite
 
@@ -91,7 +91,7 @@ def site_table(sites: list[SimulatedSite], plan: Plan) -> Table:
 def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Table:
     """One round: who took part, what it cost, what it brought."""
     table = Table(title=None, show_header=record["round"] == 1)
-    ndcg = quality.metrics[f"NDCG@{TOP}"]
+    headline = quality.metrics[quality.headline]
     left_out = ", ".join(
         f"{each.get('site') or each['node']}: {each['reason']}" for each in record["left_out"]
     )
@@ -103,7 +103,7 @@ def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Tab
         "kB up": f"{record['bytes_up'] / 1000:,.0f}",
         "seconds": f"{record['seconds']:6.1f}",
         "epsilon": f"{epsilon:.3f}",
-        f"validation NDCG@{TOP}": f"{ndcg.value:.4f} ± {ndcg.standard_error:.4f}",
+        f"validation {quality.headline}": f"{headline.value:.4f} ± {headline.standard_error:.4f}",
     }
     for name in cells:
         width = 11 if name == "phase" else len(name)  # the longest phase's name

@@ -6,7 +6,7 @@ catalog, seen items masked, ties at mid-rank. No site takes part, and nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,102 +15,158 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.config import ModelPlan
 from common.events.histories import Histories
-from common.metrics import Metric, ndcg, ranks, summarise, top_lists
+from common.events.labels import LabelRule, padded_labels
+from common.metrics import ranks, top_lists
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
+from simulations.quality import TOP, Quality, category_quality, interest_quality, ranking_quality
 
 Split = Literal["validation", "test"]
-Scorer = Callable[[HistoryBatch], Tensor]
-"""From histories to [users, items] scores."""
+Scorer = Callable[[HistoryBatch, Tensor], Tensor]
+"""From histories, and the item [users] that each is asked about, to what the task predicts: scores of candidates
+[users, candidates], which do not look at that item; or, for `interest`, the probability [users] that it is liked."""
 
-TOP = 10
 _USERS_AT_ONCE = 128
-_SHOWN = {
-    f"hit_rate@{TOP}": f"HR@{TOP}",
-    f"ndcg@{TOP}": f"NDCG@{TOP}",
-    "mrr": "MRR",
-    f"coverage@{TOP}": f"coverage@{TOP}",
-}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Whole histories of a simulation's users, from which each split is cut.
+    """Whole histories of a simulation's users, from which each split is cut, and what is asked of them.
 
     Attributes:
         whole: [users] histories with every event.
         max_events: how many of the latest a model reads.
+        task: of the plan.
+        labels: how events are labelled, for `interest`.
+        membership: [items, categories] bool, for `next-category`.
+        vectors: [items, width], for the diversity of lists; None leaves it out.
     """
 
     whole: Histories
     max_events: int
+    task: str = "next-item"
+    labels: LabelRule | None = None
+    membership: npt.NDArray[np.bool_] | None = None
+    vectors: npt.NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        whole: Histories,
+        plan: ModelPlan,
+        *,
+        vectors: Tensor | None = None,
+        membership: Tensor | None = None,
+    ) -> HeldOut:
+        """For a plan's task, over a built model's vectors."""
+        return cls(
+            whole=whole,
+            max_events=plan.max_events,
+            task=plan.task,
+            labels=plan.label_rule,
+            membership=None if membership is None else membership.numpy(),
+            vectors=None if vectors is None else vectors.numpy(),
+        )
 
     def split(self, split: Split) -> tuple[Histories, npt.NDArray[np.int64]]:
-        """Histories to rank from, and the item to find; users too short to hold out two are left out."""
-        long_enough = np.flatnonzero(self.whole.lengths >= 3)
-        chosen = self.whole.select(long_enough)
-        without_one, last = chosen.without_last(1)
-        if split == "test":
-            return without_one, last.reshape(len(chosen), -1)[:, -1].astype(np.int64)
-        without_two, before = without_one.without_last(1)
-        return without_two, before.reshape(len(chosen), -1)[:, -1].astype(np.int64)
+        """Histories to predict from, and the item that came next; users too short to hold out two are left out."""
+        histories, chosen, places = self._cut(split)
+        return histories, chosen.items[places].astype(np.int64)
 
+    def split_labels(self, split: Split) -> npt.NDArray[np.float32]:
+        """[users] labels of the items that came next, NaN where unknown."""
+        assert self.labels is not None
+        _, chosen, places = self._cut(split)
+        return self.labels.labels(chosen)[places]
 
-@dataclass(frozen=True)
-class Quality:
-    """Metrics of one recommender on one split, with standard errors over users.
+    def _cut(self, split: Split) -> tuple[Histories, Histories, npt.NDArray[np.int64]]:
+        chosen = self.whole.select(np.flatnonzero(self.whole.lengths >= 3))
+        back = 1 if split == "test" else 2
+        kept, _ = chosen.without_last(back)
+        return kept, chosen, chosen.offsets[1:] - back
 
-    Attributes:
-        ranks: [users] mid-ranks, from 1, for paired comparisons.
-        metrics: by name.
-    """
-
-    ranks: npt.NDArray[np.float64]
-    metrics: Mapping[str, Metric]
-
-    @property
-    def ndcg(self) -> npt.NDArray[np.float64]:
-        """[users] NDCG@10."""
-        return ndcg(self.ranks, TOP)
-
-    def as_json(self) -> dict[str, dict[str, float]]:
-        """name -> value and standard error."""
-        return {n: {"value": m.value, "standard_error": m.standard_error} for n, m in self.metrics.items()}
+    def batch(self, histories: Histories, rows: npt.NDArray[np.int64]) -> HistoryBatch:
+        """Some users' histories as a model reads them."""
+        items, times = histories.padded(rows, self.max_events)
+        return HistoryBatch.of(
+            items, times, labels=padded_labels(histories, rows, self.max_events, self.labels)
+        )
 
 
 def evaluate(scorer: Scorer, held_out: HeldOut, split: Split, items: int) -> Quality:
-    """Ranks the held-out item of each user among all items that the user has not had.
+    """How well a scorer foretells what each user did next.
+
+    For `next-item` the held-out item is ranked among all that the user has not had; for `interest` users whose
+    held-out event has no label are left out; for `next-category` those whose item has no category.
 
     Args:
-        scorer: gives [users, items] scores.
+        scorer: see `Scorer`.
         items: size of the catalog.
     """
     histories, targets = held_out.split(split)
-    found: list[npt.NDArray[np.float64]] = []
+    if held_out.task == "interest":
+        labels = held_out.split_labels(split)
+        known = np.flatnonzero(~np.isnan(labels))
+        found = _predict(scorer, held_out, histories, targets, known)
+        return interest_quality(np.concatenate(found), labels[known].astype(np.int64))
+    if held_out.task == "next-category":
+        assert held_out.membership is not None
+        right = held_out.membership[targets]
+        known = np.flatnonzero(right.any(axis=1))
+        found = _predict(scorer, held_out, histories, targets, known)
+        return category_quality(np.concatenate(found), right[known])
+    all_ranks: list[npt.NDArray[np.float64]] = []
     lists: list[npt.NDArray[np.int64]] = []
-    for start in range(0, len(histories), _USERS_AT_ONCE):
-        rows = np.arange(start, min(start + _USERS_AT_ONCE, len(histories)))
-        padded, times = histories.padded(rows, held_out.max_events)
-        scores = scorer(HistoryBatch.of(padded, times)).detach().cpu().numpy().astype(np.float64)
+    everyone = np.arange(len(histories))
+    for rows, scores in zip(
+        _parts(everyone), _predict(scorer, held_out, histories, targets, everyone), strict=True
+    ):
         seen = np.zeros((len(rows), items), dtype=bool)
         for place, row in enumerate(rows):
             seen[place, histories.history(int(row))] = True
-        found.append(ranks(scores, targets[rows], seen))
+        all_ranks.append(ranks(scores, targets[rows], seen))
         lists.append(top_lists(scores, min(TOP, items), seen))
-    all_ranks = np.concatenate(found)
-    found_metrics = summarise(all_ranks, TOP, lists=np.concatenate(lists), items=items)
-    return Quality(ranks=all_ranks, metrics={_SHOWN[name]: metric for name, metric in found_metrics.items()})
+    training, _ = held_out.split("validation")
+    return ranking_quality(
+        np.concatenate(all_ranks),
+        np.concatenate(lists),
+        items,
+        popularity=np.bincount(training.items, minlength=items),
+        vectors=held_out.vectors,
+    )
 
 
-def model_scorer(model: InterestModel) -> Scorer:
-    """The model's own scores, in eval mode."""
+def _parts(rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    return [rows[start : start + _USERS_AT_ONCE] for start in range(0, len(rows), _USERS_AT_ONCE)]
 
-    def score(batch: HistoryBatch) -> Tensor:
+
+def _predict(
+    scorer: Scorer,
+    held_out: HeldOut,
+    histories: Histories,
+    targets: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+) -> list[npt.NDArray[np.float64]]:
+    if not len(rows):
+        raise ValueError(f"no user has a held-out event that the task {held_out.task} can be judged by")
+    found = []
+    for part in _parts(rows):
+        said = scorer(held_out.batch(histories, part), torch.from_numpy(targets[part]))
+        found.append(said.detach().cpu().numpy().astype(np.float64))
+    return found
+
+
+def model_scorer(model: InterestModel, task: str = "next-item") -> Scorer:
+    """The model's own predictions, in eval mode."""
+
+    def score(batch: HistoryBatch, asked: Tensor) -> Tensor:
         model.eval()
         device = next(iter(model.buffers())).device
-        moved = HistoryBatch(items=batch.items.to(device), times=batch.times.to(device))
         with torch.no_grad():
-            return model.scores(moved)
+            if task == "interest":
+                return model.interest(batch.to(device), asked.to(device))
+            return model.scores(batch.to(device))
 
     return score

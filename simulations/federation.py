@@ -17,7 +17,7 @@ from client.app import SITES_FOLDER
 from common.assets import home, language_model
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy
-from common.models.build import BuiltModel, build_model, item_texts
+from common.models.build import BuiltModel, build_model, category_membership, item_texts
 from server.aggregation import check_aggregation
 from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
 from server.registry import Registry
@@ -25,10 +25,11 @@ from server.runs import RunError, RunFolder, append_line
 from simulations.baselines import popularity_scorer, train_without_privacy
 from simulations.datasets import Dataset
 from simulations.engines import run_in_this_process, run_with_flower
-from simulations.evaluation import HeldOut, Quality, evaluate, model_scorer
+from simulations.evaluation import HeldOut, evaluate, model_scorer
 from simulations.follower import Follower, Watcher, load_checkpoint
 from simulations.partition import divide
 from simulations.privacy_record import PrivacyRecord, privacy_record
+from simulations.quality import Quality
 from simulations.sites import SimulatedSite, make_sites, whole_histories
 
 FEDTIDE = "Fedtide"
@@ -119,6 +120,7 @@ def simulate(
         item_texts(dataset.catalog.texts, dataset.catalog.categories),
         language_model(plan.model.encoder, offline=options.offline),
         cache=home() / "item-vectors",
+        categories=dataset.catalog.categories,
     )
     run = RunFolder.create(options.runs.resolve(), plan, dataset.catalog)
     watcher.on_phase("setting up the sites")
@@ -140,7 +142,14 @@ def simulate(
         seed=options.seed,
     )
     watcher.on_sites(sites, report, plan)
-    held_out = HeldOut(whole=whole, max_events=plan.model.max_events)
+    held_out = HeldOut.of(
+        whole,
+        plan.model,
+        vectors=built.vectors,
+        membership=category_membership(dataset.catalog.categories)
+        if plan.model.task == "next-category"
+        else None,
+    )
     run.save_round(0, built.model.trainable_state())
     follower = _run_and_watch(run, plan, options, root, sites, built, held_out, watcher)
     watcher.on_phase("comparing with the baselines")
@@ -206,13 +215,13 @@ def _conclude(
     baselines = {POPULARITY: evaluate(popular, held_out, "validation", items), CONTENT: follower.qualities[0]}
     test = {POPULARITY: evaluate(popular, held_out, "test", items)}
     load_checkpoint(model, run, plan, 0, items)
-    test[CONTENT] = evaluate(model_scorer(model), held_out, "test", items)
+    test[CONTENT] = evaluate(model_scorer(model, plan.model.task), held_out, "test", items)
     if options.baseline_epochs:
         open_model = train_without_privacy(model, held_out, items, epochs=options.baseline_epochs)
-        baselines[OPEN] = evaluate(model_scorer(open_model), held_out, "validation", items)
-        test[OPEN] = evaluate(model_scorer(open_model), held_out, "test", items)
+        baselines[OPEN] = evaluate(model_scorer(open_model, plan.model.task), held_out, "validation", items)
+        test[OPEN] = evaluate(model_scorer(open_model, plan.model.task), held_out, "test", items)
     load_checkpoint(model, run, plan, None, items)
-    test[FEDTIDE] = evaluate(model_scorer(model), held_out, "test", items)
+    test[FEDTIDE] = evaluate(model_scorer(model, plan.model.task), held_out, "test", items)
     records = list(run.records())
     outcome = Outcome(
         run=run,

@@ -14,8 +14,9 @@ from common.models.build import BuiltModel
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
 from server.runs import RunFolder, append_line
-from simulations.evaluation import HeldOut, Quality, evaluate, model_scorer
+from simulations.evaluation import HeldOut, evaluate, model_scorer
 from simulations.privacy_record import epsilon_after
+from simulations.quality import Quality
 from simulations.sites import SimulatedSite
 
 
@@ -62,7 +63,9 @@ class Follower:
     def _quality(self, number: int) -> Quality:
         model = self._built.model
         load_checkpoint(model, self._run, self._plan, number, len(self._built.vectors))
-        return evaluate(model_scorer(model), self._held_out, "validation", len(self._built.vectors))
+        return evaluate(
+            model_scorer(model, self._plan.model.task), self._held_out, "validation", len(self._built.vectors)
+        )
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:

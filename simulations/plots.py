@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simulations.evaluation import TOP, Quality
+from simulations.quality import Quality
 
 _INK, _SEA, _SAND, _STONE = "#1b2a41", "#1f7a8c", "#d98e04", "#8d99ae"
 _LINES = {"popularity": (_STONE, ":"), "content only": (_INK, "--"), "same model, no privacy": (_SAND, "-.")}
@@ -37,11 +37,13 @@ def _save(figure: Any, path: Path) -> None:
 def _baseline_lines(axes: Any, baselines: dict[str, Quality]) -> None:
     for name, quality in baselines.items():
         colour, style = _LINES.get(name, (_STONE, "-"))
-        axes.axhline(float(quality.ndcg.mean()), color=colour, linestyle=style, linewidth=1.3, label=name)
+        axes.axhline(
+            quality.metrics[quality.headline].value, color=colour, linestyle=style, linewidth=1.3, label=name
+        )
 
 
 def _private_curve(axes: Any, xs: list[float], qualities: list[Quality]) -> None:
-    metric = [quality.metrics[f"NDCG@{TOP}"] for quality in qualities]
+    metric = [quality.metrics[quality.headline] for quality in qualities]
     values = [each.value for each in metric]
     axes.plot(xs, values, color=_SEA, marker="o", markersize=3.5, linewidth=1.8, label="Fedtide")
     axes.fill_between(
@@ -55,8 +57,8 @@ def _private_curve(axes: Any, xs: list[float], qualities: list[Quality]) -> None
 
 
 def quality_by_round(path: Path, validation: list[Quality], baselines: dict[str, Quality]) -> None:
-    """NDCG on the validation split after each round; the band is one standard error over users."""
-    figure, axes = _figure("Quality by round (validation)", "round", f"NDCG@{TOP}")
+    """The headline metric on the validation split after each round; the band is one standard error over users."""
+    figure, axes = _figure("Quality by round (validation)", "round", validation[0].headline)
     _private_curve(axes, [float(number) for number in range(len(validation))], validation)
     _baseline_lines(axes, baselines)
     axes.set_ylim(bottom=0)
@@ -89,7 +91,9 @@ def privacy_utility(
     path: Path, epsilons: list[float], validation: list[Quality], baselines: dict[str, Quality]
 ) -> None:
     """What each further unit of epsilon bought, on the validation split."""
-    figure, axes = _figure("Quality against privacy cost (validation)", "epsilon spent (PLD)", f"NDCG@{TOP}")
+    figure, axes = _figure(
+        "Quality against privacy cost (validation)", "epsilon spent (PLD)", validation[0].headline
+    )
     _private_curve(axes, epsilons, validation)
     _baseline_lines(axes, baselines)
     axes.set_ylim(bottom=0)

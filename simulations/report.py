@@ -10,7 +10,6 @@ from common.config import Plan
 from common.metrics import paired_difference
 from server.runs import write_whole
 from simulations import plots
-from simulations.evaluation import TOP
 
 if TYPE_CHECKING:
     from simulations.federation import Outcome
@@ -55,16 +54,16 @@ def verdicts(outcome: Outcome) -> list[str]:
     """Plain sentences: the private model against each baseline, paired over users."""
     from simulations.federation import FEDTIDE
 
-    own = outcome.test[FEDTIDE].ndcg
+    own = outcome.test[FEDTIDE].per_user
     said = []
     for name, quality in outcome.test.items():
         if name == FEDTIDE:
             continue
-        paired = paired_difference(own, quality.ndcg)
+        paired = paired_difference(own, quality.per_user)
         direction = "better" if paired.mean > 0 else "worse"
         verdict = direction if abs(paired.z) >= SIGNIFICANT_Z else "no significant difference"
         said.append(
-            f"Fedtide against {name}: NDCG@{TOP} {paired.mean:+.4f} ± {paired.standard_error:.4f} "
+            f"Fedtide against {name}: {quality.per_user_name} {paired.mean:+.4f} ± {paired.standard_error:.4f} "
             f"(paired over {len(own)} users, z = {paired.z:.1f}): {verdict}."
         )
     return said

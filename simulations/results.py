@@ -21,8 +21,8 @@ import numpy.typing as npt
 from common.config import Plan
 from common.metrics import mean_metric, paired_difference
 from simulations.datasets import load_movielens_100k
-from simulations.evaluation import TOP
 from simulations.federation import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome, SimulationOptions, simulate
+from simulations.quality import TOP
 from simulations.report import SIGNIFICANT_Z
 
 SHOWN = (POPULARITY, CONTENT, FEDTIDE, OPEN)
@@ -54,7 +54,7 @@ def rows_of(outcomes: list[Outcome]) -> list[Row]:
             metric: [quality.metrics[metric].value for quality in qualities]
             for metric in qualities[0].metrics
         }
-        rows.append(Row(name, metrics, np.mean([quality.ndcg for quality in qualities], axis=0)))
+        rows.append(Row(name, metrics, np.mean([quality.per_user for quality in qualities], axis=0)))
     return rows
 
 

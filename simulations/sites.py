@@ -7,8 +7,6 @@ in a folder of their own outlive a run, and so do their budgets.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from client.site import Site, SiteError
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
 from common.events.histories import Histories
-from common.privacy.renyi import NANO, best_order, charge_of, renyi_to_epsilon
+from common.models.names import FAMILIES
+from common.planning import smallest_budget
 from server.registry import Registry
 from simulations.datasets import Dataset
 from simulations.partition import log_of_site
@@ -53,30 +52,6 @@ def whole_histories(dataset: Dataset, policy: CleaningPolicy, seed: int) -> tupl
     return clean(dataset.log, dataset.catalog, policy, simulated_secret(seed))
 
 
-def smallest_budget(plan: Plan, delta: float) -> float:
-    """The smallest epsilon, rounded up to a tenth, whose Renyi filter admits every round of the plan.
-
-    It lies above the plan's own PLD epsilon, because the filter's guarantee holds whatever is run next.
-    """
-    events = plan.events()
-    low, high = 0.0, 1000.0
-    epsilon = high
-    for _ in range(60):
-        middle = (low + high) / 2
-        try:
-            order = best_order(events, middle, delta)
-        except ValueError:  # no budget at all at this epsilon
-            low = middle
-            continue
-        charges = sum(times * charge_of(event, order) for event, times in Counter(events).items())
-        needed = renyi_to_epsilon(charges / NANO, delta, order)
-        if needed <= middle:
-            epsilon = high = middle
-        else:
-            low = middle
-    return math.ceil(epsilon * 10 + 1e-9) / 10
-
-
 def make_sites(
     dataset: Dataset,
     sites: npt.NDArray[np.int64],
@@ -104,7 +79,7 @@ def make_sites(
     if found and len(found) != count:
         raise SiteError(f"{root} holds {len(found)} sites, but {count} are asked for: choose another folder")
     if not found and budget is None:
-        budget = smallest_budget(plan, plan.privacy.delta)
+        budget, _ = smallest_budget(plan.events(), plan.privacy.delta)
     made = []
     for number in range(count):
         folder = root / f"{number:05d}"
@@ -125,6 +100,7 @@ def make_sites(
                 name=name,
                 catalog=catalog_file,
                 users_at_least=plan.privacy.users_per_site,
+                families=tuple(FAMILIES),
                 metrics=plan.metrics.share > 0,
             )
             site.save()
