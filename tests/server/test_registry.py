@@ -101,7 +101,7 @@ def test_two_processes_of_the_server_see_each_others_heads(registry: Registry, f
 
 def test_a_fork_between_two_processes_is_found_when_it_is_stored(registry: Registry, folder: Path) -> None:
     site, lying, other = honest(), honest(), Registry(folder)
-    lying.entries = lying.entries[:6]
+    lying.entries, lying.spent = lying.entries[:6], site.entries[4].body.spent
     lying.add(Burnt(lying.reserve("run-q", 1).hash))
     key = site.entries[0].key_id
     held = other.chain(key)

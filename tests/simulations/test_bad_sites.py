@@ -1,0 +1,110 @@
+"""A real federation with one site that lies differently each round: the run ends well and names it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+
+import client.app
+from server.registry import RegistryReader
+from simulations.audit.receipts import audit_receipts
+from tests.tiny import tiny_run
+
+FAST = {"noise_multiplier": 8.0, "sampling_rate": 1.0}  # accountants are quick where nobody is sampled
+Lie = Callable[[Message], object]
+
+
+def _arrays(reply: Message) -> ArrayRecord:
+    record = reply.content["update"]
+    assert isinstance(record, ArrayRecord)
+    return record
+
+
+def _changed(value: float) -> Lie:
+    def lie(reply: Message) -> None:
+        record = _arrays(reply)
+        name = sorted(record)[0]
+        record[name] = Array(np.full_like(record[name].numpy(), value))
+
+    return lie
+
+
+def _raise(reply: Message) -> None:
+    raise RuntimeError("user 17 watched film 3")
+
+
+LIES: list[tuple[str, Lie]] = [
+    ("wrong_digest", _changed(float("nan"))),
+    ("malformed", lambda reply: reply.content.pop("receipt")),
+    ("malformed", lambda reply: reply.content.update({"m": MetricRecord({"num-examples": 1042})})),
+    ("malformed_json", lambda reply: reply.content["receipt"].update({"entries": b"junk"})),
+    ("node_error", _raise),
+    ("malformed", lambda reply: reply.content.update({"update": ConfigRecord({"a": 1})})),
+]
+
+
+def test_one_lying_site_is_left_out_by_name_and_the_run_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, lies = client.app.app, itertools.chain((lie for _, lie in LIES), itertools.repeat(None))
+
+    def lying(message: Message, context: Context) -> Message:
+        reply = honest(message, context)
+        lie = next(lies) if context.node_config["partition-id"] == 1 else None
+        if lie is not None:
+            lie(reply)
+        return reply
+
+    monkeypatch.setattr(client.app, "app", lying)
+    rounds = len(LIES) + 1
+    outcome = tiny_run(
+        tmp_path,
+        plan={"training": {"rounds": rounds, "steps_per_round": 1}, "privacy": FAST},
+        site_budget=20.0,
+    )
+    records = list(outcome.run.records())
+    assert [len(record["left_out"]) for record in records] == [1] * len(LIES) + [0]
+    assert [record["left_out"][0]["reason"] for record in records[:-1]] == [reason for reason, _ in LIES]
+    assert all(record["aggregated"] for record in records)
+    assert all(record["admitted"] == ["site-0", "site-2", "site-3"] for record in records[:-1])
+    # Back to honesty: what it reserved and released meanwhile extends its chain, and is charged.
+    assert sorted(records[-1]["admitted"]) == ["site-0", "site-1", "site-2", "site-3"]
+    assert "film 3" not in (outcome.run.path / "rounds.jsonl").read_text()
+    found = audit_receipts(outcome.run.path)
+    assert not found.lies, found.lies
+    lied = next(site for site in found.sites if site.site == "site-1")
+    assert (lied.charges, lied.receipts) == (rounds, 1)
+    assert {site.charges for site in found.sites} == {rounds}
+
+
+def test_a_site_that_restores_its_ledger_is_barred_and_the_runs_go_on(tmp_path: Path) -> None:
+    sites = tmp_path / "sites"
+    fast = {"training": {"rounds": 1, "steps_per_round": 1}, "privacy": FAST}
+    tiny_run(tmp_path, plan=fast, sites=sites, site_budget=20.0)
+    ledger = sites / "00002" / "ledger" / "ledger.sqlite"
+    backup = ledger.read_bytes()
+    tiny_run(tmp_path, plan=fast, sites=sites)
+    ledger.write_bytes(backup)
+    for suffix in ("-wal", "-shm"):
+        ledger.with_name(ledger.name + suffix).unlink(missing_ok=True)
+    third = tiny_run(tmp_path, plan=fast, sites=sites)
+    (record,) = third.run.records()
+    assert [(each["site"], each["reason"]) for each in record["left_out"]] == [("site-2", "fork")]
+    fourth = tiny_run(tmp_path, plan=fast, sites=sites)
+    (record,) = fourth.run.records()
+    assert [(each["site"], each["reason"]) for each in record["left_out"]] == [("site-2", "barred")]
+    assert len(record["admitted"]) == 3
+    reader = RegistryReader(sites / "registry")
+    barred = next(site for site in reader.sites() if site.barred)
+    (proof,) = reader.proofs(barred.key_id)
+    proof.verify(reader.chain(barred.key_id).genesis.public_key)
+    found = audit_receipts(fourth.run.path, sites / "registry")
+    assert not found.lies, found.lies
+    assert json.dumps(found.as_json())
+    assert [site.barred for site in found.sites] == [False, False, True, False]
