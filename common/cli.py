@@ -14,11 +14,13 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("common.planning_cli:app", "Turn public numbers into a plan, and say what to expect of it."),
     "simulate": ("simulations.cli:simulate_app", "Train one model across simulated sites on this machine."),
     "site": ("client.cli:app", "A data site: make it, see its budget, verify its ledger, withdraw."),
     "server": ("server.cli:app", "The coordinator: enrol sites, and list them."),
     "audit": ("simulations.audit.cli:app", "Check what a run says about privacy, receipt by receipt."),
     "recommend": ("server.recommend_cli:app", "Recommend items for a history, with a run's model."),
+    "predict": ("server.recommend_cli:predict_app", "Say how likely some items are, with a run's model."),
     "data": ("simulations.data_cli:app", "Fetch public data sets and language models, verified."),
 }
 """Command -> (module:attribute of its typer app, help line)."""
@@ -71,6 +73,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
     names = {
         "common.assets": ("AssetError",),
         "common.config": ("PlanError",),
+        "common.finished": ("FinishedError",),
         "common.events.schema": ("LogError",),
         "common.events.histories": ("HistoriesError",),
         "common.events.deidentify": ("SecretError",),

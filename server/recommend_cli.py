@@ -1,61 +1,135 @@
-"""`fedtide recommend`: ten titles for a history, with a run's model."""
+"""`fedtide recommend` and `fedtide predict`: lists and probabilities for a history, with a run's model."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from server.recommending import ReadEvent, Recommender
+
+_QUIET: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+}
+app = typer.Typer(**_QUIET)
+predict_app = typer.Typer(**_QUIET)
+
+Run = Annotated[Path, typer.Option(help="Folder of a finished run.")]
+History = Annotated[str, typer.Option(help='Titles, oldest first: "title; title; ..."; "-title": not liked.')]
+Offline = Annotated[bool, typer.Option(help="Fetch nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
 def recommend(
-    run: Annotated[Path, typer.Option(help="Folder of a finished run.")],
-    history: Annotated[str, typer.Option(help='Titles, oldest first: "title; title; ..."')],
+    run: Run,
+    history: History,
     top: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
-    offline: Annotated[bool, typer.Option(help="Fetch nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    by: Annotated[
+        str, typer.Option(help="model, threshold (content) or neighbours (of each event).")
+    ] = "model",
+    threshold: Annotated[float, typer.Option(help="Of the threshold list: a cosine.")] = 0.5,
+    because: Annotated[int, typer.Option(min=0, help="Events to name for each item.")] = 1,
+    offline: Offline = False,
+    as_json: AsJson = False,
 ) -> None:
     """Recommend items for a history, with a run's model."""
     from rich.console import Console
     from rich.table import Table
 
+    from common.cli import UserError
     from server.recommending import load_recommender
 
+    if by not in ("model", "threshold", "neighbours"):
+        raise UserError(f"--by {by!r} is unknown: choose model, threshold or neighbours")
     recommender = load_recommender(run, offline=offline)
     events = recommender.read(history.split(";"))
-    found = recommender.top(events, top)
+    if by == "threshold":
+        found = recommender.above(events, threshold, because=because)[:top]
+    elif by == "neighbours":
+        found = recommender.by_neighbours(events, top, because=because)
+    else:
+        found = recommender.top(events, top, because=because)
+    said = [[events[place].given for place in each.because] for each in found]
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "history": [
-                        {"given": e.given, "read_as": recommender.catalog.texts[e.row], "exact": e.exact}
-                        for e in events
-                    ],
-                    "items": [
-                        {"rank": r.rank, "item": r.item, "text": r.text, "score": round(r.score, 6)}
-                        for r in found
-                    ],
-                }
-            )
-        )
+        items = [
+            {"rank": r.rank, "item": r.item, "text": r.text, "score": round(r.score, 6), "because": names}
+            for r, names in zip(found, said, strict=True)
+        ]
+        typer.echo(json.dumps({"history": _as_read(recommender, events), "items": items}))
         return
     console = Console()
-    for event in events:
-        if not event.exact:
-            text = recommender.catalog.texts[event.row]
-            console.print(
-                f"{event.given!r} is not in the catalog; read by its text, as the nearest: {text}",
-                highlight=False,
-            )
+    _say_nearest(console, recommender, events)
     table = Table(title="recommended")
     table.add_column("", justify="right")
     table.add_column("title")
     table.add_column("score", justify="right")
-    for item in found:
-        table.add_row(str(item.rank), item.text, f"{item.score:.3f}")
+    if because:
+        table.add_column("because of")
+    for item, names in zip(found, said, strict=True):
+        table.add_row(
+            str(item.rank), item.text, f"{item.score:.3f}", *([", ".join(names)] if because else [])
+        )
     console.print(table)
+
+
+@predict_app.command()
+def predict(
+    run: Run,
+    history: History,
+    of: Annotated[str, typer.Option(help='What is asked about: "title; title", or categories.')],
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how likely some items are next (or liked, or categories next), with a run's model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from common.cli import UserError
+    from server.recommending import load_recommender
+
+    asked = [each for each in of.split(";") if each.strip()]
+    if not asked:
+        raise UserError("--of names nothing: give titles separated by semicolons")
+    recommender = load_recommender(run, offline=offline)
+    events = recommender.read(history.split(";"))
+    found = recommender.predict(events, asked)
+    what = {"interest": "liked", "next-category": "next category"}.get(recommender.finished.plan.task, "next")
+    if as_json:
+        said = [{"text": p.text, "probability": round(p.probability, 6), "rank": p.rank} for p in found]
+        typer.echo(
+            json.dumps(
+                {"task": recommender.finished.plan.task, "history": _as_read(recommender, events), "of": said}
+            )
+        )
+        return
+    console = Console()
+    _say_nearest(console, recommender, events)
+    table = Table()
+    for name in ("", f"probability: {what}", "rank"):
+        table.add_column(name, justify="left" if not name else "right")
+    for each in found:
+        table.add_row(each.text, f"{each.probability:.4f}", str(each.rank))
+    console.print(table)
+
+
+def _as_read(recommender: Recommender, events: list[ReadEvent]) -> list[dict[str, Any]]:
+    texts = recommender.finished.catalog.texts
+    return [{"given": e.given, "read_as": texts[e.row], "exact": e.exact, "liked": e.liked} for e in events]
+
+
+def _say_nearest(console: Console, recommender: Recommender, events: list[ReadEvent]) -> None:
+    for event in events:
+        if not event.exact:
+            text = recommender.finished.catalog.texts[event.row]
+            console.print(
+                f"{event.given!r} is not in the catalog; read by its text, as the nearest: {text}",
+                highlight=False,
+            )

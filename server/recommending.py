@@ -1,24 +1,32 @@
-"""Recommends with a finished run's model: from titles that a person types to a ranked list.
+"""Recommends and predicts with a finished run's model: from titles that a person types to a ranked list.
+
+    from server.recommending import load_recommender
+    recommender = load_recommender("runs/...")
+    for each in recommender.top(recommender.read(["Star Wars", "Alien"]), 10):
+        print(each.rank, each.text, each.because)
 
 A title of the catalog is found by its words; any other text is read by the language model and placed in the
-space of item vectors, so a history may hold what the catalog does not.
+space of item vectors, so a history may hold what the catalog does not. "-Title" is an event that was not liked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from common.assets import home, language_model
-from common.events.catalog import Catalog
+from common.finished import FinishedModel, load_finished
 from common.models.batches import HistoryBatch
-from common.models.build import BuiltModel, build_model, item_texts
-from common.models.priors import make_priors
-from server.runs import RunFolder
+from common.models.language_model import embed_texts
+
+NEIGHBOURS = 50
+"""Items that each event of a history speaks for, in a neighbour-weighted list."""
+NEIGHBOUR_DECAY = 0.9
 
 
 class HistoryError(ValueError):
@@ -27,12 +35,31 @@ class HistoryError(ValueError):
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One item of the list."""
+    """One item of the list.
+
+    Attributes:
+        because: places in the history, of the events that spoke most for it, most first.
+    """
 
     rank: int
     item: str
     text: str
     score: float
+    because: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one candidate.
+
+    Attributes:
+        probability: that it is next, or liked; by the model's task.
+        rank: among all candidates of the catalog, from 1.
+    """
+
+    text: str
+    probability: float
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -43,80 +70,198 @@ class ReadEvent:
         given: as typed.
         row: of the catalog; the nearest item by text where the catalog lacks the title.
         exact: whether the catalog has it.
+        liked: whether it counts for or against its like.
     """
 
     given: str
     row: int
     exact: bool
+    liked: bool = True
 
 
 @dataclass(frozen=True)
 class Recommender:
     """A run's model and its public catalog."""
 
-    catalog: Catalog
-    built: BuiltModel
-    max_events: int
+    finished: FinishedModel
 
-    @classmethod
-    def load(cls, run: RunFolder, *, offline: bool = False) -> Recommender:
-        """The final model of a finished run."""
-        plan, catalog = run.plan(), run.catalog()
-        built = build_model(
-            plan.model,
-            item_texts(catalog.texts, catalog.categories),
-            language_model(plan.model.encoder, offline=offline),
-            cache=home() / "item-vectors",
-        )
-        built.model.load_trainable(run.model_state())
-        built.model.set_released(make_priors(run.released_state(), plan.statistics, len(catalog)))
-        built.model.eval()
-        return cls(catalog, built, plan.model.max_events)
+    @cached_property
+    def _plain(self) -> dict[str, list[int]]:
+        rows: dict[str, list[int]] = {}
+        for row, text in enumerate(self.finished.catalog.texts):
+            for name in {text.casefold(), text.casefold().rpartition(" (")[0]}:
+                rows.setdefault(name, []).append(row)
+        return rows
 
     def read(self, titles: Sequence[str]) -> list[ReadEvent]:
         """Finds each title: whole, then without its year, then as a part of one title only, then by meaning.
 
+        Of more titles than the model reads, the most recent are kept.
+
         Raises:
             HistoryError: no title is left.
         """
-        titles = [title.strip() for title in titles if title.strip()]
+        titles = [title.strip() for title in titles if title.strip().removeprefix("-").strip()]
         if not titles:
             raise HistoryError("the history is empty: give titles, oldest first, separated by semicolons")
-        plain = [text.casefold() for text in self.catalog.texts]
-        events = []
-        for title in titles[-self.max_events :]:
-            wanted = title.casefold()
-            rows = [r for r, text in enumerate(plain) if text == wanted]
-            rows = rows or [r for r, text in enumerate(plain) if text.rpartition(" (")[0] == wanted]
-            if not rows:
-                parts = [r for r, text in enumerate(plain) if wanted in text]
-                rows = parts if len(parts) == 1 else []
-            events.append(
-                ReadEvent(title, rows[0], True) if rows else ReadEvent(title, self._nearest(title), False)
-            )
-        return events
+        return [self._find(title) for title in titles[-self.finished.plan.max_events :]]
 
-    def _nearest(self, title: str) -> int:
-        from common.models.language_model import embed_texts
+    def _find(self, title: str) -> ReadEvent:
+        liked, texts = not title.startswith("-"), self.finished.catalog.texts
+        wanted = title.removeprefix("-").strip()
+        plain = wanted.casefold()
+        rows = [r for r in self._plain.get(plain, []) if texts[r].casefold() == plain] or self._plain.get(
+            plain, []
+        )
+        if not rows:
+            parts = [r for r, text in enumerate(texts) if plain in text.casefold()]
+            rows = parts if len(parts) == 1 else []
+        if rows:
+            return ReadEvent(wanted, rows[0], True, liked)
+        built = self.finished.built
+        vector = built.projection(embed_texts(built.language_model, [wanted]))[0]
+        return ReadEvent(wanted, int((self._units @ vector).argmax()), False, liked)
 
-        vector = self.built.projection(embed_texts(self.built.language_model, [title]))[0]
-        return int((normalize(self.built.vectors, dim=-1) @ vector).argmax())
+    @cached_property
+    def _units(self) -> Tensor:
+        return normalize(self.finished.built.vectors, dim=-1)
 
-    def top(self, events: Sequence[ReadEvent], count: int = 10) -> list[Recommendation]:
-        """The best items that the history does not hold."""
-        items = torch.tensor([[event.row for event in events]])
-        scores = self.built.model.scores(HistoryBatch(items=items, times=torch.zeros_like(items)))[0]
-        scores[items[0]] = float("-inf")
-        count = min(count, int(scores.isfinite().sum()))
-        best = scores.topk(count)
+    def batch(self, histories: Sequence[Sequence[ReadEvent]]) -> HistoryBatch:
+        """Histories as the model reads them, the most recent events of each."""
+        most = self.finished.plan.max_events
+        longest = max([1, *(min(len(history), most) for history in histories)])
+        items = torch.full((len(histories), longest), -1, dtype=torch.int64)
+        labels = torch.full((len(histories), longest), float("nan"))
+        for user, history in enumerate(histories):
+            for place, event in enumerate(list(history)[-most:]):
+                items[user, place], labels[user, place] = event.row, float(event.liked)
+        return HistoryBatch(items=items, times=torch.zeros_like(items), labels=labels)
+
+    def scores(self, histories: Sequence[Sequence[ReadEvent]]) -> Tensor:
+        """[histories, candidates]: every history against every candidate, in one matrix product."""
+        return self.finished.built.model.scores(self.batch(histories))
+
+    def top(self, events: Sequence[ReadEvent], count: int = 10, *, because: int = 2) -> list[Recommendation]:
+        """The best candidates that the history does not hold.
+
+        Args:
+            because: how many events of the history to name for each; 0 leaves the explanation out.
+        """
+        scores = self._unseen(self.scores([events])[0], events)
+        return self._listed(scores, events, count, because)
+
+    def above(
+        self, events: Sequence[ReadEvent], threshold: float, *, because: int = 2
+    ) -> list[Recommendation]:
+        """Items whose cosine with the user's state is at least `threshold`: by content alone, no prior.
+
+        Raises:
+            HistoryError: the model predicts categories, or the threshold is no cosine.
+        """
+        self._needs_items("a threshold list")
+        if not -1 <= threshold <= 1:
+            raise HistoryError(f"the threshold is {threshold:g}, but a cosine lies between -1 and 1")
+        state = normalize(self.finished.built.model.last_states(self.batch([events]))[0], dim=-1)
+        cosines = self._unseen(self._units @ state, events)
+        cosines = cosines.masked_fill(cosines < threshold, float("-inf"))
+        return self._listed(cosines, events, len(cosines), because)
+
+    def by_neighbours(
+        self, events: Sequence[ReadEvent], count: int = 10, *, because: int = 2
+    ) -> list[Recommendation]:
+        """Items near to those of the history: each event speaks for its nearest items, later ones more.
+
+        score_i = sum over events h of decay^age * sim(h, i), over the nearest items of each h; sim is the cosine of
+        texts, plus what released transitions say of (h, i), where the run released them.
+
+        Raises:
+            HistoryError: the model predicts categories.
+        """
+        self._needs_items("a neighbour-weighted list")
+        total = torch.zeros(len(self._units))
+        released = self.finished.built.model.released
+        for age, event in enumerate(reversed(events)):
+            near = self._units @ self._units[event.row]
+            if released is not None:
+                near = near + released.after_last(torch.tensor([[event.row]]))[0] - released.log_popularity
+            best = near.topk(min(NEIGHBOURS + 1, len(near)))
+            sign = 1.0 if event.liked else -1.0
+            total[best.indices] += sign * NEIGHBOUR_DECAY**age * best.values
+        total = total.masked_fill(total <= 0, float("-inf"))
+        return self._listed(self._unseen(total, events), events, count, because)
+
+    def predict(self, events: Sequence[ReadEvent], candidates: Sequence[str]) -> list[Prediction]:
+        """What the model says of some candidates: titles, or names of categories.
+
+        Raises:
+            HistoryError: the catalog has no such category.
+        """
+        finished, model = self.finished, self.finished.built.model
+        scores = self.scores([events])[0]
+        places = [self._place(name) for name in candidates]
+        if finished.plan.task == "interest":
+            batch = self.batch([events] * len(places))
+            probabilities = model.interest(batch, torch.tensor(places)).tolist()
+        else:
+            probabilities = torch.softmax(scores, dim=0)[places].tolist()
         return [
-            Recommendation(place + 1, self.catalog.ids[row], self.catalog.texts[row], float(score))
+            Prediction(finished.candidates[place], probability, int((scores > scores[place]).sum()) + 1)
+            for place, probability in zip(places, probabilities, strict=True)
+        ]
+
+    def _place(self, name: str) -> int:
+        if self.finished.plan.task != "next-category":
+            return self._find(name.strip()).row
+        known = {each.casefold(): place for place, each in enumerate(self.finished.candidates)}
+        if name.strip().casefold() not in known:
+            raise HistoryError(
+                f"there is no category {name!r}: choose among {', '.join(self.finished.candidates)}"
+            )
+        return known[name.strip().casefold()]
+
+    def _needs_items(self, what: str) -> None:
+        if self.finished.plan.task == "next-category":
+            raise HistoryError(f"{what} is of items, but the model predicts categories: ask for the top")
+
+    def _unseen(self, scores: Tensor, events: Sequence[ReadEvent]) -> Tensor:
+        if self.finished.plan.task == "next-category":
+            return scores
+        scores = scores.clone()
+        scores[[event.row for event in events]] = float("-inf")
+        return scores
+
+    def _listed(
+        self, scores: Tensor, events: Sequence[ReadEvent], count: int, because: int
+    ) -> list[Recommendation]:
+        best = scores.topk(min(count, int(scores.isfinite().sum())))
+        reasons = self._because(events, best.indices, because) if because and len(best.indices) else None
+        finished = self.finished
+        names = finished.candidates if finished.plan.task == "next-category" else finished.catalog.ids
+        return [
+            Recommendation(
+                place + 1,
+                names[row],
+                finished.candidates[row],
+                float(score),
+                tuple(reasons[place].tolist()) if reasons is not None else (),
+            )
             for place, (score, row) in enumerate(
                 zip(best.values.tolist(), best.indices.tolist(), strict=True)
             )
         ]
 
+    def _because(self, events: Sequence[ReadEvent], rows: Tensor, count: int) -> Tensor:
+        """[rows, count] places of the events without which each candidate's score would fall most."""
+        whole = list(events)
+        without = [whole[:place] + whole[place + 1 :] for place in range(len(whole))]
+        fall = self.scores([whole])[:, rows] - self.scores(without)[:, rows]  # [events, rows]
+        return fall.topk(min(count, len(whole)), dim=0).indices.T
 
-def load_recommender(folder: Path, *, offline: bool = False) -> Recommender:
-    """The recommender of a finished run's folder."""
-    return Recommender.load(RunFolder.finished(folder), offline=offline)
+
+def load_recommender(folder: Path | str, *, offline: bool = False) -> Recommender:
+    """The recommender of a finished run's folder.
+
+    Raises:
+        FinishedError: the folder holds no run that ended well.
+    """
+    return Recommender(load_finished(Path(folder), offline=offline))

@@ -45,6 +45,10 @@ class InterestModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def last_states(self, batch: HistoryBatch) -> Tensor:
+        """[users, width]: each user's state after the last event, in the space of item vectors; zeros without one."""
+
+    @abstractmethod
     def interest(self, batch: HistoryBatch, items: Tensor) -> Tensor:
         """[users]: the probability that each user likes one item, for a model of the task `interest`.
 

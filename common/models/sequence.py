@@ -151,18 +151,22 @@ class SequenceModel(InterestModel):
         return loss if reading.auxiliary is None else loss + reading.auxiliary
 
     @torch.no_grad()
+    def last_states(self, batch: HistoryBatch) -> Tensor:
+        if batch.items.shape[1] == 0:
+            batch = batch.widened()
+        users = torch.arange(len(batch), device=self.vectors.device)
+        last = (batch.lengths - 1).clamp(min=0)
+        return self.states(self.prepare(batch))[users, last] * (batch.lengths > 0).unsqueeze(-1)
+
+    @torch.no_grad()
     def scores(self, batch: HistoryBatch) -> Tensor:
         if batch.items.shape[1] == 0:
             batch = batch.widened()
-        batch = self.prepare(batch)
-        users = torch.arange(len(batch), device=self.vectors.device)
-        last = (batch.lengths - 1).clamp(min=0)
-        read = (batch.lengths > 0).unsqueeze(-1)
-        states = self.states(batch)[users, last] * read  # [users, width]
-        scores = states @ self.task.candidates.T + self.priors_of(len(batch))
+        scores = self.last_states(batch) @ self.task.candidates.T + self.priors_of(len(batch))
         base = self.task.base(batch)
         if base is not None:
-            scores = scores + base[users, last]
+            users = torch.arange(len(batch), device=scores.device)
+            scores = scores + base[users, (batch.lengths - 1).clamp(min=0)]
         if self.released is not None and isinstance(self.task, NextItem):
             scores = scores + self.released.after_last(batch.items)
         return scores
