@@ -5,6 +5,7 @@ torch is imported when a message comes, not when Flower loads the app.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 app = ClientApp()
+
+_log = logging.getLogger("fedtide.site")
 
 SITES_FOLDER = "FEDTIDE_SITES"
 """Where a simulation keeps its sites, one folder a partition."""
@@ -27,13 +30,18 @@ def site_folder(context: Context) -> Path:
 
 def _answered(message: Message, context: Context) -> Message:
     from client.site import Site, answer
-    from common.wire import Reason, Refusal, WireError, answer_to_records, request_from_records
+    from common.wire import Reason, Refusal, Update, WireError, answer_to_records, request_from_records
 
+    reply: Update | Refusal
     try:
-        request = request_from_records(message.content)
+        reply = answer(Site.load(site_folder(context)), request_from_records(message.content))
     except WireError:
-        return Message(answer_to_records(Refusal(Reason.POLICY)), reply_to=message)
-    return Message(answer_to_records(answer(Site.load(site_folder(context)), request)), reply_to=message)
+        reply = Refusal(Reason.POLICY)
+    except Exception as error:
+        # Flower would send the exception's text to the server, and texts may depend on the data.
+        _log.error("the site failed before or after its work: %s", type(error).__name__)
+        reply = Refusal(Reason.FAILED)
+    return Message(answer_to_records(reply), reply_to=message)
 
 
 @app.query()  # type: ignore[untyped-decorator]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Site:
             return cls(
                 folder=folder,
                 name=str(fields["name"]),
-                catalog=Path(fields["catalog"]),
+                catalog=Path(os.path.normpath(folder / str(fields["catalog"]))),
                 users_at_least=int(fields["users_at_least"]),
                 families=tuple(fields["families"]),
                 offline=bool(fields["offline"]),
@@ -91,10 +92,11 @@ class Site:
             ) from error
 
     def save(self) -> None:
-        """Writes `site.json`."""
+        """Writes `site.json`. A catalog that stands beside the site moves with it."""
+        beside = self.catalog.parent == self.folder.parent
         fields = {
             "name": self.name,
-            "catalog": str(self.catalog),
+            "catalog": f"../{self.catalog.name}" if beside else str(self.catalog.absolute()),
             "users_at_least": self.users_at_least,
             "families": list(self.families),
             "offline": self.offline,

@@ -243,4 +243,6 @@ def _conclude(
     )
     (run.path / "privacy.json").write_text(json.dumps(outcome.privacy.as_json(), indent=2) + "\n")
     write_report(outcome)
-    return replace(outcome, run=run.finish())
+    done = run.finish()
+    moved = [replace(site, folder=done.path / site.folder.relative_to(run.path)) for site in sites]
+    return replace(outcome, run=done, sites=sites if options.sites else moved)

@@ -1,0 +1,47 @@
+"""The ClientApp: whatever happens at a site, its reply has the form of an answer, and no exception's text leaves."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import app
+from common.wire import Reason, Refusal, Request, answer_from_records, request_to_records
+from simulations.inline import over_the_wire
+from tests.tiny import tiny_run
+
+
+def asked(content: RecordDict, site: Path) -> Message:
+    """The app's reply to this content, over the wire and back."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(content, dst_node_id=2, message_type="train")
+    message.metadata.__dict__["_message_id"] = "asked"
+    context = Context(run_id=1, node_id=2, node_config={"site": str(site)}, state=RecordDict(), run_config={})
+    return over_the_wire(app(over_the_wire(message), context))
+
+
+def test_a_site_that_cannot_be_opened_says_one_word_and_sends_no_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = tiny_run(tmp_path, baseline_epochs=0)
+    site = outcome.sites[0].folder
+    state = outcome.run.round_state(0)
+    request = Request(
+        run="another", round=1, attempt=1, nonce="0" * 32, plan=outcome.plan.model_dump_json(), state=state
+    )
+    (site / "ledger").rename(site / "alice-was-here")
+    with caplog.at_level(logging.DEBUG):
+        reply = asked(request_to_records(request), site)
+    assert reply.has_content()
+    assert answer_from_records(reply.content) == Refusal(Reason.FAILED)
+    assert str(site) not in caplog.text
+    assert "alice" not in caplog.text
+
+
+def test_a_message_of_another_form_is_refused_by_policy(tmp_path: Path) -> None:
+    reply = asked(RecordDict(), tmp_path)
+    assert answer_from_records(reply.content) in (Refusal(Reason.POLICY), Refusal(Reason.FAILED))
