@@ -244,5 +244,6 @@ def _conclude(
     (run.path / "privacy.json").write_text(json.dumps(outcome.privacy.as_json(), indent=2) + "\n")
     write_report(outcome)
     done = run.finish()
-    moved = [replace(site, folder=done.path / site.folder.relative_to(run.path)) for site in sites]
-    return replace(outcome, run=done, sites=sites if options.sites else moved)
+    if options.sites is None:  # the sites lie in the run's folder, which has another name now
+        sites = [replace(site, folder=done.path / site.folder.relative_to(run.path)) for site in sites]
+    return replace(outcome, run=done, sites=sites)
