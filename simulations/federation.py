@@ -35,7 +35,7 @@ from simulations.sites import SimulatedSite, make_sites, whole_histories
 FEDTIDE = "Fedtide"
 """The private model's row in tables."""
 
-CONTENT, POPULARITY, OPEN = "content only", "popularity", "same model, no privacy"
+CONTENT, POPULARITY, OPEN = "content only", "popularity", "no privacy"
 
 Engine = Literal["flower", "inline"]
 

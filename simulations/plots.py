@@ -8,7 +8,7 @@ from typing import Any
 from simulations.quality import Quality
 
 _INK, _SEA, _SAND, _STONE = "#1b2a41", "#1f7a8c", "#d98e04", "#8d99ae"
-_LINES = {"popularity": (_STONE, ":"), "content only": (_INK, "--"), "same model, no privacy": (_SAND, "-.")}
+_LINES = {"popularity": (_STONE, ":"), "content only": (_INK, "--"), "no privacy": (_SAND, "-.")}
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:

@@ -40,7 +40,7 @@ def quality_rows(outcome: Outcome) -> list[tuple[str, ...]]:
         cells = []
         for metric in quality.metrics.values():
             error = metric.standard_error
-            cells.append(f"{metric.value:.4f}" + (f" ±{error:.4f}" if math.isfinite(error) else ""))
+            cells.append(f"{metric.value:.4f}" + (f" ±{error:.3f}" if math.isfinite(error) else ""))
         rows.append((name, *cells))
     return rows
 
@@ -152,7 +152,7 @@ def summary(outcome: Outcome) -> str:
         "## Quality (test split, looked at once)",
         _table(quality_header(outcome), quality_rows(outcome)),
         "\n".join(f"- {line}" for line in verdicts(outcome)),
-        "The model without privacy is trained on all users' pooled events, its best epoch chosen on validation; the "
+        "No privacy: the same model, trained on all users' pooled events, its best epoch chosen on validation; the "
         "private one is the mean over its last rounds, chosen by nothing.",
         "![quality by round](quality-by-round.png)",
         "## Privacy",
