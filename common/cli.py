@@ -21,6 +21,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("simulations.audit.cli:app", "Check what a run says about privacy, receipt by receipt."),
     "recommend": ("server.recommend_cli:app", "Recommend items for a history, with a run's model."),
     "predict": ("server.recommend_cli:predict_app", "Say how likely some items are, with a run's model."),
+    "segments": ("client.interests_cli:segments_app", "Group a site's users by interest, at the site."),
+    "drift": ("client.interests_cli:drift_app", "Plot one user's interest over time, at the site."),
+    "feedback": ("client.interests_cli:feedback_app", "Adapt a site's own copy of a model to feedback."),
     "data": ("simulations.data_cli:app", "Fetch public data sets and language models, verified."),
 }
 """Command -> (module:attribute of its typer app, help line)."""
@@ -81,6 +84,8 @@ def known_errors() -> tuple[type[BaseException], ...]:
         "common.privacy.accountants": ("ContradictionError",),
         "common.privacy.faults": ("ReceiptError",),
         "client.ledger_errors": ("LedgerError",),
+        "client.feedback": ("FeedbackError",),
+        "client.interests": ("InterestsError",),
         "client.private_files": ("LoosePermissionsError",),
         "client.site": ("SiteError",),
         "server.registry": ("RegistryError",),

@@ -441,7 +441,10 @@ def calibrate_noise(
         event = PoissonSubsampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise, steps=steps)
         return _quick_bound(_groups([*spent, event]), delta)
 
-    enough = _smallest_noise(cost, epsilon, start=_rough_noise(quick_cost, epsilon))
+    # By the quick bound, what is spent may exceed the target alone; its excess there is allowed for, or the search
+    # would begin at the largest noise, whose distribution takes minutes.
+    excess = max(0.0, _quick_bound(_groups(spent), delta) - spent_epsilon) if spent else 0.0
+    enough = _smallest_noise(cost, epsilon, start=_rough_noise(quick_cost, epsilon + excess))
     if enough is None:
         raise ValueError(
             f"epsilon is {epsilon:g}, but {steps} steps at sampling rate {sampling_rate:g} exceed it at "

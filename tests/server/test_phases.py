@@ -286,7 +286,10 @@ def test_a_plan_that_promises_less_than_its_noise_costs_is_refused() -> None:
 
 
 @pytest.mark.parametrize("epsilon", [2.0, 8.0, 20.0])
-@pytest.mark.parametrize("shares", [(0.1, 0.9, 0.0, 0), (0.05, 0.5, 0.05, 6), (0.3, 0.0, 0.0, 3)])
+@pytest.mark.timeout(120)  # a search that begins at the largest noise takes far longer
+@pytest.mark.parametrize(
+    "shares", [(0.1, 0.9, 0.0, 0), (0.05, 0.5, 0.05, 6), (0.3, 0.0, 0.0, 3), (0.2, 0.7, 0.0, 4)]
+)
 def test_all_events_of_a_plan_together_keep_the_promise(
     epsilon: float, shares: tuple[float, float, float, int]
 ) -> None:
