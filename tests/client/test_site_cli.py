@@ -1,0 +1,227 @@
+"""`fedtide site` and `fedtide server`: from a log to an enrolled site, its budget shown, verified, withdrawn."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from client.cli import app as site_app
+from client.ledger import Ledger
+from common.cli import known_errors
+from common.privacy.entries import Reserve
+from common.privacy.mechanisms import PoissonSubsampledGaussian
+from common.privacy.receipts import ClosingCertificate
+from server.cli import app as server_app
+from server.registry import RegistryReader
+from tests.tiny import tiny_files, tiny_plan
+
+EVENT = PoissonSubsampledGaussian(0.5, 2.0, 2)
+
+
+def site(*arguments: object, typed: str | None = None) -> Result:
+    return CliRunner().invoke(site_app, [str(each) for each in arguments], input=typed)
+
+
+def server(*arguments: object) -> Result:
+    return CliRunner().invoke(server_app, [str(each) for each in arguments])
+
+
+def init(folder: Path, data: Path, *more: object) -> Result:
+    log, catalog = tiny_files(data)
+    plan = data / "plan.json"
+    plan.write_text(tiny_plan(data / "no-model-needed").to_json())
+    options = ["--logs", log, "--catalog", catalog, "--epsilon", 8, "--delta", 1e-5, "--users-at-least", 100]
+    return site("init", folder, *options, "--typical-plan", plan, *more)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = init(tmp_path / "north", tmp_path / "data")
+    assert made.exit_code == 0, made.output
+    return tmp_path / "north"
+
+
+def charge(folder: Path, number: int, run: str = "run-a", *, burn: bool = False) -> None:
+    with Ledger.open(folder / "ledger") as ledger:
+        reservation = ledger.reserve(
+            run=run, round=number, attempt=1, event=EVENT, plan_hash="a" * 64, model_hash="b" * 64,
+            nonce="c" * 32, clip_norm=1.0, normaliser=1.0, learning_rate=1.0,
+        )  # fmt: skip
+        if burn:
+            ledger.burn(reservation)
+        else:
+            ledger.release(reservation, b"noise")
+
+
+def test_a_site_is_made_for_its_owner_only_and_says_what_to_do(tmp_path: Path) -> None:
+    result = init(tmp_path / "north", tmp_path / "data")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "north"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "secret").stat().st_mode) == 0o600
+    assert "for the site's eyes only" in result.output
+    with Ledger.open(folder / "ledger") as ledger:
+        genesis, key_id = ledger.genesis, ledger.key_id
+    assert key_id in result.output.replace(" ", "").replace("\n", "")
+    assert (genesis.epsilon, genesis.delta) == (8.0, 1e-5)
+    assert genesis.dataset_commitment is not None
+    enrolment = (folder / "enrolment.json").read_text()
+    assert (folder / "secret").read_text().strip() not in enrolment
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_two_sites_with_one_log_share_neither_secret_nor_commitment(folder: Path, tmp_path: Path) -> None:
+    assert init(tmp_path / "south", tmp_path / "data").exit_code == 0
+    found = []
+    for each in (folder, tmp_path / "south"):
+        with Ledger.open(each / "ledger") as ledger:
+            found.append((ledger.genesis.dataset_commitment, (each / "secret").read_text(), ledger.key_id))
+    assert not set(found[0]) & set(found[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--users-at-least", 121], "has 120 users, but --users-at-least is 121"),
+        (["--delta", 0.5], "delta is 0.5"),
+        (["--epsilon", 0.001], "leaves no budget"),
+        (["--users-at-least", 3], "the typical plan counts on 15 users, but --users-at-least is 3"),
+        (["--columns", "user"], "must read field=column"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
+    tmp_path: Path, options: list[object], says: str
+) -> None:
+    result = init(tmp_path / "north", tmp_path / "data", *options)
+    assert isinstance(result.exception, known_errors()), result.output
+    assert says in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_site_is_not_made_over_another(folder: Path, tmp_path: Path) -> None:
+    before = (folder / "secret").read_bytes()
+    result = init(folder, tmp_path / "data")
+    assert "as a site's budget does not reset" in str(result.exception)
+    assert (folder / "secret").read_bytes() == before
+
+
+def test_status_tells_what_is_spent_and_draws_it(folder: Path, tmp_path: Path) -> None:
+    charge(folder, 1)
+    charge(folder, 2, burn=True)
+    charge(folder, 1, "run-b")
+    shown = site("status", folder, "--plot", tmp_path / "burn-down.png")
+    assert shown.exit_code == 0, shown.output
+    facts = json.loads(site("status", folder, "--json").output)
+    with Ledger.open(folder / "ledger") as ledger:
+        cap, spent = ledger.genesis.cap, ledger.status().spent
+    assert facts["share_spent"] == spent / cap
+    text = " ".join(shown.output.split())
+    assert f"{spent / cap:.1%} of the Renyi budget at order" in text
+    assert "total guarantee (epsilon 8, delta 1e-05) for each user, whatever happens next" in text
+    assert [(run["run"], run["released"], run["burnt"]) for run in facts["runs"]] == [
+        ("run-a", 1, 1),
+        ("run-b", 1, 0),
+    ]
+    assert facts["runs"][-1]["left_after"] == pytest.approx(1 - spent / cap)
+    assert sum(run["share"] for run in facts["runs"]) == pytest.approx(spent / cap)
+    assert "█" in shown.output
+    assert (tmp_path / "burn-down.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_verify_holds_for_an_honest_ledger_and_names_an_edit(folder: Path) -> None:
+    charge(folder, 1)
+    charge(folder, 2)
+    good = site("verify", folder)
+    assert good.exit_code == 0
+    assert "5 entries verify" in good.output
+    assert "The histories are those that the ledger began with" in good.output
+    with sqlite3.connect(folder / "ledger" / "ledger.sqlite") as db:
+        (data,) = db.execute("SELECT entry FROM entries WHERE seq = 1").fetchone()
+        db.execute("DROP TRIGGER entries_no_update")
+        db.execute(
+            "UPDATE entries SET entry = ? WHERE seq = 1", (data.replace(b'"steps":"2"', b'"steps":"1"'),)
+        )
+    bad = site("verify", folder)
+    assert bad.exit_code == 1
+    assert "FAULT bad_signature" in bad.output
+    assert json.loads(site("verify", folder, "--json").output)["reason"] == "bad_signature"
+
+
+def test_verify_finds_other_data_than_the_ledger_began_with(folder: Path) -> None:
+    file = folder / "histories" / "items.npy"
+    items = np.load(file)
+    items[0] += 1
+    np.save(file, items)
+    result = site("verify", folder)
+    assert result.exit_code == 1
+    assert "FAULT other_data" in result.output
+
+
+def test_withdrawing_asks_first_and_leaves_a_certificate(folder: Path, tmp_path: Path) -> None:
+    charge(folder, 1)
+    kept = site("withdraw", folder, typed="n\n")
+    assert "the site has not withdrawn" in str(kept.exception)
+    charge(folder, 2)
+    assert site("withdraw", folder, typed="y\n").exit_code == 0
+    assert site("withdraw", folder, "--yes", "--certificate", tmp_path / "again.json").exit_code == 0
+    data = (folder / "closing.json").read_bytes()
+    assert data == (tmp_path / "again.json").read_bytes()
+    certificate = ClosingCertificate.from_bytes(data.rstrip())
+    with Ledger.open(folder / "ledger") as ledger:
+        assert certificate.verify().spent == ledger.status().spent
+        assert sum(isinstance(entry.body, Reserve) for entry in ledger.entries()) == 2
+    assert "The site has withdrawn" in site("status", folder).output
+
+
+def test_a_server_enrols_by_file_and_lists_its_sites(folder: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    told = server("enroll", folder / "enrolment.json", "--name", "north", "--registry", registry)
+    assert told.exit_code == 0, told.output
+    (enrolled,) = RegistryReader(registry).sites()
+    assert enrolled.key_id in told.output.replace(" ", "").replace("\n", "")
+    again = server("enroll", folder / "enrolment.json", "--name", "south", "--registry", registry)
+    assert "is enrolled already" in str(again.exception)
+    (listed,) = json.loads(server("sites", "--registry", registry, "--json").output)
+    assert (listed["name"], listed["epsilon"], listed["barred"]) == ("north", 8.0, False)
+    assert "north" in server("sites", "--registry", registry).output
+
+
+def test_an_enrolment_file_that_was_edited_is_refused(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "enrolment.json"
+    honest = (folder / "enrolment.json").read_text()
+    for old, new, fault in (
+        ('"epsilon":"8"', '"epsilon":"800"', "BadSignatureError"),
+        ("fedtide/enrolment/1", "fedtide/enrolment/2", "UnknownFormatError"),
+        ('{"format"', '{"Format"', "MalformedEntryError"),
+    ):
+        file.write_text(honest.replace(old, new))
+        refused = server("enroll", file, "--name", "north", "--registry", tmp_path / "registry")
+        assert type(refused.exception).__name__ == fault
+        assert isinstance(refused.exception, known_errors())
+    missing = server("enroll", tmp_path / "none.json", "--name", "n", "--registry", tmp_path / "registry")
+    assert "cannot be read" in str(missing.exception)
+
+
+@pytest.mark.parametrize("command", ["site", "server", "audit"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        f"import sys; from common.cli import main\n"
+        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'flwr', 'polars', 'transformers', 'rich.table'} & set(sys.modules)))"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] in ("[]", "['rich.table']"), done.stdout
+    assert time.monotonic() - began < 10  # under a second on a machine at rest
