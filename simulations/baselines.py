@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from common.models.interface import InterestModel
 from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
+from simulations.quality import Quality
 
 
 def popularity_scorer(held_out: HeldOut, items: int) -> Scorer:
@@ -38,6 +40,14 @@ def popularity_scorer(held_out: HeldOut, items: int) -> Scorer:
     return lambda batch, asked: usual.expand(len(batch), -1)
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """How far training without privacy has come: the mean loss on training events, and validation quality."""
+
+    loss: float
+    validation: Quality
+
+
 def train_without_privacy(
     start: InterestModel,
     held_out: HeldOut,
@@ -47,7 +57,7 @@ def train_without_privacy(
     learning_rate: float = 3e-3,
     batch_size: int = 64,
     seed: int = 0,
-    on_epoch: Callable[[int], None] = lambda _: None,
+    on_epoch: Callable[[Epoch], None] = lambda _: None,
 ) -> InterestModel:
     """The same model, on all users' pooled training events, with AdamW; the best epoch on validation is kept.
 
@@ -62,17 +72,19 @@ def train_without_privacy(
     optimiser = torch.optim.AdamW(model.trainable().values(), lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     best, best_state = -float("inf"), model.trainable_state()
-    for epoch in range(epochs):
+    for _ in range(epochs):
         model.train()
+        losses = []
         for rows in torch.randperm(len(batch), generator=generator).split(batch_size):
             optimiser.zero_grad()
-            model.per_user_loss(batch.rows(rows.to(device))).mean().backward()
+            loss = model.per_user_loss(batch.rows(rows.to(device))).mean()
+            loss.backward()
             optimiser.step()
-        quality = float(
-            evaluate(model_scorer(model, held_out.task), held_out, "validation", items).per_user.mean()
-        )
+            losses.append(float(loss.detach()))
+        found = evaluate(model_scorer(model, held_out.task), held_out, "validation", items)
+        quality = float(found.per_user.mean())
         if quality > best:
             best, best_state = quality, model.trainable_state()
-        on_epoch(epoch + 1)
+        on_epoch(Epoch(float(np.mean(losses)), found))
     model.load_trainable(best_state)
     return model

@@ -22,7 +22,7 @@ from server.aggregation import check_aggregation
 from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
 from server.registry import Registry
 from server.runs import RunError, RunFolder, append_line
-from simulations.baselines import popularity_scorer, train_without_privacy
+from simulations.baselines import Epoch, popularity_scorer, train_without_privacy
 from simulations.datasets import Dataset
 from simulations.engines import run_in_this_process, run_with_flower
 from simulations.evaluation import HeldOut, evaluate, model_scorer
@@ -208,6 +208,7 @@ def _conclude(
     notes: tuple[str, ...],
 ) -> Outcome:
     """Baselines, the one look at the test split, the privacy record, plots and summary; then the run is whole."""
+    from simulations.plots import training_curves
     from simulations.report import write_report
 
     model = built.model
@@ -217,7 +218,11 @@ def _conclude(
     load_checkpoint(model, run, plan, 0, items)
     test[CONTENT] = evaluate(model_scorer(model, plan.model.task), held_out, "test", items)
     if options.baseline_epochs:
-        open_model = train_without_privacy(model, held_out, items, epochs=options.baseline_epochs)
+        epochs: list[Epoch] = []
+        open_model = train_without_privacy(
+            model, held_out, items, epochs=options.baseline_epochs, on_epoch=epochs.append
+        )
+        training_curves(run.path / "training-curves.png", epochs)
         baselines[OPEN] = evaluate(model_scorer(open_model, plan.model.task), held_out, "validation", items)
         test[OPEN] = evaluate(model_scorer(open_model, plan.model.task), held_out, "test", items)
     load_checkpoint(model, run, plan, None, items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from simulations.baselines import Epoch
 from simulations.quality import Quality
 
 _INK, _SEA, _SAND, _STONE = "#1b2a41", "#1f7a8c", "#d98e04", "#8d99ae"
@@ -98,4 +99,25 @@ def privacy_utility(
     _baseline_lines(axes, baselines)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def training_curves(path: Path, epochs: list[Epoch]) -> None:
+    """The model without privacy, epoch by epoch: loss on training events, and the validation metric."""
+    figure, axes = _figure("Training without privacy", "epoch", "training loss")
+    places = range(1, len(epochs) + 1)
+    axes.plot(
+        places,
+        [epoch.loss for epoch in epochs],
+        color=_SAND,
+        marker="o",
+        markersize=3.5,
+        label="training loss",
+    )
+    other = axes.twinx()
+    headline = epochs[0].validation.headline
+    values = [epoch.validation.metrics[headline].value for epoch in epochs]
+    other.plot(places, values, color=_SEA, marker="s", markersize=3.5, label=f"validation {headline}")
+    other.set_ylabel(f"validation {headline}")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     _save(figure, path)
