@@ -79,8 +79,8 @@ class StatisticsPlan(BaseModel):
     gaps: Annotated[int, Field(ge=1, le=1000)] = 10
     max_events: Annotated[int, Field(ge=2, le=100_000)] = 1000
     popularity_weight: Annotated[float, Field(ge=0)] = 1.0
-    lift_weight: Annotated[float, Field(ge=0)] = 0.5
-    lift_decay: Annotated[float, Field(ge=0, le=1)] = 0.7
+    lift_weight: Annotated[float, Field(ge=0)] = 0.35
+    lift_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
     threshold: Annotated[float, Field(ge=0)] = Field(
         default=2.5, description="counts below so many standard deviations of their noise are taken for none"
     )
@@ -144,7 +144,7 @@ def items_for_noise(users: int, deviation: float, *, symmetric: bool) -> int:
 
     The pairs of M items share the users' weight (a unit vector each), so the mean weight of a pair falls as
     users / M^2, against noise of this standard deviation on the sum over sites: M = FACTOR sqrt(users /
-    deviation). The factor was chosen on validation data of public data sets (docs/results.md).
+    deviation). The factor was chosen on validation data of public data sets (docs/statistics.md).
     """
     from common.sums import most_items  # not at the top: plans are read on machines that never load torch
 
@@ -152,4 +152,4 @@ def items_for_noise(users: int, deviation: float, *, symmetric: bool) -> int:
     return max(2, min(count, most_items(symmetric)))
 
 
-ITEMS_FACTOR = 12.0
+ITEMS_FACTOR = 8.0

@@ -27,6 +27,16 @@ def _parsed(text: str) -> Any:
         return text
 
 
+def _fill_in_statistics(values: dict[str, Any]) -> None:
+    """Statistics first, unless the person says something of them, or asks for a task that has no use for them."""
+    from common.planning import DEFAULT_SECTIONS
+
+    if "statistics" in values or values.get("model", {}).get("task", "next-item") != "next-item":
+        return
+    for section, fields in DEFAULT_SECTIONS.items():
+        values[section] = {**fields, **values.get(section, {})}
+
+
 @simulate_app.command()
 def simulate(
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A plan, TOML or JSON.")] = None,
@@ -96,6 +106,8 @@ def simulate(
                 f"--set {each!r} must read section.name=value, such as --set privacy.clip_norm=0.5"
             )
         _put(values, place, _parsed(text))
+    if plan_file is None:
+        _fill_in_statistics(values)
     mapping = {}
     for each in columns.split(",") if columns else ():
         field, equals, column = each.partition("=")
