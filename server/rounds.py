@@ -113,6 +113,7 @@ def run_rounds(
         nodes = sorted(grid.get_node_ids()) or nodes
         if exchange.phase is Phase.UPDATE and pretrain is not None:
             progress.state, pretrain = pretrain(progress.released), None
+            run.save_pretrained(exchange.round - 1, progress.state)
         if exchange.phase is Phase.METRICS:
             progress.state = final = progress.final(plan)
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:

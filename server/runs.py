@@ -156,6 +156,18 @@ class RunFolder:
         """The parameters after a round."""
         return state_from_bytes(self._round_file(number).read_bytes())
 
+    def save_pretrained(self, number: int, state: State) -> None:
+        """The parameters that public pre-training made of those after a round: what fine-tuning starts with."""
+        write_whole(self._pretrained_file(number), state_to_bytes(state))
+
+    def sent_state(self, number: int) -> dict[str, Tensor]:
+        """The parameters that sites were sent after a round: pre-trained, where pre-training came between."""
+        file = self._pretrained_file(number)
+        return state_from_bytes(file.read_bytes()) if file.is_file() else self.round_state(number)
+
+    def _pretrained_file(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:05d}.pretrained.safetensors"
+
     def _round_file(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:05d}.safetensors"
 

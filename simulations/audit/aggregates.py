@@ -36,7 +36,7 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
                 continue
             if not record["aggregated"]:
                 if phases[number] is Phase.UPDATE and not _close(
-                    run.round_state(number - 1), run.round_state(number)
+                    run.sent_state(number - 1), run.round_state(number)
                 ):
                     findings.lie(
                         f"round {number}", "wrong_aggregate", "nothing was aggregated, yet the model changed"
@@ -82,7 +82,7 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
 def _stepped(
     run: RunFolder, plan: Plan, number: int, mean: Mapping[str, Tensor], velocity: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    before = run.round_state(number - 1)
+    before = run.sent_state(number - 1)
     for name, value in mean.items():
         earlier = velocity.get(name, torch.zeros_like(value))
         velocity[name] = plan.training.server_momentum * earlier + value

@@ -245,7 +245,7 @@ def model_sent(run: RunFolder, exchange: Exchange) -> str | None:
     """Digest of what was sent to the sites in a round, from the checkpoints; None where one is missing."""
     asked_of = exchange.round if exchange.phase is Phase.METRICS else exchange.round - 1
     try:
-        state = {} if exchange.phase.content == "statistics" else run.round_state(asked_of)
+        state = {} if exchange.phase.content == "statistics" else run.sent_state(asked_of)
         released = run.released_state(exchange.round - 1)
     except Exception:  # a missing or damaged file, whatever the reader makes of it
         return None

@@ -69,6 +69,30 @@ def test_a_run_without_its_registry_is_told_and_another_place_is_taken(run: Path
     assert not (tmp_path / "elsewhere" / "server.key").exists()
 
 
+def test_a_run_of_every_phase_holds(tmp_path: Path) -> None:
+    """Statistics, public pre-training between, private fine-tuning, metrics: sums, models and figures."""
+    plan = {
+        "privacy": {"noise_multiplier": 3.0, "epsilon": 30.0, "sampling_rate": 1.0},
+        "statistics": {"popularity_share": 0.2, "transition_share": 0.3},
+        "metrics": {"share": 0.1},
+        "pretraining": {"histories": 20},
+    }
+    run = tiny_run(tmp_path, plan=plan).run.path
+    found = audit_receipts(run)
+    assert not found.lies, found.lies
+    assert [site.charges for site in found.sites] == [site.receipts for site in found.sites] == [5] * 4
+    assert (run / "rounds" / "00002.pretrained.safetensors").is_file()
+    assert found.sites[0].figures is not None
+    closed = found.sites[0].figures.closed_form  # nobody is sampled, so the exact figure is known
+    assert closed == pytest.approx(found.epsilon, abs=2e-3)
+    _scaled(run / "rounds" / "00002.pretrained.safetensors")
+    assert {(lie.reason, lie.place) for lie in audit_receipts(run).lies} >= {("wrong_aggregate", "round 3")}
+    statistics = run / "rounds" / "00002.released.safetensors"
+    _scaled(statistics)
+    told = {(lie.reason, lie.place) for lie in audit_receipts(run).lies}
+    assert {("wrong_aggregate", "round 2"), ("wrong_aggregate", "round 3")} <= told
+
+
 def test_a_folder_that_was_renamed_is_a_note_and_no_lie(run: Path) -> None:
     renamed = run.rename(run.with_name("copy-of-the-run"))
     found = audit_receipts(renamed)
