@@ -166,8 +166,12 @@ def answer(site: Site, request: Request) -> Update | Refusal:
             return Update(state=state_from_bytes(update), receipt=receipt.to_bytes())
         stated = plan.stated(request.phase)
         try:
+            # Without an anchor the server may hold the genesis alone: another server than before, say.
+            held = 0
             if request.anchor is not None:
-                ledger.anchor(Countersignature.from_bytes(request.anchor))
+                anchor = Countersignature.from_bytes(request.anchor)
+                ledger.anchor(anchor)
+                held = anchor.seq
             reservation = ledger.reserve(
                 run=request.run,
                 round=request.round,
@@ -197,7 +201,7 @@ def answer(site: Site, request: Request) -> Update | Refusal:
             _log.error("site %s failed in a round after its reservation: %s", site.name, type(error).__name__)
             return Refusal(Reason.FAILED)
         receipt_bytes = ledger.release(
-            reservation, state_to_bytes(state), content=request.phase.content
+            reservation, state_to_bytes(state), content=request.phase.content, anchored_seq=held
         ).to_bytes()
     return Update(state=state, receipt=receipt_bytes)
 

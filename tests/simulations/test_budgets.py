@@ -104,3 +104,16 @@ def test_a_budget_that_ends_in_round_three_an_earlier_run_and_another_models_run
             report = ledger.verify()
             assert report.spent <= report.cap
             assert report.open == 0
+
+
+def test_a_site_that_served_one_server_serves_another_with_the_same_ledger(tmp_path: Path) -> None:
+    sites = tmp_path / "sites"
+    first = tiny_run(tmp_path, plan=plan_of(2), sites=sites, site_budget=20.0)
+    (sites / "registry").rename(tmp_path / "registry-of-the-first-server")
+    second = tiny_run(tmp_path, plan=plan_of(2), sites=sites)  # a new registry, with a key of its own
+    assert left_out(second) == [[], []]
+    assert [len(record["admitted"]) for record in second.run.records()] == [4, 4]
+    with Ledger.open(sites / POOR / "ledger") as ledger:
+        status = ledger.status()
+    assert [charge.reserve.run for charge in status.charges] == [first.run.name] * 2 + [second.run.name] * 2
+    audited(second, sites)
