@@ -25,6 +25,9 @@ from simulations.quality import Quality
 from simulations.report import PROTECTION, RESEARCHER_SIDE, cost_rows, quality_header, quality_rows, verdicts
 from simulations.sites import SimulatedSite
 
+_SHOWN_COLUMNS = 5
+"""What fits a terminal of eighty columns: the model's name and four metrics."""
+
 
 class ConsoleWatcher(Watcher):
     """Shows a run on a terminal; on something else it prints the tables and leaves bars out."""
@@ -101,12 +104,12 @@ def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Tab
         "sites": str(len(record["admitted"])),
         "left out": left_out or "0",
         "kB up": f"{record['bytes_up'] / 1000:,.0f}",
-        "seconds": f"{record['seconds']:6.1f}",
+        "s": f"{record['seconds']:5.1f}",
         "epsilon": f"{epsilon:.3f}",
-        f"validation {quality.headline}": f"{headline.value:.4f} ± {headline.standard_error:.4f}",
+        f"{quality.headline} (val.)": f"{headline.value:.4f} ±{headline.standard_error:.3f}",
     }
     for name in cells:
-        width = 11 if name == "phase" else len(name)  # the longest phase's name
+        width = {"phase": 11, "s": 5}.get(name, len(name))  # the longest phase's name
         table.add_column(name, justify="right", min_width=width)
     table.add_row(*cells.values())
     return table
@@ -116,10 +119,12 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     """The table of results, the verdicts, the costs, and where everything is."""
     header, *rows = quality_header(outcome), *quality_rows(outcome)
     table = Table(title="results (test split, looked at once)")
-    for place, name in enumerate(header):
+    for place, name in enumerate(header[:_SHOWN_COLUMNS]):
         table.add_column(name, justify="left" if place == 0 else "right")
     for row in rows:
-        table.add_row(*row, style="bold" if row[0] == "Fedtide" else None)
+        table.add_row(*row[:_SHOWN_COLUMNS], style="bold" if row[0] == "Fedtide" else None)
+    if len(header) > _SHOWN_COLUMNS:
+        table.caption = f"{', '.join(header[_SHOWN_COLUMNS:])}: in summary.md"
     console.print(table)
     for line in verdicts(outcome):
         console.print(line, highlight=False)
