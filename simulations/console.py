@@ -19,8 +19,8 @@ from rich.table import Table
 
 from common.config import Plan
 from common.events.cleaning import CleaningReport
-from simulations.federation import Outcome
 from simulations.follower import Watcher
+from simulations.outcome import Outcome
 from simulations.quality import Quality
 from simulations.report import PROTECTION, RESEARCHER_SIDE, cost_rows, quality_header, quality_rows, verdicts
 from simulations.sites import SimulatedSite

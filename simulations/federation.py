@@ -27,15 +27,11 @@ from simulations.datasets import Dataset
 from simulations.engines import run_in_this_process, run_with_flower
 from simulations.evaluation import HeldOut, evaluate, model_scorer
 from simulations.follower import Follower, Watcher, load_checkpoint
+from simulations.outcome import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome
 from simulations.partition import divide
-from simulations.privacy_record import PrivacyRecord, privacy_record
-from simulations.quality import Quality
+from simulations.privacy_record import privacy_record
+from simulations.report import write_report
 from simulations.sites import SimulatedSite, make_sites, whole_histories
-
-FEDTIDE = "Fedtide"
-"""The private model's row in tables."""
-
-CONTENT, POPULARITY, OPEN = "content only", "popularity", "no privacy"
 
 Engine = Literal["flower", "inline"]
 
@@ -65,31 +61,6 @@ class SimulationOptions:
     baseline_epochs: int = 15
     cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
     offline: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished simulation found.
-
-    Attributes:
-        run: its folder, finished.
-        validation, epsilons: quality and PLD epsilon after each exchange, from the start.
-        test: name -> quality, looked at once, at the end.
-        privacy: events and epsilons of every site.
-    """
-
-    run: RunFolder
-    plan: Plan
-    sites: list[SimulatedSite]
-    validation: list[Quality]
-    epsilons: list[float]
-    baselines_validation: dict[str, Quality]
-    test: dict[str, Quality]
-    privacy: PrivacyRecord
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-    notes: tuple[str, ...]
 
 
 def simulate(
@@ -209,7 +180,6 @@ def _conclude(
 ) -> Outcome:
     """Baselines, the one look at the test split, the privacy record, plots and summary; then the run is whole."""
     from simulations.plots import training_curves
-    from simulations.report import write_report
 
     model = built.model
     popular = popularity_scorer(held_out, items)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from common.config import Plan
 from common.metrics import paired_difference
 from server.runs import write_whole
 from simulations import plots
-
-if TYPE_CHECKING:
-    from simulations.federation import Outcome
+from simulations.outcome import FEDTIDE, Outcome
 
 SIGNIFICANT_Z = 1.96
 
@@ -52,8 +49,6 @@ def quality_header(outcome: Outcome) -> tuple[str, ...]:
 
 def verdicts(outcome: Outcome) -> list[str]:
     """Plain sentences: the private model against each baseline, paired over users."""
-    from simulations.federation import FEDTIDE
-
     own = outcome.test[FEDTIDE].per_user
     said = []
     for name, quality in outcome.test.items():

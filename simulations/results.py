@@ -23,7 +23,8 @@ from common.config import make_plan
 from common.metrics import mean_metric, paired_difference
 from common.planning import DEFAULT_SECTIONS
 from simulations.datasets import load_movielens_100k
-from simulations.federation import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome, SimulationOptions, simulate
+from simulations.federation import SimulationOptions, simulate
+from simulations.outcome import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome
 from simulations.quality import TOP
 from simulations.report import SIGNIFICANT_Z
 

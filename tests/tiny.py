@@ -17,7 +17,8 @@ import pytest
 
 from common.config import Plan, make_plan
 from simulations.datasets import Dataset, load_own
-from simulations.federation import Outcome, SimulationOptions, simulate
+from simulations.federation import SimulationOptions, simulate
+from simulations.outcome import Outcome
 
 SITES, USERS, ITEMS = 4, 120, 30
 """Sites, users over all of them (about thirty each), items."""

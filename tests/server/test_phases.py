@@ -32,7 +32,7 @@ from common.wire import (
 )
 from server.metrics import estimate
 from server.runs import RunError
-from simulations.federation import Outcome
+from simulations.outcome import Outcome
 from tests.tiny import ITEMS, own_cache, tiny_run
 from tests.tiny import SITES as N_SITES
 

@@ -14,7 +14,7 @@ from client.ledger import Ledger
 from common.privacy.mechanisms import Event
 from common.privacy.renyi import charge_of
 from simulations.audit.cli import app as audit_app
-from simulations.federation import Outcome
+from simulations.outcome import Outcome
 from tests.tiny import tiny_run
 
 POOR, WITHDRAWN = "00002", "00001"

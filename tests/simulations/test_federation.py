@@ -15,7 +15,7 @@ from dp_accounting.pld import privacy_loss_distribution
 
 from common.config import read_plan
 from server.runs import INCOMPLETE, RunError, RunFolder
-from simulations.federation import CONTENT, FEDTIDE, POPULARITY, Outcome
+from simulations.outcome import CONTENT, FEDTIDE, POPULARITY, Outcome
 from tests.tiny import SITES, own_cache, tiny_files, tiny_language_model, tiny_run
 
 
