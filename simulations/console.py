@@ -99,17 +99,17 @@ def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Tab
         f"{each.get('site') or each['node']}: {each['reason']}" for each in record["left_out"]
     )
     cells = {
-        "round": str(record["round"]),
+        "#": str(record["round"]),
         "phase": record["phase"],
         "sites": str(len(record["admitted"])),
         "left out": left_out or "0",
         "kB up": f"{record['bytes_up'] / 1000:,.0f}",
-        "s": f"{record['seconds']:5.1f}",
+        "s": f"{record['seconds']:.1f}",
         "epsilon": f"{epsilon:.3f}",
-        f"{quality.headline} (val.)": f"{headline.value:.4f} ±{headline.standard_error:.3f}",
+        f"{quality.headline} val.": f"{headline.value:.4f} ±{headline.standard_error:.3f}",
     }
     for name in cells:
-        width = {"phase": 11, "s": 5}.get(name, len(name))  # the longest phase's name
+        width = {"#": 2, "phase": 11, "s": 4}.get(name, len(name))  # the longest phase's name
         table.add_column(name, justify="right", min_width=width)
     table.add_row(*cells.values())
     return table
