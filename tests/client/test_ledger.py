@@ -7,8 +7,6 @@ import hashlib
 import os
 import sqlite3
 import stat
-import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -465,15 +463,3 @@ def test_a_dataset_commitment_and_the_trust_mode_stand_in_the_genesis(folder: Pa
         body = ledger.entries()[0].body
         assert isinstance(body, Genesis)
         assert (body.dataset_commitment, body.mode) == ("c" * 64, "secagg")
-
-
-def test_reserve_and_release_take_under_25_ms(ledger: Ledger) -> None:
-    update, seconds = os.urandom(80_000), []
-    for round_ in range(30):
-        started = time.perf_counter()
-        ledger.release(reserve(ledger, round_), update)
-        seconds.append(time.perf_counter() - started)
-        ledger.anchor(anchor(ledger))
-    median = statistics.median(seconds)
-    print(f"reserve + release: median {1000 * median:.1f} ms, worst {1000 * max(seconds):.1f} ms")
-    assert median < 0.025

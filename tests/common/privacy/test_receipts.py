@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.privacy import canonical, faults
 from common.privacy.anchors import Countersignature
-from common.privacy.chain import Chain, verified_chain, verify_chain
+from common.privacy.chain import verified_chain, verify_chain
 from common.privacy.entries import Burnt, Close, Entry, Genesis, Release, Reserve
 from common.privacy.equivocation import EquivocationProof
 from common.privacy.faults import BadFieldError, ForkError, ReceiptError
@@ -185,15 +184,13 @@ def test_any_change_to_any_byte_of_a_chain_is_refused(seq: int, where: int, new:
 _HONEST = chains.honest().entries
 
 
-def test_ten_thousand_entries_verify_in_under_ten_seconds() -> None:
+def test_a_long_chain_verifies() -> None:
+    """How long ten thousand entries take is measured by `simulations.benchmarks.ledger`."""
     site = chains.Writer(epsilon=900.0)
-    for round_ in range(5_000):
+    for round_ in range(500):
         site.release(site.reserve("run-a", round_, event=GaussianSum(40.0)), content="metrics")
     data = [entry.to_bytes() for entry in site.entries]
-    started = time.perf_counter()
     chain = verified_chain([Entry.from_bytes(each) for each in data])
-    seconds = time.perf_counter() - started
-    print(f"{len(data)} entries verified in {seconds:.2f} s")
-    assert chain.report().released == 5_000
-    assert isinstance(chain, Chain)
-    assert seconds < 10
+    assert chain.report().released == 500
+    with pytest.raises(ReceiptError):
+        verified_chain([Entry.from_bytes(each) for each in (*data[:700], *data[701:])])
