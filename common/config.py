@@ -274,7 +274,8 @@ class Plan(_Frozen):
         Raises:
             PlanError: the noise that the plan states exceeds the promise.
         """
-        from common.privacy.accountants import calibrate_noise, epsilon_pld
+        from common.privacy.accountants import epsilon_pld
+        from common.privacy.calibration import calibrate_noise
 
         statistics, metrics, privacy = self.statistics, self.metrics, self.privacy
         # An uncalibrated plan's own noise is trusted no more than any other: the whole is checked below.

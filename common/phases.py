@@ -131,7 +131,8 @@ def noise_of_share(whole: float, share: float) -> float:
 
 def noise_of_promise(epsilon: float, delta: float) -> float:
     """The noise multiplier of one Gaussian sum that takes the whole promise, by the published accountant."""
-    from common.privacy.accountants import NOISE_STEP, calibrate_gaussian, epsilon_pld
+    from common.privacy.accountants import epsilon_pld
+    from common.privacy.calibration import NOISE_STEP, calibrate_gaussian
 
     noise = calibrate_gaussian(epsilon, delta)  # by the closed form; the PLD is a bound, slightly above
     while epsilon_pld([GaussianSum(noise)], delta) > epsilon:

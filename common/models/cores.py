@@ -6,10 +6,25 @@ per weight, and never a call per time step (Opacus' DPLSTM costs 9 to 21 plain s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+
+class _RecurrentCore(nn.Module):
+    """The two maps that a gated recurrence is made of, each one Linear call for all events."""
+
+    gates: ClassVar[int]
+
+    def __init__(self, input_width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.hidden_width = self.output_width = hidden_width
+        self.input_map = nn.Linear(input_width, self.gates * hidden_width)
+        self.state_map = nn.Linear(hidden_width, self.gates * hidden_width, bias=False)
+        bound = hidden_width**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
 
 class _LstmThroughTime(torch.autograd.Function):
@@ -52,7 +67,7 @@ class _LstmThroughTime(torch.autograd.Function):
         return grad_gates, None, None
 
 
-class LstmCore(nn.Module):
+class LstmCore(_RecurrentCore):
     """A one-layer LSTM, equal to `torch.nn.LSTM` (with its second bias zero) in value and gradient.
 
     Gate order i, f, g, o as in torch. One bias: torch's second one duplicates it, and would only add noise.
@@ -62,14 +77,7 @@ class LstmCore(nn.Module):
         hidden_width: width of the state.
     """
 
-    def __init__(self, input_width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.hidden_width = self.output_width = hidden_width
-        self.input_map = nn.Linear(input_width, 4 * hidden_width)
-        self.state_map = nn.Linear(hidden_width, 4 * hidden_width, bias=False)
-        bound = hidden_width**-0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+    gates = 4
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [users, events, input_width] -> [users, events, hidden_width]."""
@@ -126,7 +134,7 @@ class _GruThroughTime(torch.autograd.Function):
         return grad_input, grad_state, None, None
 
 
-class GruCore(nn.Module):
+class GruCore(_RecurrentCore):
     """A one-layer GRU, equal to `torch.nn.GRU` with `bias_hh` zero, in value and gradient.
 
     Gate order r, z, n as in torch. Two thirds of torch's second bias duplicate the first and would only add
@@ -138,14 +146,7 @@ class GruCore(nn.Module):
         hidden_width: width of the state.
     """
 
-    def __init__(self, input_width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.hidden_width = self.output_width = hidden_width
-        self.input_map = nn.Linear(input_width, 3 * hidden_width)
-        self.state_map = nn.Linear(hidden_width, 3 * hidden_width, bias=False)
-        bound = hidden_width**-0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+    gates = 3
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [users, events, input_width] -> [users, events, hidden_width]."""

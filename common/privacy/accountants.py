@@ -2,7 +2,8 @@
 
 The published figure is the privacy-loss distribution (PLD) of dp-accounting under add-or-remove-one-user,
 discretised pessimistically by connect-the-dots; Opacus' RDP and PRV accountants and, without sampling, the
-closed form must agree with it, or no figure is published. The noise for a target epsilon is found here too.
+closed form must agree with it, or no figure is published. The noise for a target is found in
+`calibration.py`.
 All of it holds for events fixed in advance; what decides whether a site may go on is the filter (`renyi.py`),
 not these figures. The CLT ("GDP") accountant has no place here: it is no bound. Each accountant's library is
 imported when it is first asked.
@@ -13,13 +14,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from common.privacy.mechanisms import (
-    SMALLEST_NOISE_MULTIPLIER,
     Event,
     GaussianSum,
     PoissonSubsampledGaussian,
@@ -37,10 +37,6 @@ _FINEST_DISCRETISATION = 1e-6
 LARGEST_EPSILON = 500.0
 """The largest target that is taken; from about twice this on, `epsilon_pld` says inf."""
 
-NOISE_STEP = 1e-3
-"""Calibrated noise multipliers are rounded up to a multiple of this, so that equal events group."""
-
-_LARGEST_NOISE_MULTIPLIER = 1e6
 _LARGEST_PRV_WORK = 2e4  # epsilon sqrt(steps): beyond it the PRV accountant's arrays outgrow a small machine
 
 Group = tuple[float, float, int]
@@ -88,7 +84,7 @@ def _groups(events: Sequence[Event]) -> tuple[Group, ...]:
     return tuple((float(rate), float(noise), count) for (rate, noise), count in sorted(steps.items()))
 
 
-def _check_delta(delta: float) -> None:
+def check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise ValueError(
             f"delta is {delta}, but must lie in (0, 1): choose one far below 1 / users, such as 1e-6"
@@ -117,7 +113,7 @@ def epsilon_pld(events: Sequence[Event], delta: float, *, discretisation: float 
     Raises:
         ValueError: `delta` outside (0, 1).
     """
-    _check_delta(delta)
+    check_delta(delta)
     groups = _groups(events)
     return _epsilon_pld(groups, delta, _interval(groups) if discretisation is None else discretisation)
 
@@ -212,6 +208,11 @@ def _quick_bound(groups: tuple[Group, ...], delta: float) -> float:
     return _rdp_epsilon(groups, (2, 3, 4, 8, 16, 32, 64, 128, 256), delta)[0]
 
 
+def quick_bound(events: Sequence[Event], delta: float) -> float:
+    """A cheap upper bound of epsilon, to begin a search with; never a figure to publish."""
+    return _quick_bound(_groups(events), delta)
+
+
 def _beyond_use(groups: tuple[Group, ...], delta: float) -> bool:
     """Whether epsilon is so large that its distribution might fill the memory."""
     limit = 2 * LARGEST_EPSILON
@@ -234,7 +235,7 @@ def epsilon_rdp(events: Sequence[Event], delta: float) -> float:
     """
     from opacus.accountants import RDPAccountant
 
-    _check_delta(delta)
+    check_delta(delta)
     groups = _groups(events)
     if not groups:
         return 0.0
@@ -260,7 +261,7 @@ def epsilon_prv(events: Sequence[Event], delta: float) -> float:
     import numpy as np
     from opacus.accountants import PRVAccountant
 
-    _check_delta(delta)
+    check_delta(delta)
     groups = _groups(events)
     if not groups:
         return 0.0
@@ -283,7 +284,7 @@ def epsilon_rdp_google(events: Sequence[Event], delta: float) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    _check_delta(delta)
+    check_delta(delta)
     groups = _groups(events)
     if not groups:
         return 0.0
@@ -307,22 +308,22 @@ def epsilon_gaussian(events: Sequence[Event], delta: float) -> float:
     """
     from scipy.optimize import brentq
 
-    _check_delta(delta)
+    check_delta(delta)
     groups = _groups(events)
     if any(rate < 1 for rate, _, _ in groups):
         raise ValueError(
             "the closed form is only known without sampling, but an event has a sampling rate below 1"
         )
     noise = _single_gaussian(groups)
-    if noise is None or _gaussian_delta(noise, 0.0) <= delta:
+    if noise is None or gaussian_delta(noise, 0.0) <= delta:
         return 0.0
     upper = 1.0
-    while _gaussian_delta(noise, upper) > delta:
+    while gaussian_delta(noise, upper) > delta:
         upper *= 2
-    return float(brentq(lambda epsilon: _gaussian_delta(noise, epsilon) - delta, 0.0, upper, xtol=1e-10))
+    return float(brentq(lambda epsilon: gaussian_delta(noise, epsilon) - delta, 0.0, upper, xtol=1e-10))
 
 
-def _gaussian_delta(noise: float, epsilon: float) -> float:
+def gaussian_delta(noise: float, epsilon: float) -> float:
     """Delta of the Gaussian mechanism of sensitivity 1 at `epsilon` (Balle & Wang 2018, theorem 8)."""
     from scipy.special import log_ndtr
 
@@ -347,7 +348,7 @@ def published_epsilon(events: Sequence[Event], delta: float) -> PublishedEpsilon
         ContradictionError: an accountant contradicts the PLD, or gives no figure; the message says which.
         ValueError: `delta` outside (0, 1).
     """
-    _check_delta(delta)
+    check_delta(delta)
     groups = _groups(events)
     if not groups:
         return PublishedEpsilon(epsilon=0.0, delta=delta, rdp=0.0, prv=0.0, closed_form=0.0)
@@ -400,151 +401,3 @@ def cross_check(*, pld: float, rdp: float, prv: float | None, closed_form: float
             f"closed form <= PLD <= closed form + 0.001 fails: PLD is {pld:.6g}, "
             f"closed form {closed_form:.6g}"
         )
-
-
-# The noise for a target
-
-
-def calibrate_noise(
-    epsilon: float, delta: float, *, sampling_rate: float, steps: int, spent: Sequence[Event] = ()
-) -> float:
-    """The smallest noise multiplier with which `steps` steps of DP-SGD, and all events spent, fit epsilon.
-
-    Args:
-        epsilon: the target, by `epsilon_pld`.
-        delta: the delta that it is to hold for.
-        sampling_rate: q of the steps to come.
-        steps: how many are to come.
-        spent: every event that the same users have already paid for.
-
-    Returns:
-        The noise multiplier, a multiple of NOISE_STEP, at least SMALLEST_NOISE_MULTIPLIER.
-
-    Raises:
-        ValueError: a number out of its bounds, or a target that no noise reaches.
-    """
-    _check_epsilon(epsilon)
-    _check_delta(delta)
-    PoissonSubsampledGaussian(sampling_rate=sampling_rate, noise_multiplier=1.0, steps=steps)
-    spent_epsilon = epsilon_pld(spent, delta)
-    if spent_epsilon >= epsilon:
-        raise ValueError(
-            f"epsilon is {epsilon:g}, but the events already spent come to {spent_epsilon:.4g} at delta "
-            f"{delta:g}: raise epsilon above that, or stop here"
-        )
-
-    def cost(noise: float) -> float:
-        event = PoissonSubsampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise, steps=steps)
-        return epsilon_pld([*spent, event], delta)
-
-    def quick_cost(noise: float) -> float:
-        event = PoissonSubsampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise, steps=steps)
-        return _quick_bound(_groups([*spent, event]), delta)
-
-    # By the quick bound, what is spent may exceed the target alone; its excess there is allowed for, or the search
-    # would begin at the largest noise, whose distribution takes minutes.
-    excess = max(0.0, _quick_bound(_groups(spent), delta) - spent_epsilon) if spent else 0.0
-    enough = _smallest_noise(cost, epsilon, start=_rough_noise(quick_cost, epsilon + excess))
-    if enough is None:
-        raise ValueError(
-            f"epsilon is {epsilon:g}, but {steps} steps at sampling rate {sampling_rate:g} exceed it at "
-            f"delta {delta:g} even with noise multiplier {_LARGEST_NOISE_MULTIPLIER:g}: raise epsilon or "
-            "delta, or take fewer steps"
-        )
-    return enough
-
-
-def calibrate_gaussian(epsilon: float, delta: float) -> float:
-    """The smallest noise multiplier of one Gaussian sum within (epsilon, delta) (Balle & Wang 2018).
-
-    Returns:
-        The noise multiplier, rounded up to a multiple of NOISE_STEP, at least SMALLEST_NOISE_MULTIPLIER.
-        This is by the closed form; the PLD, a bound, may come out above epsilon by up to 1e-3.
-
-    Raises:
-        ValueError: `epsilon` not in (0, LARGEST_EPSILON], `delta` not in (0, 1), or no noise reaches them.
-    """
-    _check_epsilon(epsilon)
-    _check_delta(delta)
-    low, high = (
-        round(SMALLEST_NOISE_MULTIPLIER / NOISE_STEP) - 1,
-        round(_LARGEST_NOISE_MULTIPLIER / NOISE_STEP),
-    )
-    if _gaussian_delta(high * NOISE_STEP, epsilon) > delta:
-        raise ValueError(f"epsilon {epsilon:g} at delta {delta:g} is out of reach of any noise: raise either")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle) if _gaussian_delta(middle * NOISE_STEP, epsilon) <= delta else (middle, high)
-        )
-    return _noise(high)
-
-
-def _check_epsilon(epsilon: float) -> None:
-    if not 0 < epsilon <= LARGEST_EPSILON:
-        raise ValueError(
-            f"epsilon is {epsilon}, but must lie in (0, {LARGEST_EPSILON:g}]: choose a target such as 8, or "
-            "train without privacy and say so"
-        )
-
-
-def _noise(steps_of_noise: int) -> float:
-    return round(steps_of_noise * NOISE_STEP, 3)
-
-
-def _rough_noise(cost: Callable[[float], float], epsilon: float) -> int:
-    """About the right noise, in multiples of NOISE_STEP, by bisection of a cheap cost."""
-    low, high = math.log(SMALLEST_NOISE_MULTIPLIER), math.log(_LARGEST_NOISE_MULTIPLIER)
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(math.exp(middle)) <= epsilon else (middle, high)
-    return math.ceil(math.exp(high) / NOISE_STEP)
-
-
-def _smallest_noise(cost: Callable[[float], float], epsilon: float, *, start: int) -> float | None:
-    """The smallest multiple of NOISE_STEP whose cost is within epsilon, or None if even the largest is not.
-
-    From `start` the bracket is widened until it holds the answer. Cost falls about as a power of the noise,
-    so each further guess lies on the line through the bracket's ends in logarithms, and is followed by a step
-    to its other side, which closes the bracket.
-    """
-    smallest, largest = (
-        round(bound / NOISE_STEP) for bound in (SMALLEST_NOISE_MULTIPLIER, _LARGEST_NOISE_MULTIPLIER)
-    )
-    costs: dict[int, float] = {}
-
-    def fits(point: int) -> bool:
-        if point not in costs:
-            costs[point] = cost(_noise(point))
-        return costs[point] <= epsilon
-
-    high = min(max(start, smallest), largest)
-    while not fits(high):
-        if high == largest:
-            return None
-        high = min(math.ceil(high * 1.1), largest)
-    low, factor = high, 0.95
-    while fits(low):
-        if low == smallest:
-            return _noise(smallest)
-        high, low = low, max(math.floor(low * factor), smallest)
-        factor **= 2
-    stride = 1
-    while high - low > 1:
-        guess = _between(low, high, costs[low], costs[high], epsilon)
-        low, high = (low, guess) if fits(guess) else (guess, high)
-        other_side = guess - stride if guess == high else guess + stride
-        if low < other_side < high:
-            low, high = (low, other_side) if fits(other_side) else (other_side, high)
-        stride *= 2
-    return _noise(high)
-
-
-def _between(low: int, high: int, cost_low: float, cost_high: float, epsilon: float) -> int:
-    """A point strictly between `low` and `high`, by interpolation in logarithms where that is possible."""
-    if math.isfinite(cost_low) and cost_high > 0:
-        share = math.log(cost_low / epsilon) / math.log(cost_low / cost_high)
-        guess = math.exp(math.log(low) + share * math.log(high / low))
-    else:
-        guess = math.sqrt(low * high)
-    return min(max(math.ceil(guess), low + 1), high - 1)
