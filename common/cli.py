@@ -75,6 +75,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message is written for the person at the keyboard, of the modules imported by now."""
     names = {
         "common.assets": ("AssetError",),
+        "common.bundle": ("BundleError",),
         "common.config": ("PlanError",),
         "common.finished": ("FinishedError",),
         "common.events.schema": ("LogError",),
@@ -84,8 +85,11 @@ def known_errors() -> tuple[type[BaseException], ...]:
         "common.privacy.accountants": ("ContradictionError",),
         "common.privacy.faults": ("ReceiptError",),
         "client.ledger_errors": ("LedgerError",),
+        "client.agent": ("AgentError",),
+        "client.connection": ("ConnectionSetupError",),
         "client.feedback": ("FeedbackError",),
         "client.interests": ("InterestsError",),
+        "client.policy": ("PolicyError",),
         "client.private_files": ("LoosePermissionsError",),
         "client.site": ("SiteError",),
         "server.registry": ("RegistryError",),
