@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,26 +24,56 @@ NODES_EXPECTED = "FEDTIDE_NODES"
 
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """Runs the rounds of the plan in the run's folder (run configuration `run-dir`, or $FEDTIDE_RUN)."""
-    from server.registry import Registry
-    from server.rounds import run_rounds
+    """Runs, or goes on with, the rounds of the plan in the run's folder, and leaves there how it ended.
+
+    The run configuration says where: `run-dir` (or $FEDTIDE_RUN) and `registry-dir` (or $FEDTIDE_REGISTRY, or the
+    run's own `registry`), both absolute.
+    """
     from server.runs import RunError, RunFolder
 
     folder = str(context.run_config.get("run-dir") or os.environ.get(RUN_FOLDER, ""))
     if not folder:
         raise RunError("no run folder is given: start runs with `fedtide simulate` or `fedtide server run`")
     run = RunFolder(Path(folder))
-    registry = Registry(Path(os.environ.get(REGISTRY_FOLDER) or run.path / "registry"))
+    registry = str(context.run_config.get("registry-dir") or os.environ.get(REGISTRY_FOLDER, ""))
+    with run.at_work():
+        run.ending_file.unlink(missing_ok=True)
+        try:
+            _rounds(grid, run, Path(registry) if registry else run.path / "registry")
+        except BaseException as error:
+            with contextlib.suppress(RunError):
+                run.save_ending("failed", _reason(error))
+            raise
+        run.save_ending("completed")
+
+
+def _rounds(grid: Grid, run: RunFolder, registry: Path) -> None:
+    from server.registry import Registry
+    from server.rounds import run_rounds
+
     expected = os.environ.get(NODES_EXPECTED)
     run_rounds(
         grid,
         run.plan(),
         run,
-        registry,
+        Registry(registry),
         run.round_state(0),
         nodes_expected=int(expected) if expected else None,
         pretrain=_pretraining(run),
     )
+
+
+def _reason(error: BaseException) -> str:
+    """One line. What the server does not foresee is named by its type too: it knows nothing of any user."""
+    from common.config import PlanError
+    from server.registry import RegistryError
+    from server.runs import RunError
+
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "the run was stopped: start it again, and it goes on where it stopped"
+    said = " ".join(str(error).split())
+    known = isinstance(error, RunError | PlanError | RegistryError)
+    return said if known else f"{type(error).__name__}: {said}"
 
 
 def _pretraining(run: RunFolder) -> Pretrain | None:

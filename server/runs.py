@@ -7,13 +7,15 @@ Files appear whole (written aside, synced, renamed) or not at all.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,6 +28,15 @@ INCOMPLETE = ".incomplete"
 
 class RunError(RuntimeError):
     """A run cannot go on, or a folder holds no finished run; the message says why and what to do."""
+
+
+def _sync_names(folder: Path) -> None:
+    """Makes the names in a folder durable: a file that was synced can still lose its name to a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -41,6 +52,7 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+        _sync_names(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise _disk_error(path, error) from error
@@ -60,6 +72,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
                 while line:
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
+                if not whole:
+                    _sync_names(path.parent)
             except OSError:
                 file.truncate(whole)
                 raise
@@ -115,6 +129,27 @@ class RunFolder:
         if path.name.endswith(INCOMPLETE) or not (path / "model.safetensors").is_file():
             raise RunError(f"the run in {path} did not end well, so it has no model: run it again")
         return cls(path)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """One process at a time works in a run; the kernel lets go for one that dies.
+
+        Raises:
+            RunError: there is no such folder, or another process is at work in it.
+        """
+        if not (self.path / "plan.json").is_file():
+            raise RunError(f"there is no run in {self.path}: give the folder that the run was begun in")
+        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is at work in {self.path}: wait for its end, or stop it, then start again"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
 
     @property
     def name(self) -> str:
@@ -214,6 +249,23 @@ class RunFolder:
             for line in self.rounds_file.read_bytes().splitlines(keepends=True):
                 if line.endswith(b"\n"):
                     yield json.loads(line)
+
+    @property
+    def ending_file(self) -> Path:
+        """How the run ended, as JSON; absent while it goes on, or when it was killed."""
+        return self.path / "ending.json"
+
+    def save_ending(self, status: Literal["completed", "failed"], reason: str = "") -> None:
+        """Says how the run ended: for whoever follows it, since Flower's exit code does not."""
+        write_whole(self.ending_file, json.dumps({"status": status, "reason": reason}).encode() + b"\n")
+
+    def ending(self) -> dict[str, str] | None:
+        """`status` ("completed" or "failed") and `reason`; None while the run goes on, or when it was killed."""
+        try:
+            said = json.loads(self.ending_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        return {"status": str(said["status"]), "reason": str(said["reason"])}
 
     def finish(self) -> RunFolder:
         """Takes the ending `.incomplete` off: the run is whole from now on."""
