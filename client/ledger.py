@@ -54,6 +54,7 @@ from common.privacy.faults import (
     ReleasedReservationError,
     SecondReleaseError,
     SecondReservationError,
+    TruncatedError,
     UnknownKeyError,
 )
 from common.privacy.mechanisms import Event, GaussianSum
@@ -62,6 +63,9 @@ from common.privacy.renyi import NANO, RenyiFilter, best_order, cap_of, charge_o
 from common.privacy.rules import check_content
 
 _DATABASE, _KEY, _PRESENCES = "ledger.sqlite", "signing-key.pem", "presences"
+_PUT_BACK = (
+    "nothing was spent: stop the site, put the newest copy of the ledger's folder back, and start it again"
+)
 
 
 def utc_day() -> str:
@@ -351,7 +355,8 @@ class Ledger(LedgerReader):
 
         Raises:
             BadAnchorError: it does not verify, or is for another site.
-            ForkError: the server countersigned an entry that this ledger does not hold.
+            TruncatedError: it is over an entry after this ledger's last: an old copy was put back.
+            ForkError: it is over another entry than this ledger holds: an old copy was put back, and used.
         """
         countersignature.check()
         if countersignature.site_key_id != self.key_id:
@@ -359,8 +364,16 @@ class Ledger(LedgerReader):
         body = Anchor.of(countersignature)
         with self._exclusive():
             held = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (body.seq,)).fetchone()
-            if held is None or held[0] != body.head:
-                raise ForkError(f"the server countersigned another entry {body.seq} than this ledger holds")
+            if held is None:
+                raise TruncatedError(
+                    f"the server countersigned entry {body.seq} of this ledger, but it ends at {self._head().seq}: it "
+                    f"was restored from an old backup, and lacks what was charged since; {_PUT_BACK}"
+                )
+            if held[0] != body.head:
+                raise ForkError(
+                    f"the server countersigned another entry {body.seq} than this ledger holds: an old copy of it was "
+                    f"restored and went on; {_PUT_BACK}"
+                )
             kept = self._db.execute(
                 "SELECT entry FROM anchors WHERE server_key = ? AND seq = ?", (body.server_key, body.seq)
             ).fetchone()

@@ -159,7 +159,6 @@ def answer(site: Site, request: Request) -> Update | Refusal:
         _log.warning("site %s refuses: its policy releases no metrics", site.name)
         return Refusal(Reason.POLICY)
     with Ledger.open(site.ledger_folder) as ledger:
-        ledger.recover()
         kept = ledger.outbox(request.run, request.round, nonce=request.nonce)
         if kept is not None:  # a retry sends the same bytes
             update, receipt = kept
@@ -170,8 +169,10 @@ def answer(site: Site, request: Request) -> Update | Refusal:
             held = 0
             if request.anchor is not None:
                 anchor = Countersignature.from_bytes(request.anchor)
-                ledger.anchor(anchor)
-                held = anchor.seq
+                if anchor.site_key_id == ledger.key_id:  # else this node had another ledger before
+                    ledger.anchor(anchor)
+                    held = anchor.seq
+            ledger.recover()  # not before: a copy from an old backup must write nothing
             reservation = ledger.reserve(
                 run=request.run,
                 round=request.round,

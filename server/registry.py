@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS entries (key_id TEXT NOT NULL, seq INTEGER NOT NULL, 
     PRIMARY KEY (key_id, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS anchors (key_id TEXT NOT NULL, seq INTEGER NOT NULL, countersignature BLOB NOT NULL,
     PRIMARY KEY (key_id, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS nodes (node TEXT PRIMARY KEY, key_id TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS proofs (id INTEGER PRIMARY KEY, key_id TEXT NOT NULL, proof BLOB NOT NULL);
 """
 
@@ -181,8 +182,15 @@ class Registry(RegistryReader):
             ) from error
         return EnrolledSite(name, genesis.key_id, barred=False)
 
-    def accept(self, chain: Chain) -> Countersignature:
+    def accept(self, chain: Chain, *, seq: int | None = None, node: int | None = None) -> Countersignature:
         """Stores an extended chain and countersigns its head, durably, before the head counts as seen.
+
+        What is stored already is stored once, and the same head gets the same countersignature.
+
+        Args:
+            chain: as `check_receipt` extended it.
+            seq: of the entry to countersign, where it is not the head: a receipt that was accepted before.
+            node: Flower's id of the node that answered, so that its next request carries this site's anchor.
 
         Raises:
             ForkError: meanwhile another process stored another history of this site.
@@ -193,9 +201,8 @@ class Registry(RegistryReader):
             held = known.extended(stored)
             same = sum(1 for _ in takewhile(_alike, zip(held.entries, chain.entries, strict=False)))
             whole = held.extended(chain.entries[same:])
-            anchor = Countersignature.sign(
-                self._key, site_key_id=chain.key_id, seq=chain.head.seq, head=chain.head.hash
-            )
+            seen = chain.head if seq is None else whole.entries[seq]
+            anchor = Countersignature.sign(self._key, site_key_id=chain.key_id, seq=seen.seq, head=seen.hash)
             db.executemany(
                 "INSERT INTO entries VALUES (?, ?, ?)",
                 [
@@ -207,8 +214,24 @@ class Registry(RegistryReader):
                 "INSERT OR IGNORE INTO anchors VALUES (?, ?, ?)",
                 (chain.key_id, anchor.seq, anchor.to_bytes()),
             )
+            if node is not None:
+                db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (str(node), chain.key_id))
         self._chains[chain.key_id] = whole
         return anchor
+
+    def site_at(self, node: int) -> EnrolledSite | None:
+        """The site that last answered from a node, if any has."""
+        with self._open() as db:
+            row = db.execute("SELECT key_id FROM nodes WHERE node = ?", (str(node),)).fetchone()
+        return None if row is None else self.site(row[0])
+
+    def last_anchor(self, key_id: str) -> Countersignature | None:
+        """The countersignature over the newest head of a site's chain, if there is one."""
+        with self._open() as db:
+            row = db.execute(
+                "SELECT countersignature FROM anchors WHERE key_id = ? ORDER BY seq DESC LIMIT 1", (key_id,)
+            ).fetchone()
+        return None if row is None else Countersignature.from_bytes(row[0])
 
     def bar(self, key_id: str, proof: EquivocationProof) -> None:
         """Keeps a proof that a site signed two histories, and takes no more updates from it.

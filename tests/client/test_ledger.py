@@ -245,7 +245,7 @@ def test_anchors_are_kept_once_and_forged_ones_refused(ledger: Ledger) -> None:
         (dataclasses.replace(good, head="0" * 64), "bad_anchor"),
         (Countersignature.sign(SERVER, site_key_id="0" * 64, seq=1, head=good.head), "bad_anchor"),
         (Countersignature.sign(SERVER, site_key_id=ledger.key_id, seq=1, head="0" * 64), "fork"),
-        (Countersignature.sign(SERVER, site_key_id=ledger.key_id, seq=99, head=good.head), "fork"),
+        (Countersignature.sign(SERVER, site_key_id=ledger.key_id, seq=99, head=good.head), "truncated"),
     ):
         with pytest.raises(ReceiptError) as caught:
             ledger.anchor(bad)
