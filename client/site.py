@@ -1,8 +1,8 @@
 """A data site: its folder with logs, keys, ledger and policy, and how it answers one request.
 
-The order is the contract's: check the plan against the site's policy, reserve the cost, look at the data,
-train or sum, commit release and receipt together, answer. Whatever goes wrong after the reservation, it stays charged,
-and the server learns one word.
+The order is the contract's: check the plan against the site's policy, build the model and have it show that its rows
+are users, reserve the cost, look at the data, train or sum, commit release and receipt together, answer. Whatever goes
+wrong after the reservation, it stays charged, and the server learns one word.
 """
 
 from __future__ import annotations
@@ -10,33 +10,31 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from client.kept import device_of, kept_batch, kept_histories, site_model
 from client.ledger import Ledger
 from client.ledger_errors import BudgetRefusedError, LedgerError
+from client.policy import POLICY, Limits, check_plan, read_policy
 from client.statistics import release_metrics, release_statistics
-from client.training import StepSettings, train_round
-from common.assets import home, language_model
+from client.training import StepSettings, check_rows_are_users, prepare_histories, train_round
 from common.config import Plan, PlanError, make_plan
 from common.events.catalog import Catalog
-from common.events.histories import Histories
 from common.events.labels import padded_labels
 from common.models.batches import HistoryBatch
-from common.models.build import build_model, item_texts
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
 from common.phases import Phase
 from common.privacy.anchors import Countersignature
 from common.privacy.faults import AfterCloseError, ReceiptError, SecondReservationError
 from common.privacy.mechanisms import Event
-from common.privacy.noise import SecureGaussian, SecurePoissonSampler
-from common.sums import POPULARITY
+from common.privacy.noise import LARGEST_DIMENSION, SecureGaussian, SecurePoissonSampler
+from common.sums import POPULARITY, PairLayout
 from common.wire import Reason, Refusal, Request, Update, state_from_bytes, state_to_bytes
 
 _log = logging.getLogger("fedtide.site")
@@ -58,6 +56,7 @@ class Site:
         families: names of the model families that may be trained here.
         offline: whether a language model may be fetched.
         metrics: whether metrics may be released from here, when a plan asks for them and the budget allows.
+        limits: what else its policy bounds.
     """
 
     folder: Path
@@ -67,20 +66,35 @@ class Site:
     families: tuple[str, ...] = ("recommend",)
     offline: bool = True
     metrics: bool = False
+    limits: Limits = field(default_factory=Limits)
 
     @classmethod
     def load(cls, folder: Path) -> Site:
-        """The site whose folder this is.
+        """The site whose folder this is. Where it holds `policy.toml`, that file says what is allowed.
 
         Raises:
             SiteError: it is not in order.
+            PolicyError: the policy is not.
         """
+        policy = read_policy(folder / POLICY) if (folder / POLICY).exists() else None
         try:
             fields = json.loads((folder / "site.json").read_text(encoding="utf-8"))
+            name, catalog = str(fields["name"]), Path(os.path.normpath(folder / str(fields["catalog"])))
+            if policy is not None:
+                return cls(
+                    folder=folder,
+                    name=name,
+                    catalog=catalog,
+                    users_at_least=policy.users_at_least,
+                    families=policy.families,
+                    offline=policy.offline,
+                    metrics=policy.metrics,
+                    limits=policy.limits,
+                )
             return cls(
                 folder=folder,
-                name=str(fields["name"]),
-                catalog=Path(os.path.normpath(folder / str(fields["catalog"]))),
+                name=name,
+                catalog=catalog,
                 users_at_least=int(fields["users_at_least"]),
                 families=tuple(fields["families"]),
                 offline=bool(fields["offline"]),
@@ -119,35 +133,6 @@ class Site:
         (self.folder / "progress").write_text(f"{request_round} {step} {steps}", encoding="ascii")
 
 
-_MODELS: OrderedDict[tuple[str, str], InterestModel] = OrderedDict()
-_MODELS_KEPT = 2
-
-
-def site_model(plan: Plan, catalog: Catalog, *, offline: bool) -> InterestModel:
-    """The plan's model over a catalog, built once for each process and plan."""
-    key = (plan.model.model_dump_json(), catalog.digest())
-    if key not in _MODELS:
-        while len(_MODELS) >= _MODELS_KEPT:
-            _MODELS.popitem(last=False)
-        built = build_model(
-            plan.model,
-            item_texts(catalog.texts, catalog.categories),
-            language_model(plan.model.encoder, offline=offline),
-            cache=home() / "item-vectors",
-            categories=catalog.categories,
-        )
-        _MODELS[key] = built.model.to(device_of(plan))
-    _MODELS.move_to_end(key)
-    return _MODELS[key]
-
-
-def device_of(plan: Plan) -> torch.device:
-    """CUDA where there is one, unless the plan says otherwise."""
-    if plan.performance.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(plan.performance.device)
-
-
 def answer(site: Site, request: Request) -> Update | Refusal:
     """One exchange at a site: reserve, compute, commit, answer. Never raises for what a request or the data do."""
     try:
@@ -164,6 +149,12 @@ def answer(site: Site, request: Request) -> Update | Refusal:
             update, receipt = kept
             return Update(state=state_from_bytes(update), receipt=receipt.to_bytes())
         stated = plan.stated(request.phase)
+        try:  # no user's data is looked at here, so the error's text may be logged
+            catalog = Catalog.load(site.catalog)
+            model = _ready_model(site, plan, request, catalog)
+        except Exception as error:
+            _log.warning("site %s refuses a model: %s", site.name, error)
+            return Refusal(Reason.MODEL)
         try:
             # Without an anchor the server may hold the genesis alone: another server than before, say.
             held = 0
@@ -195,7 +186,7 @@ def answer(site: Site, request: Request) -> Update | Refusal:
             return Refusal(Reason.POLICY)
         # From here on the round is charged, whatever happens: a failure is one word to the server.
         try:
-            state = _release(site, plan, request)
+            state = _release(site, plan, request, catalog, model)
         except Exception as error:
             ledger.burn(reservation)
             # The text of an error may depend on the data, so only its type is logged.
@@ -217,37 +208,62 @@ def _accepted_plan(site: Site, request: Request) -> tuple[Plan, Event]:
         raise PlanError("the plan is no table")
     plan = make_plan(values)
     event = plan.exchange(request.round, request.phase).event
-    if plan.model.family not in site.families:
-        raise PlanError(f"family {plan.model.family} is not on the site's list")
-    if plan.privacy.users_per_site > site.users_at_least:
-        raise PlanError(
-            f"the plan counts on {plan.privacy.users_per_site} users, but the site agreed to {site.users_at_least}"
-        )
+    check_plan(plan, site.limits, site.families, site.users_at_least)
     if request.phase is Phase.TRANSITIONS and POPULARITY not in request.released:
         raise PlanError("transitions are asked for before popularity was released")
     return plan, event
 
 
-def _release(site: Site, plan: Plan, request: Request) -> dict[str, torch.Tensor]:
-    """What leaves the site for a request whose cost is reserved: the first look at the data is here."""
+def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> InterestModel | None:
+    """The model with what was broadcast, having shown that its rows are users; None where a sum needs no model.
+
+    Looks at no user's data. All that can be refused is refused here, before anything is reserved.
+
+    Raises:
+        Exception: of whatever kind; the message says what does not fit.
+    """
     if plan.performance.threads is not None:
         torch.set_num_threads(plan.performance.threads)
-    catalog = Catalog.load(site.catalog)
-    histories, held_out = Histories.load(site.histories_folder), None
+    priors = make_priors(request.released, plan.statistics, len(catalog))
+    if request.phase in (Phase.POPULARITY, Phase.TRANSITIONS):
+        statistics = plan.statistics
+        pairs = PairLayout(statistics.most_items(len(catalog)), statistics.symmetric)
+        places = len(catalog) if request.phase is Phase.POPULARITY else pairs.places
+        if places > LARGEST_DIMENSION:
+            raise ValueError(
+                f"a sum of {places} places is asked for, but the noise vouches for {LARGEST_DIMENSION}"
+            )
+        return None
+    model = site_model(plan, catalog, offline=site.offline, language_models=site.limits.language_models)
+    model.load_trainable({name: tensor.to(device_of(plan)) for name, tensor in request.state.items()})
+    model.set_released(priors)
+    if request.phase is Phase.UPDATE:
+        check_rows_are_users(model)
+    return model
+
+
+def _release(
+    site: Site, plan: Plan, request: Request, catalog: Catalog, model: InterestModel | None
+) -> dict[str, torch.Tensor]:
+    """What leaves the site for a request whose cost is reserved: the first look at the data is here."""
+    whole = kept_histories(site.histories_folder)
+    histories, held_out = whole, None
     if plan.metrics.share:  # each user's last event is for the metrics, and for nothing else
-        histories, last = histories.without_last(1)
+        histories, last = whole.without_last(1)
         held_out = last[:, 0].astype(np.int64)
     noise = SecureGaussian()
-    if request.phase in (Phase.POPULARITY, Phase.TRANSITIONS):
+    if model is None:
         return release_statistics(histories, len(catalog), plan.statistics, request, noise)
-    model = site_model(plan, catalog, offline=site.offline)
-    model.load_trainable({name: tensor.to(device_of(plan)) for name, tensor in request.state.items()})
-    model.set_released(make_priors(request.released, plan.statistics, len(catalog)))
     if held_out is not None and request.phase is Phase.METRICS:
         return release_metrics(model, histories, held_out, plan, noise)
-    everyone, longest = range(len(histories)), plan.model.max_events
-    items, times = histories.padded(everyone, longest)
-    labels = padded_labels(histories, everyone, longest, plan.model.label_rule)
+
+    def prepared() -> HistoryBatch:
+        everyone, longest = range(len(histories)), plan.model.max_events
+        items, times = histories.padded(everyone, longest)
+        labels = padded_labels(histories, everyone, longest, plan.model.label_rule)
+        batch = HistoryBatch.of(items, times, device_of(plan), labels=labels)
+        return prepare_histories(model, batch, plan.performance.micro_batch)
+
     settings = StepSettings.of(plan)
 
     def on_step(step: int) -> None:
@@ -255,7 +271,7 @@ def _release(site: Site, plan: Plan, request: Request) -> dict[str, torch.Tensor
 
     return train_round(
         model,
-        HistoryBatch.of(items, times, device_of(plan), labels=labels),
+        kept_batch(model, whole, (plan.model, bool(plan.metrics.share), device_of(plan)), prepared),
         settings,
         sampler=SecurePoissonSampler(),
         noise=noise,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.config import Plan
 from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
-from common.privacy.noise import GaussianNoise, UserSampler, private_sum
+from common.privacy.noise import LARGEST_DIMENSION, GaussianNoise, UserSampler, private_sum
 
 VOUCHED_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear,)
 """Layers whose per-user gradients are tested against a loop over users. Others are refused at the start."""
@@ -78,12 +78,13 @@ class StepSettings:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Refuses a model with a trainable layer outside VOUCHED_LAYERS, or one that mixes users.
+    """Refuses a model with a trainable layer outside VOUCHED_LAYERS, one that mixes users, or too large a one.
 
     Raises:
         UnvouchedLayerError: names the layer and its type.
     """
     seen: dict[int, str] = {}
+    coordinates = 0
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UnvouchedLayerError(
@@ -105,8 +106,14 @@ def check_layers(model: nn.Module) -> None:
                     f"layers {seen[id(parameter)]} and {name} share a parameter; give each its own"
                 )
             seen[id(parameter)] = name
+            coordinates += parameter.numel()
     if not seen:
         raise UnvouchedLayerError("the model has no trainable parameter")
+    if coordinates > LARGEST_DIMENSION:
+        raise UnvouchedLayerError(
+            f"the model has {coordinates} trainable coordinates, but the noise vouches for {LARGEST_DIMENSION}: "
+            "lower width, hidden_width or lora_rank"
+        )
 
 
 @contextmanager
@@ -267,7 +274,7 @@ def train_round(
 
     Args:
         model: with the round's broadcast parameters loaded; its parameters are moved.
-        histories: every user of the site, one row each.
+        histories: every user of the site, one row each; prepared before (`prepare_histories`) or not.
         on_step: called after each step with the number of steps done; it learns nothing of the data.
 
     Returns:
@@ -281,7 +288,9 @@ def train_round(
     before = model.trainable_state()
     parameters = list(model.trainable().values())
     device = parameters[0].device
-    prepared = _prepare(model, histories, settings.micro_batch)
+    prepared = histories
+    if histories.token_states is None:
+        prepared = prepare_histories(model, histories, settings.micro_batch)
     with per_user_gradients(model) as gradients:
         for step in range(settings.steps):
             taken = torch.as_tensor(np.flatnonzero(sampler.sample(len(histories), settings.sampling_rate)))
@@ -299,8 +308,8 @@ def train_round(
     return {name: after[name] - before[name] for name in before}
 
 
-def _prepare(model: InterestModel, histories: HistoryBatch, micro_batch: int) -> HistoryBatch:
-    """What frozen parts compute once for every history of the round."""
+def prepare_histories(model: InterestModel, histories: HistoryBatch, micro_batch: int) -> HistoryBatch:
+    """The histories with what frozen parts compute for each of them once; good for every later round."""
     if len(histories) == 0:
         return model.prepare(histories)
     index = torch.arange(len(histories), device=histories.items.device)

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, with time, level, logger and message. Nothing about a user is ever logged."""
+"""Structured logs: one JSON object a line, with time, level, logger and message. Nothing about a user is logged."""
 
 from __future__ import annotations
 

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
 import torch
 
 from client import site as site_module
+from client import training
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
 from client.site import Site, SiteError, answer
@@ -155,7 +157,7 @@ def test_the_charge_stands_in_the_ledger_before_histories_are_opened(
         seen.append(outcomes(site))  # through a second connection: it is on the disk
         return real(folder)
 
-    monkeypatch.setattr(site_module.Histories, "load", watched)
+    monkeypatch.setattr(Histories, "load", watched)
     assert isinstance(answer(site, ask()), Update)
     assert seen == [["open"]]
 
@@ -167,14 +169,47 @@ def test_a_round_that_fails_at_the_data_stays_charged(site: Site, plan: Plan, as
     assert status(site).spent > 0
 
 
-def test_a_round_that_fails_in_training_stays_charged(site: Site, plan: Plan, ask: Ask) -> None:
-    broken = ask()
-    state = {name: tensor[:1] for name, tensor in broken.state.items()}
-    assert answer(site, replace(broken, state=state)) == Refusal(Reason.FAILED)
+def test_a_round_that_fails_in_training_stays_charged(
+    site: Site, plan: Plan, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site_module, "train_round", fail)
+        assert answer(site, ask()) == Refusal(Reason.FAILED)
     assert outcomes(site) == ["burnt"]
     assert answer(site, ask()) == Refusal(Reason.POLICY)  # no second try of the same attempt
     assert isinstance(answer(site, ask(attempt=2)), Update)
     assert outcomes(site) == ["burnt", "released"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda request: {"state": {name: tensor[:1] for name, tensor in request.state.items()}},
+        lambda request: {"state": {}},
+        lambda _: {"released": {"popularity": torch.zeros(3)}},
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_reserved(
+    site: Site, ask: Ask, change: Callable[[Request], dict[str, object]]
+) -> None:
+    lose_histories(site)
+    request = ask()
+    assert answer(site, replace(request, **change(request))) == Refusal(Reason.MODEL)  # type: ignore[arg-type]
+    assert outcomes(site) == []
+
+
+def test_a_model_that_the_engine_does_not_vouch_for_burns_no_round(
+    site: Site, ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training, "LARGEST_DIMENSION", 10)
+    monkeypatch.setattr(training, "_SHOWN", WeakKeyDictionary())
+    lose_histories(site)
+    assert answer(site, ask()) == Refusal(Reason.MODEL)
+    assert "trainable coordinates" in caplog.text
+    assert outcomes(site) == []
 
 
 def test_a_retry_gets_the_same_bytes_without_a_second_charge(site: Site, plan: Plan, ask: Ask) -> None:

@@ -201,7 +201,7 @@ def test_an_enrolment_file_that_was_edited_is_refused(folder: Path, tmp_path: Pa
     honest = (folder / "enrolment.json").read_text()
     for old, new, fault in (
         ('"epsilon":"8"', '"epsilon":"800"', "BadSignatureError"),
-        ("fedtide/enrolment/1", "fedtide/enrolment/2", "UnknownFormatError"),
+        ("fedtide/enrolment/1", "fedtide/enrolment/9", "UnknownFormatError"),
         ('{"format"', '{"Format"', "MalformedEntryError"),
     ):
         file.write_text(honest.replace(old, new))

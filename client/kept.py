@@ -1,0 +1,101 @@
+"""What a site's process keeps in memory between two requests: models, and one site's histories with what frozen layers
+made of them.
+
+Never written anywhere; given up when the files change. In a process that answers one request it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+
+import torch
+
+from common.assets import home, language_model
+from common.config import Plan
+from common.events.catalog import Catalog
+from common.events.histories import Histories
+from common.models.batches import HistoryBatch
+from common.models.build import build_model, item_texts
+from common.models.interface import InterestModel
+
+Stamp = tuple[tuple[str, int, int, int, int], ...]
+
+_histories: dict[Path, tuple[Stamp, Histories]] = {}
+_batches: dict[tuple[int, Hashable], tuple[object, Histories, HistoryBatch]] = {}
+
+_MODELS: OrderedDict[tuple[str, str], InterestModel] = OrderedDict()
+_MODELS_KEPT = 2
+
+
+def site_model(
+    plan: Plan, catalog: Catalog, *, offline: bool, language_models: Mapping[str, str] | None = None
+) -> InterestModel:
+    """The plan's model over a catalog, built once for each process and plan.
+
+    Args:
+        language_models: name in a plan -> folder of this site, where it has one of its own.
+    """
+    encoder = (language_models or {}).get(plan.model.encoder) or plan.model.encoder
+    key = (plan.model.model_dump_json() + encoder, catalog.digest())
+    if key not in _MODELS:
+        while len(_MODELS) >= _MODELS_KEPT:
+            _MODELS.popitem(last=False)
+        built = build_model(
+            plan.model,
+            item_texts(catalog.texts, catalog.categories),
+            language_model(encoder, offline=offline),
+            cache=home() / "item-vectors",
+            categories=catalog.categories,
+        )
+        _MODELS[key] = built.model.to(device_of(plan))
+    _MODELS.move_to_end(key)
+    return _MODELS[key]
+
+
+def device_of(plan: Plan) -> torch.device:
+    """CUDA where there is one, unless the plan says otherwise."""
+    if plan.performance.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(plan.performance.device)
+
+
+def kept_histories(folder: Path) -> Histories:
+    """The histories in a folder: read again where a file of it was written, replaced, added or removed."""
+    stamp = _stamp(folder)
+    if folder not in _histories or _histories[folder][0] != stamp:
+        forget()
+        _histories[folder] = (stamp, Histories.load(folder))
+    return _histories[folder][1]
+
+
+def kept_batch(
+    model: object, histories: Histories, key: Hashable, make: Callable[[], HistoryBatch]
+) -> HistoryBatch:
+    """What `make` gives for a model, histories and a key; made anew when any of the three is another one.
+
+    Args:
+        model, histories: compared by identity, and held, so that an identity is not given out again.
+        key: what else the batch depends on.
+    """
+    place = (id(model), key)
+    kept = _batches.get(place)
+    if kept is None or kept[0] is not model or kept[1] is not histories:
+        _batches.clear()
+        _batches[place] = (model, histories, make())
+    return _batches[place][2]
+
+
+def forget() -> None:
+    """Drops all that is kept."""
+    _histories.clear()
+    _batches.clear()
+
+
+def _stamp(folder: Path) -> Stamp:
+    found = []
+    for file in sorted(folder.iterdir()):
+        facts = file.stat()
+        found.append((file.name, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino))
+    return tuple(found)

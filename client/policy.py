@@ -1,0 +1,211 @@
+"""What a site allows to run on it, whatever a server says: `policy.toml` in the site's folder, checked when loaded.
+
+Every bound is a public constant that the administrator sets. A plan is checked against all of them before anything
+is reserved; why it was refused stands in the site's own log, and the server learns one word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from common.config import Plan, PlanError
+from common.models.names import FAMILIES
+from common.phases import FROZEN
+from common.privacy.mechanisms import (
+    MOST_STEPS,
+    SMALLEST_NOISE_MULTIPLIER,
+    GaussianSum,
+    PoissonSubsampledGaussian,
+)
+
+POLICY = "policy.toml"
+
+Noise = Annotated[float, Field(ge=SMALLEST_NOISE_MULTIPLIER, le=1e6)]
+Delta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class PolicyError(ValueError):
+    """A site's policy is wrong; the message names the value, the bound and the way out."""
+
+
+class Limits(BaseModel):
+    """Bounds that a plan must keep. The defaults are no narrower than the plan's own bounds.
+
+    Attributes:
+        bundles: sha256 of the bundles that may run; none: that of the version that is installed here.
+        language_models: name in a plan -> the site's own folder, empty for one that Fedtide verifies itself; None
+            allows any that is on this machine.
+        noise_for_updates, noise_for_sums: smallest noise multipliers.
+        rounds, steps_per_round: most of one run.
+        epsilon: largest of one run, computed here from the plan's own noise.
+        delta: at which `epsilon` is computed; the plan's own where left out.
+        clip_norm: largest.
+    """
+
+    model_config = FROZEN
+
+    bundles: tuple[str, ...] = ()
+    language_models: dict[str, str] | None = None
+    noise_for_updates: Noise = SMALLEST_NOISE_MULTIPLIER
+    noise_for_sums: Noise = SMALLEST_NOISE_MULTIPLIER
+    rounds: Annotated[int, Field(ge=1, le=200_000)] = 200_000
+    steps_per_round: Annotated[int, Field(ge=1, le=MOST_STEPS)] = MOST_STEPS
+    epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    delta: Delta | None = None
+    clip_norm: Annotated[float, Field(gt=0, le=1e4)] = 1e4
+
+    @field_validator("bundles")
+    @classmethod
+    def _hashes(cls, bundles: tuple[str, ...]) -> tuple[str, ...]:
+        for each in bundles:
+            if not re.fullmatch("[0-9a-f]{64}", each):
+                raise ValueError(f"{each!r} is no sha256: give 64 small hex digits")
+        return bundles
+
+
+class Policy(Limits):
+    """All that `policy.toml` says.
+
+    Attributes:
+        families: that may be trained here; each member of an ensemble too.
+        users_at_least: the public lower bound of users that the site has agreed to.
+        metrics: whether metrics may be released, when a plan asks for them and the budget allows.
+        offline: whether language models are taken from this machine only.
+    """
+
+    users_at_least: Annotated[int, Field(ge=1)]
+    families: tuple[str, ...] = ("recommend",)
+    metrics: bool = False
+    offline: bool = True
+
+    @field_validator("families")
+    @classmethod
+    def _known(cls, families: tuple[str, ...]) -> tuple[str, ...]:
+        for each in families:
+            if each not in FAMILIES:
+                raise ValueError(f"family {each!r} is unknown: choose among {', '.join(FAMILIES)}")
+        return families
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds alone."""
+        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
+
+
+def check_plan(plan: Plan, limits: Limits, families: Iterable[str], users_at_least: int) -> None:
+    """Raises `PlanError` for a plan that the site does not allow; looks at no data."""
+    allowed = set(families)
+    members = plan.model.members if plan.model.family == "ensemble" else ()
+    for family in (plan.model.family, *members):
+        if family not in allowed:
+            raise PlanError(f"family {family} is not on the site's list")
+    if plan.privacy.users_per_site > users_at_least:
+        raise PlanError(
+            f"the plan counts on {plan.privacy.users_per_site} users, but the site agreed to {users_at_least}"
+        )
+    if limits.language_models is not None and plan.model.encoder not in limits.language_models:
+        raise PlanError(
+            f"language model {plan.model.encoder!r} is not on the site's list: {POLICY} names "
+            f"{', '.join(limits.language_models) or 'none'}"
+        )
+    if plan.rounds > limits.rounds:
+        raise PlanError(f"the plan has {plan.rounds} rounds, but the site allows {limits.rounds}")
+    for event in plan.events():
+        if isinstance(event, PoissonSubsampledGaussian):
+            _at_least(event.noise_multiplier, limits.noise_for_updates, "updates")
+            if event.steps > limits.steps_per_round:
+                raise PlanError(
+                    f"a round has {event.steps} steps, but the site allows {limits.steps_per_round}"
+                )
+            if plan.privacy.clip_norm > limits.clip_norm:
+                raise PlanError(
+                    f"the clip norm is {plan.privacy.clip_norm:g}, but the site allows {limits.clip_norm:g}"
+                )
+        elif isinstance(event, GaussianSum):
+            _at_least(event.noise_multiplier, limits.noise_for_sums, "sums")
+        else:
+            raise PlanError(f"the plan has an event that no bound of the site covers: {type(event).__name__}")
+    if limits.epsilon is not None:
+        delta = plan.privacy.delta if limits.delta is None else limits.delta
+        spent = _epsilon(plan.model_dump_json(exclude={"performance"}), delta)
+        if not spent <= limits.epsilon:
+            raise PlanError(
+                f"the run comes to epsilon {spent:.4g} at delta {delta:g}, but the site allows {limits.epsilon:g}"
+            )
+
+
+def _at_least(noise: float, bound: float, what: str) -> None:
+    if not noise >= bound:
+        raise PlanError(f"the noise multiplier of {what} is {noise:g}, but the site asks for {bound:g}")
+
+
+@lru_cache(maxsize=64)
+def _epsilon(plan: str, delta: float) -> float:
+    from common.privacy.accountants import epsilon_pld
+
+    return epsilon_pld(Plan.model_validate_json(plan).events(), delta)
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a file.
+
+    Raises:
+        PolicyError: it cannot be read, or a value is wrong: one part for each, with its place and its bound.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PolicyError(f"the policy {path} cannot be read: {error}") from error
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            place = ".".join(str(part) for part in fault["loc"])
+            said = fault["msg"].removeprefix("Value error, ")
+            given = fault["input"]
+            shown = f" (given: {given!r})" if isinstance(given, str | int | float | None) else ""
+            lines.append(f"{place}: {said[0].lower()}{said[1:]}{shown}")
+        raise PolicyError(f"the policy {path} is wrong: {'; '.join(lines)}") from error
+
+
+_EXPLAINED = {
+    "users_at_least": "Public lower bound of users: sums are divided by it, and a plan may count on no more.",
+    "families": "Model families that may be trained here; of an ensemble each member too.",
+    "metrics": "Whether noisy metrics may be released, when a plan asks for them and the budget allows.",
+    "offline": "Whether language models are taken from this machine only.",
+    "bundles": "sha256 of bundles that may run here; empty: that of the version installed here.",
+    "noise_for_updates": "Smallest noise multiplier of updates.",
+    "noise_for_sums": "Smallest noise multiplier of statistics and metrics.",
+    "rounds": "Most rounds of one run.",
+    "steps_per_round": "Most steps of one round.",
+    "epsilon": "Largest epsilon of one run, computed here from the plan's noise.",
+    "delta": "At which that epsilon is computed.",
+    "clip_norm": "Largest clip norm.",
+    "language_models": "Language models that a plan may name = the site's own folder, "
+    "or empty for one that Fedtide verifies itself.",
+}
+
+
+def policy_text(policy: Policy) -> str:
+    """The file of a policy, each value with a line that says what it is."""
+    lines = ["# What this site allows, whatever a server asks. Read again at each request.", ""]
+    for name, explained in _EXPLAINED.items():
+        value = getattr(policy, name)
+        if value is None:
+            continue
+        lines.append(f"# {explained}")
+        if isinstance(value, dict):
+            lines += [f"[{name}]", *(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())]
+        else:
+            lines.append(f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
+        lines.append("")
+    return "\n".join(lines)
