@@ -1,55 +1,142 @@
-"""`fedtide server`: enrol sites, and see what is known of them."""
+"""`fedtide server`: make a server, run it, enrol sites, run plans, and see what is known."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from server.deployment import Deployment
+
 app = typer.Typer(
-    help="The coordinator: which sites are enrolled.",
+    help="The coordinator: make it, run it, enrol sites, run plans.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RegistryFolder = Annotated[
     Path, typer.Option("--registry", help="Folder of the registry; made where it is absent.")
 ]
+
+
+def _load(folder: Path) -> Deployment:
+    from server.deployment import Deployment
+
+    return Deployment.load(folder)
+
+
+@app.command()
+def init(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="The name or address that sites reach this machine by.")],
+    port: Annotated[int, typer.Option(help="For the sites, on all interfaces: open this one only.")] = 9092,
+    control_port: Annotated[int, typer.Option(help="On 127.0.0.1, for the commands below.")] = 9093,
+    metrics_port: Annotated[int, typer.Option(help="On 127.0.0.1, for Prometheus.")] = 9464,
+    as_json: AsJson = False,
+) -> None:
+    """Make a server: an authority and a certificate, secrets, a registry, systemd unit and compose file."""
+    from server.certificates import fingerprint
+    from server.deployment import Deployment
+    from server.setup import make_server
+
+    server = Deployment(folder.expanduser().resolve(), host, port, control_port, metrics_port)
+    make_server(server)
+    print_ = fingerprint(server.authority.read_bytes())
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if as_json:
+        made = {
+            "folder": str(server.folder),
+            "server": address,
+            "ca": str(server.authority),
+            "ca_sha256": print_,
+        }
+        print(json.dumps(made | {"units": [str(file) for file in sorted(server.units.iterdir())]}, indent=2))
+        return
+    print(
+        f"The server's folder is {server.folder}; keep a backup of it, as its keys and registry are not made twice."
+    )
+    print(f"Authority, SHA-256: {print_}")
+    print("Give sites tls/ca.crt and that fingerprint. Next:")
+    print(f"  fedtide server up {server.folder}")
+    print(
+        f"  fedtide site init SITE --server {address} --ca ca.crt --logs LOG --catalog CATALOG ...   (at each site)"
+    )
+
+
+@app.command()
+def up(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
+) -> None:
+    """Run the server in the foreground, until SIGINT or SIGTERM: SuperLink, SuperExec and metrics."""
+    import sys
+
+    from common.logs import set_up_logs
+    from server.operation import operate
+
+    set_up_logs(sys.stderr, as_json)
+    operate(_load(folder))
+
+
+@app.command()
+def renew(folder: Folder) -> None:
+    """Make a new certificate for the server under the same authority; sites need nothing new."""
+    from server.setup import renew_certificate
+
+    server = _load(folder)
+    renew_certificate(server)
+    print(f"{server.certificate} is new; restart `fedtide server up` to use it.")
 
 
 @app.command()
 def enroll(
     enrolment: Annotated[Path, typer.Argument(metavar="ENROLMENT_FILE", help="From `fedtide site init`.")],
     name: Annotated[str, typer.Option(help="What the site is to be called here.")],
-    registry: RegistryFolder,
+    server: Annotated[Path | None, typer.Option(help="The server's folder.")] = None,
+    registry: Annotated[
+        Path | None, typer.Option(help="A registry alone, without a server; made where it is absent.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Take a site's key and ledger in, so that its updates may be admitted.
+    """Take a site's key and ledger in, so that its updates may be admitted, and its node's key.
 
-    Compare the fingerprint with the site's administrator before: whoever's key this is will be that site.
+    Compare the fingerprints with the site's administrator before: whoever's keys these are will be that site. A
+    site that is enrolled already under the same name and ledger may bring another node key.
     """
     from common.cli import UserError
-    from common.privacy.enrolment import enrolment_from_bytes, fingerprint
-    from common.privacy.entries import Genesis
-    from server.registry import Registry
+    from server.enrolling import enroll as take_in
 
+    if (server is None) == (registry is None):
+        raise UserError("give --server with the server's folder (or, for a registry alone, --registry)")
     try:
         data = enrolment.read_bytes()
     except OSError as error:
         raise UserError(
             f"the enrolment file {enrolment} cannot be read ({error.strerror}): the site's `site init` wrote it"
         ) from error
-    genesis = enrolment_from_bytes(data)
-    site = Registry(registry.expanduser().resolve()).enroll(name, genesis)
-    print(f"Site {site.name} is enrolled.")
-    print(f"Key fingerprint: {fingerprint(site.key_id)}")
-    if isinstance(body := genesis.body, Genesis):
-        print(
-            f"Its guarantee to each of its users: (epsilon {body.epsilon:g}, delta {body.delta:g}) for good."
-        )
+    done = take_in(data, name, _load(server) if server else None, registry)
+    if as_json:
+        print(json.dumps(done.as_json(), indent=2))
+        return
+    print(f"Site {name} is enrolled.")
+    print(f"Key fingerprint: {done.fingerprint}")
+    if done.node_fingerprint:
+        print(f"Node key fingerprint: {done.node_fingerprint}")
+    print(f"Its guarantee to each of its users: (epsilon {done.epsilon:g}, delta {done.delta:g}) for good.")
+    said = {
+        "registered": "Its node is registered: the site may connect.",
+        "pending": "The server is not up: `fedtide server up` will register its node.",
+        "none": "The file names no node key, so no node of this site can connect: make the site with --server.",
+    }
+    if done.node is not None:
+        print(said[done.node])
 
 
 @app.command()
@@ -98,3 +185,84 @@ def sites(
             "barred" if each["barred"] else "withdrawn" if each["withdrawn"] else "",
         )
     Console().print(table)
+
+
+@app.command()
+def run(
+    folder: Folder,
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN]", help="TOML or JSON; not needed with --resume.")
+    ] = None,
+    catalog: Annotated[
+        Path | None, typer.Option(help="The public catalog, the same as the sites have; for a new run.")
+    ] = None,
+    catalog_columns: Annotated[str | None, typer.Option(help="Of the catalog: item=...,text=...")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this unfinished run.")] = None,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End the server's work on the run; it can go on later.")
+    ] = False,
+    offline: Annotated[bool, typer.Option(help="Fetch nothing; use what is on this machine.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a plan across the enrolled sites, and follow it to its end.
+
+    The same command goes on with a run that was cut off, and follows one that is at work. Ctrl-C ends the
+    following only.
+    """
+    from rich.console import Console
+
+    from common.columns import column_mapping
+    from server.launch import LaunchError, find_run, launch
+    from server.launch import stop as stop_run
+    from server.run_console import ConsoleWatcher, run_summary
+
+    server = _load(folder)
+    if stop:
+        from common.config import read_plan
+
+        found = find_run(server, None if plan is None else read_plan(plan), resume)
+        if found is None or not stop_run(server, found):
+            raise LaunchError(
+                "the server is not at work on such a run: `fedtide server status` lists the runs"
+            )
+        print(f"{found.name} is stopped; the same command without --stop goes on with it.")
+        return
+    console = Console(stderr=as_json)
+    try:
+        columns = column_mapping(catalog_columns, "--catalog-columns")
+        done = launch(
+            server, plan, catalog, ConsoleWatcher(console), resume=resume, columns=columns, offline=offline
+        )
+    except KeyboardInterrupt:
+        console.print(
+            "No longer followed: what the server has begun goes on. The same command follows it again; "
+            "with --stop it ends.",
+            highlight=False,
+        )
+        raise typer.Exit(1) from None
+    summary = run_summary(done)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    console.print(
+        f"[bold]Completed[/bold]: {summary['aggregated']} of {summary['rounds']} rounds aggregated, "
+        f"{summary['admitted']} releases admitted. Everything is in {done.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Next: fedtide audit receipts {done.path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """Show sites, when they were last heard of, runs, rounds, bytes and refusals; the server may be down."""
+    from rich.console import Console
+
+    from server.overview import overview
+    from server.status import print_overview
+
+    found = overview(_load(folder))
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print_overview(Console(), found)

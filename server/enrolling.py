@@ -1,0 +1,92 @@
+"""Enrols a site: its ledger's genesis in the registry, and its node's key with SuperLink, now or when that is up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.privacy.enrolment import enrolment_from_bytes, enrolment_node_key, fingerprint, node_fingerprint
+from common.privacy.entries import Entry, Genesis
+from server.deployment import Deployment, NotRunningError
+from server.nodes import enrolled_keys, keep_node_key, register_nodes
+from server.registry import Registry, RegistryError
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """A site that was taken in.
+
+    Attributes:
+        node: "registered", "pending" (the server is down), "none" (the file names no node key); None without a server.
+    """
+
+    name: str
+    fingerprint: str
+    node_fingerprint: str | None
+    epsilon: float
+    delta: float
+    node: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return asdict(self)
+
+
+def enroll(data: bytes, name: str, server: Deployment | None, registry: Path | None) -> Enrolled:
+    """Takes a site in.
+
+    Args:
+        data: the enrolment file.
+        server: whose SuperLink is to know the node.
+        registry: where there is no server.
+
+    Raises:
+        RegistryError: the name or the key is taken.
+        ReceiptError: the file is not in order.
+        DeploymentError: the node key is another site's, or SuperLink refuses it.
+    """
+    genesis, key = enrolment_from_bytes(data), enrolment_node_key(data)
+    folder = server.registry if server is not None else registry
+    assert folder is not None
+    known = Registry(folder.expanduser().resolve())
+    if not _only_node_key_is_new(known, genesis, name, key, server):
+        if server is not None and key is not None:
+            _check_unused(server, name, key)
+        known.enroll(name, genesis)
+    node = None if server is None else "none"
+    if server is not None and key is not None:
+        keep_node_key(server, name, key)
+        try:
+            register_nodes(server)
+            node = "registered"
+        except NotRunningError:
+            node = "pending"
+    body = genesis.body
+    assert isinstance(body, Genesis)
+    return Enrolled(
+        name=name,
+        fingerprint=fingerprint(genesis.key_id),
+        node_fingerprint=None if key is None else node_fingerprint(key),
+        epsilon=body.epsilon,
+        delta=body.delta,
+        node=node,
+    )
+
+
+def _only_node_key_is_new(
+    registry: Registry, genesis: Entry, name: str, key: str | None, server: Deployment | None
+) -> bool:
+    """Whether this very site is enrolled already, and brings another node key."""
+    site = registry.site(genesis.key_id)
+    if site is None or site.name != name or server is None or key is None:
+        return False
+    return enrolled_keys(server).get(name) != key
+
+
+def _check_unused(server: Deployment, name: str, key: str) -> None:
+    for other, its_key in enrolled_keys(server).items():
+        if its_key == key and other != name:
+            raise RegistryError(
+                f"the node key is site {other!r}'s: ask this site's administrator for a key of its own"
+            )

@@ -1,0 +1,286 @@
+"""`fedtide server run`: begins a run or goes on with one, hands it to the server, and follows it to its end.
+
+The truth is in the run's folder (its ending and its rounds) and in Flower's list of runs; an exit code tells neither.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.bundle import APP_NAME, REGISTRY_DIR, RUN_DIR, build_bundle
+from common.config import Plan, PlanError, read_plan
+from server.aggregation import check_aggregation
+from server.deployment import Deployment, DeploymentError, NotRunningError, open_locked
+from server.nodes import FlowerRun, flower_runs
+from server.registry import RegistryReader
+from server.runs import INCOMPLETE, RunError, RunFolder
+
+_LOOK_SECONDS = 0.5
+_FLOWER_SECONDS = 10.0
+_SUBMIT_SECONDS = 60.0
+_AFTER_ENDING_SECONDS = 20.0
+
+
+class LaunchError(RuntimeError):
+    """A run did not end well, or cannot be begun; the message says why and what to do."""
+
+
+@dataclass
+class Watcher:
+    """What a console is told; every hook does nothing unless it is replaced."""
+
+    on_phase: Callable[[str], None] = lambda phase: None
+    on_begin: Callable[[RunFolder, Plan, bool], None] = lambda run, plan, again: None
+    on_round: Callable[[dict[str, Any]], None] = lambda record: None
+
+
+def prepare_plan(server: Deployment, plan: Plan, expected_sites: int | None = None) -> Plan:
+    """The calibrated plan, with the number of enrolled sites where it expects none.
+
+    Raises:
+        PlanError: it cannot be calibrated, or there are too few sites for it.
+    """
+    sites = sum(not site.barred for site in RegistryReader(server.registry).sites())
+    if not sites:
+        raise LaunchError("no site is enrolled: `fedtide server enroll` takes a site's enrolment file")
+    check_aggregation(plan.server, sites)
+    if sites < plan.server.minimum_sites:
+        raise PlanError(
+            f"server.minimum_sites is {plan.server.minimum_sites}, but {sites} sites are enrolled: enroll more"
+        )
+    if plan.server.expected_sites is None:
+        changed = plan.server.model_copy(update={"expected_sites": expected_sites or sites})
+        plan = plan.model_copy(update={"server": changed})
+    return plan.calibrated()
+
+
+def unfinished_runs(server: Deployment, name: str) -> list[RunFolder]:
+    """The runs of a plan's name that are not whole yet, oldest first."""
+    folders = (path for path in sorted(server.runs.glob(f"*{INCOMPLETE}")) if (path / "plan.json").is_file())
+    return [run for run in map(RunFolder, folders) if run.plan().name == name]
+
+
+def find_run(server: Deployment, plan: Plan | None, resume: str | None) -> RunFolder | None:
+    """The unfinished run that a command goes on with, if there is one.
+
+    Raises:
+        LaunchError: the named run is not there or is whole; or it is not clear which run is meant.
+    """
+    if resume is not None:
+        path = server.runs / (Path(resume).name.removesuffix(INCOMPLETE) + INCOMPLETE)
+        if not (path / "plan.json").is_file():
+            raise LaunchError(
+                f"{resume} is no unfinished run in {server.runs}: `fedtide server status` lists the runs"
+            )
+        return RunFolder(path)
+    if plan is None:
+        raise LaunchError("give a plan, or --resume with the name of an unfinished run")
+    found = unfinished_runs(server, plan.name)
+    if not found:
+        return None
+    if len(found) > 1:
+        names = ", ".join(run.name for run in found)
+        raise LaunchError(
+            f"several runs of plan {plan.name!r} are unfinished ({names}): choose one with --resume"
+        )
+    (run,) = found
+    if prepare_plan(server, plan, run.plan().server.expected_sites).digest() != run.plan().digest():
+        raise LaunchError(
+            f"the unfinished run {run.name} has another plan of the name {plan.name!r}: `--resume {run.name}` goes on "
+            "with it, and another name in the plan begins a new run"
+        )
+    return run
+
+
+def begin_run(
+    server: Deployment,
+    plan: Plan,
+    catalog_file: Path | None,
+    columns: dict[str, str] | None,
+    *,
+    offline: bool,
+) -> RunFolder:
+    """A new run's folder, with the model's seeded start.
+
+    Raises:
+        LaunchError: no catalog is given.
+        PlanError, LogError, AssetError, LanguageModelError, RunError: what was given is wrong.
+    """
+    from common.assets import home, language_model
+    from common.events.catalog import read_catalog
+    from common.models.build import build_model, item_texts
+
+    if catalog_file is None:
+        raise LaunchError("a new run needs --catalog: the public catalog that the sites have, too")
+    catalog = read_catalog(catalog_file, columns=columns)
+    plan = prepare_plan(server, plan)
+    built = build_model(
+        plan.model,
+        item_texts(catalog.texts, catalog.categories),
+        language_model(plan.model.encoder, offline=offline),
+        cache=home() / "item-vectors",
+        categories=catalog.categories,
+    )
+    run = RunFolder.create(server.runs, plan, catalog)
+    run.save_round(0, built.model.trainable_state())
+    return run
+
+
+def flower_run(server: Deployment, run: RunFolder) -> FlowerRun | None:
+    """The latest that Flower made of a run, if anything."""
+    found = [each for each in flower_runs(server) if each.run_dir == str(run.path)]
+    return found[-1] if found else None
+
+
+def submit(server: Deployment, run: RunFolder) -> int:
+    """Hands a run to the server, unless it is at work on it; Flower's number of it.
+
+    Raises:
+        NotRunningError, DeploymentError: the server is down or refuses.
+        LaunchError: another command does not let go of the server.
+    """
+    with open_locked(server.folder / "submit.lock", _SUBMIT_SECONDS) as mine:
+        if not mine:
+            raise LaunchError(
+                "another `fedtide server run` is beginning and does not come to an end: look at it"
+            )
+        return _submit(server, run)
+
+
+def _submit(server: Deployment, run: RunFolder) -> int:
+    active = flower_run(server, run)
+    if active is not None and active.active:
+        return active.run_id
+    run.ending_file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fedtide-") as aside:
+        bundle = build_bundle(Path(aside) / APP_NAME)
+        config = f'{RUN_DIR}="{run.path}" {REGISTRY_DIR}="{server.registry}"'
+        said = server.flower("run", str(bundle.path), options=("--run-config", config))
+    return int(said["run-id"])
+
+
+def stop(server: Deployment, run: RunFolder) -> bool:
+    """Ends the server's work on a run, whose folder stays as it is; whether there was any."""
+    active = flower_run(server, run)
+    if active is None or not active.active:
+        return False
+    server.flower("stop", str(active.run_id))
+    return True
+
+
+def follow(server: Deployment, run: RunFolder, flower_id: int, watcher: Watcher) -> RunFolder:
+    """Tells of each round until the run ends, and gives its folder under its final name.
+
+    Raises:
+        LaunchError: the run did not end well, or the server went down.
+    """
+    seen, look = 0, time.monotonic() + _FLOWER_SECONDS
+    ended_at: float | None = None
+    while True:
+        for record in list(run.records())[seen:]:
+            seen += 1
+            watcher.on_round(record)
+        if not run.path.is_dir():  # whoever else followed it was quicker
+            return _whole(run)
+        if run.ending() is not None:
+            ended_at = ended_at or time.monotonic()
+        now = time.monotonic()
+        if ended_at or now > look:
+            look = now + _FLOWER_SECONDS
+            status, details = _flower_says(server, flower_id)
+            ended = status.startswith("finished")
+            if ended or (ended_at and now - ended_at > _AFTER_ENDING_SECONDS):
+                for record in list(run.records())[seen:]:
+                    watcher.on_round(record)
+                return conclude(run, f"{status} {details}".strip())
+        time.sleep(_LOOK_SECONDS)
+
+
+def _flower_says(server: Deployment, flower_id: int) -> tuple[str, str]:
+    try:
+        (found,) = server.flower("ls", options=("--run-id", str(flower_id)))["runs"]
+    except NotRunningError as error:
+        raise LaunchError(
+            f"the server went down; start it with `fedtide server up {server.folder}`, and run the same command again: "
+            "the run goes on where it stopped"
+        ) from error
+    except DeploymentError:  # SuperLink is being restarted
+        return "unknown", ""
+    return str(found["status"]), str(found["status-details"])
+
+
+def conclude(run: RunFolder, flower: str) -> RunFolder:
+    """The whole run's folder, if its rounds and its ending say that it is whole.
+
+    Args:
+        flower: what Flower says of it, for the message.
+
+    Raises:
+        LaunchError: it did not end well.
+    """
+    if not run.path.is_dir():
+        return _whole(run)
+    ending, rounds, planned = run.ending(), len(list(run.records())), len(run.plan().schedule())
+    again = "the same command goes on where it stopped"
+    if ending is None:
+        raise LaunchError(
+            f"the run was cut off after {rounds} of {planned} rounds (Flower says: {flower}); {again}; "
+            f"{run.path} is kept"
+        )
+    if ending["status"] != "completed":
+        raise LaunchError(f"the run failed: {ending['reason']}; {run.path} is kept, and {again}")
+    if rounds != planned or not (run.path / "model.safetensors").is_file():
+        raise LaunchError(
+            f"the run says that it is complete, but has {rounds} of {planned} rounds; {run.path} is kept as it is"
+        )
+    return run.finish()
+
+
+def _whole(run: RunFolder) -> RunFolder:
+    try:
+        return RunFolder.finished(run.path.with_name(run.name))
+    except RunError as error:
+        raise LaunchError(f"the folder {run.path} is gone: was it moved?") from error
+
+
+def launch(
+    server: Deployment,
+    plan_file: Path | None,
+    catalog_file: Path | None,
+    watcher: Watcher,
+    *,
+    resume: str | None = None,
+    columns: dict[str, str] | None = None,
+    offline: bool = False,
+) -> RunFolder:
+    """Begins a run or goes on with one, and follows it to its end.
+
+    Raises:
+        LaunchError: the run did not end well, or it is not clear what is meant.
+        NotRunningError, DeploymentError, PlanError, RunError: the server is down, or what was given is wrong.
+    """
+    if not server.running():
+        raise NotRunningError(f"the server is not up: start it with `fedtide server up {server.folder}`")
+    plan = None if plan_file is None else read_plan(plan_file)
+    run = find_run(server, plan, resume)
+    again = run is not None
+    if run is None:
+        assert plan is not None
+        watcher.on_phase("building the model's start")
+        run = begin_run(server, plan, catalog_file, columns, offline=offline)
+    elif (ending := run.ending()) is not None and ending["status"] == "completed":
+        return conclude(run, "finished")
+    elif not (run.path / "rounds" / "00000.safetensors").is_file():
+        raise LaunchError(
+            f"{run.path} was cut off before its start was written: delete it, nothing was asked yet"
+        )
+    watcher.on_begin(run, run.plan(), again)
+    watcher.on_phase("handing the run to the server")
+    flower_id = submit(server, run)
+    watcher.on_phase("waiting for the sites")
+    return follow(server, run, flower_id, watcher)

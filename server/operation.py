@@ -1,0 +1,150 @@
+"""A server at work in the foreground: SuperLink and SuperExec under supervision, until it is told to end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import socket
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+from common.supervision import Supervised, wait_until
+from server.certificates import check_certificates
+from server.deployment import Deployment, DeploymentError, open_locked
+from server.monitoring import serve_metrics
+from server.nodes import pending_changes, register_nodes
+
+_log = logging.getLogger("fedtide.server")
+
+_READY_SECONDS = 60.0
+_STEADY_SECONDS = 2.0
+_TEND_SECONDS, _NODES_SECONDS = 0.5, 2.0
+_NODES_AGAIN_SECONDS = 60.0
+
+
+def check_startable(server: Deployment) -> None:
+    """Keys, certificates and ports, before anything is started.
+
+    Raises:
+        DeploymentError: something is wrong; the message says what to do.
+    """
+    server.check_private()
+    for warning in check_certificates(server.authority, server.certificate, server.key, server.host):
+        _log.warning("%s", warning)
+    for name, port in server.ports().items():
+        _check_free(server, name, port)
+
+
+def _check_free(server: Deployment, name: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0" if name == "fleet" else "127.0.0.1", port))
+        except OSError as error:
+            if error.errno == errno.EACCES:
+                raise DeploymentError(f"this user may not open port {port}: choose one above 1023") from error
+            raise DeploymentError(
+                f"port {port} ({name}) is in use by another process: `ss -ltnp` shows which; end it, or change "
+                f"{name} in {server.folder}/server.toml"
+            ) from error
+
+
+def operate(server: Deployment, *, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Runs the server until SIGINT or SIGTERM; to be called in the main thread.
+
+    Raises:
+        DeploymentError: it cannot be started.
+    """
+    # `status` holds the lock for a moment, to see whether it is free.
+    with open_locked(server.folder / "up.lock", patience=1.0) as mine:
+        if not mine:
+            raise DeploymentError(f"{server.folder} is up already: `fedtide server status` shows it")
+        check_startable(server)
+        server.write_connection()
+        end = threading.Event()
+        before = {each: signal.signal(each, lambda *_: end.set()) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            _operate(server, end, on_ready)
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def _operate(server: Deployment, end: threading.Event, on_ready: Callable[[], None]) -> None:
+    environment = server.environment()
+    superlink, superexec = (
+        Supervised(
+            name, command, environment=environment, folder=server.folder, log=server.logs / f"{name}.log", logger=_log
+        )
+        for name, command in (
+            ("superlink", server.superlink_command()),
+            ("superexec", server.superexec_command()),
+        )
+    )  # fmt: skip
+    metrics = serve_metrics(server)
+    try:
+        superlink.start()
+        _wait(superlink, lambda: answers(server), end)
+        if not end.is_set():
+            superexec.start()
+            began = time.monotonic()
+            _wait(superexec, lambda: time.monotonic() - began > _STEADY_SECONDS, end)
+        if not end.is_set():
+            _log.info("up: sites reach %s:%d", server.host, server.fleet_port)
+            on_ready()
+        _tend(server, superlink, superexec, end)
+    finally:
+        _log.info("ending")
+        for each in (superexec, superlink):
+            each.stop()
+        metrics.close()
+        _log.info("down")
+
+
+def _wait(process: Supervised, ready: Callable[[], bool], end: threading.Event) -> None:
+    """Waits until a process works, or the server is to end."""
+
+    def done() -> bool:
+        return end.is_set() or (process.pid is not None and ready())
+
+    if wait_until(done, _READY_SECONDS, unless=lambda: process.pid is None):
+        return
+    how = f"did not answer within {_READY_SECONDS:g} s" if process.pid else f"ended with code {process.code}"
+    raise DeploymentError(f"{process.name} {how}: read {process.log}")
+
+
+def _tend(server: Deployment, superlink: Supervised, superexec: Supervised, end: threading.Event) -> None:
+    """Restarts what dies and registers what was enrolled, until the end."""
+    look = 0.0
+    while not end.wait(_TEND_SECONDS):
+        for each in (superlink, superexec):
+            if each.tend():
+                _log.info("%s is started again", each.name)
+        if time.monotonic() > look:
+            look = time.monotonic() + _NODES_SECONDS
+            try:
+                if any(pending_changes(server)) and answers(server):
+                    register_nodes(server)
+            except (DeploymentError, OSError) as error:
+                _log.warning("a node could not be registered: %s", error)
+                look = time.monotonic() + _NODES_AGAIN_SECONDS
+
+
+def answers(server: Deployment) -> bool:
+    """Whether SuperLink answers on both its ports, with a certificate that the authority signed."""
+    context = ssl.create_default_context(cafile=str(server.authority))
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    try:
+        with opener.open(f"https://{server.control}/health", timeout=5):
+            pass
+        with socket.create_connection(("127.0.0.1", server.fleet_port), timeout=5):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False

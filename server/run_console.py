@@ -1,0 +1,78 @@
+"""What a person sees of a run at the server: what was begun, a row a round, and how it ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.config import Plan
+from server.launch import Watcher
+from server.runs import RunFolder
+from server.status import counted
+
+
+class ConsoleWatcher(Watcher):
+    """Prints as the run goes on."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._header = True
+        self.on_phase = self._phase
+        self.on_begin = self._begin
+        self.on_round = self._round
+
+    def _phase(self, phase: str) -> None:
+        self._console.print(f"{phase} …", style="dim")
+
+    def _begin(self, run: RunFolder, plan: Plan, again: bool) -> None:
+        self._console.print(
+            f"[bold]{run.name}[/bold]: {'goes on' if again else 'begins'}; {len(plan.schedule())} rounds, "
+            f"(epsilon {plan.privacy.epsilon:g}, delta {plan.privacy.delta:g}) at each site",
+            highlight=False,
+        )
+
+    def _round(self, record: dict[str, Any]) -> None:
+        self._console.print(round_row(record, header=self._header))
+        self._header = False
+
+
+def round_row(record: dict[str, Any], *, header: bool) -> Table:
+    """One round as a table of one row."""
+    reasons = counted(Counter(each["reason"] for each in record["left_out"]))
+    cells = {
+        "#": (3, str(record["round"])),
+        "phase": (11, record["phase"]),
+        "admitted": (20, ", ".join(record["admitted"]) or "none"),
+        "left out": (16, reasons),
+        "missing": (7, str(record["missing"])),
+        "kB down": (8, f"{record['bytes_down'] / 1000:,.0f}"),
+        "kB up": (8, f"{record['bytes_up'] / 1000:,.0f}"),
+        "s": (6, f"{record['seconds']:.1f}"),
+    }
+    table = Table(show_header=header, box=None, padding=(0, 1))
+    for name, (width, _) in cells.items():
+        words = name in ("phase", "admitted", "left out")
+        table.add_column(name, width=width, justify="left" if words else "right", overflow="fold")
+    table.add_row(*(cell for _, cell in cells.values()))
+    return table
+
+
+def run_summary(run: RunFolder) -> dict[str, Any]:
+    """A whole run in a few figures, for a script."""
+    records = list(run.records())
+    return {
+        "run": str(run.path),
+        "status": "completed",
+        "rounds": len(records),
+        "aggregated": sum(record["aggregated"] for record in records),
+        "admitted": sum(len(record["admitted"]) for record in records),
+        "left_out": dict(Counter(each["reason"] for record in records for each in record["left_out"])),
+        "missing": sum(record["missing"] for record in records),
+        "bytes_down": sum(record["bytes_down"] for record in records),
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "seconds": sum(record["seconds"] for record in records),
+    }

@@ -1,0 +1,62 @@
+"""`fedtide server status`, for a person: sites and runs in two tables."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.table import Table
+
+from server.overview import Overview, RunLine
+
+
+def print_overview(console: Console, found: Overview) -> None:
+    """Prints what `overview` found."""
+    console.print("The server is [bold]up[/bold]." if found.up else "The server is [bold]down[/bold].")
+    sites = Table(title="sites")
+    for column in ("site", "key", "node", "last heartbeat", ""):
+        sites.add_column(column)
+    for site in found.sites:
+        sites.add_row(
+            site.name,
+            f"{site.key_id[:16]}…",
+            site.node,
+            _ago(site.heartbeat),
+            "barred" if site.barred else "",
+        )
+    runs = Table(title="runs")
+    for column in ("run", "state", "rounds", "admitted", "left out", "missing", "kB down", "kB up", "s"):
+        runs.add_column(column, justify="left" if column in ("run", "state", "left out") else "right")
+    for run in found.runs:
+        runs.add_row(
+            run.name, run.state, f"{run.aggregated}/{run.rounds}", str(run.admitted), counted(run.refusals),
+            str(run.missing), f"{run.bytes_down / 1000:,.0f}", f"{run.bytes_up / 1000:,.0f}", f"{run.seconds:,.0f}",
+        )  # fmt: skip
+    console.print(sites)
+    console.print(runs)
+    for run in found.runs:
+        if note := _note(run):
+            console.print(note, highlight=False, markup=False)
+
+
+def counted(reasons: dict[str, int]) -> str:
+    """Reasons and how often, in one cell."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items())) or "0"
+
+
+def _note(run: RunLine) -> str:
+    if run.state == "failed":
+        return f"{run.name}: {run.reason}"
+    if run.state == "interrupted":
+        return f"{run.name}: it is not at work; `fedtide server run` with the same plan continues it"
+    return ""
+
+
+def _ago(moment: str | None) -> str:
+    if moment is None:
+        return "never"
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
