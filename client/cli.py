@@ -42,6 +42,31 @@ def _mapping(text: str | None, option: str) -> dict[str, str]:
     return found
 
 
+def _folders(given: list[str] | None) -> dict[str, str]:
+    from common.assets import language_model
+    from common.cli import UserError
+
+    found = {}
+    for each in given or ():
+        name, equals, folder = each.rpartition("=")
+        if not equals or not name or not folder:
+            raise UserError(f"--language-model {each!r} must read NAME=FOLDER, as a plan's encoder names it")
+        found[name] = str(language_model(Path(folder).expanduser().resolve(), offline=True))
+    return found
+
+
+def _server(address: str | None, ca: Path | None) -> tuple[str, Path] | None:
+    from common.cli import UserError
+
+    if address is not None and ca is not None:
+        return address, ca
+    if address is None and ca is None:
+        return None
+    raise UserError(
+        "--server and --ca go together: the address, and the tls/ca.crt that the server's owner gave you"
+    )
+
+
 def _typical_events(plan_file: Path | None, epsilon: float, delta: float, users: int) -> list[Event]:
     from common.cli import UserError
     from common.config import make_plan, read_plan
@@ -81,6 +106,18 @@ def init(
     ] = None,
     minimum_events: Annotated[int, typer.Option(help="Users with fewer are left out.")] = 3,
     max_events_per_user: Annotated[int, typer.Option(help="Users with more are taken for robots.")] = 10_000,
+    server_address: Annotated[
+        str | None,
+        typer.Option("--server", help="HOST:PORT of the server; with it the site gets a node key."),
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(help="The server's tls/ca.crt; together with --server.")] = None,
+    language_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER: a language model that a plan may name, and where it is; may be repeated."
+        ),
+    ] = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Noisy metrics may be released.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a site: clean and de-identify its log, open its ledger, and write the file that enrols it.
@@ -90,9 +127,10 @@ def init(
     from rich.console import Console
 
     from client.making import ENROLMENT, Sources, make_site
+    from client.policy import POLICY
     from common.cli import UserError
     from common.events.cleaning import CleaningPolicy
-    from common.privacy.enrolment import fingerprint
+    from common.privacy.enrolment import fingerprint, node_fingerprint
 
     try:
         made = make_site(
@@ -111,6 +149,9 @@ def init(
             name=name,
             families=tuple(family or ("recommend",)),
             policy=CleaningPolicy(minimum_events=minimum_events, max_events_per_user=max_events_per_user),
+            metrics=metrics,
+            language_models=_folders(language_model),
+            server=_server(server_address, ca),
         )
     except ValueError as error:
         if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
@@ -124,6 +165,7 @@ def init(
             "key_id": made.key_id,
             "enrolment": str(site.folder / ENROLMENT),
             "typical_runs_admitted": runs,
+            "node_key": made.node_key,
         }
         print(json.dumps(facts, indent=2))
         return
@@ -132,6 +174,8 @@ def init(
     say = _sayer(console)
     say(f"Site {site.name} is made in {site.folder}")
     say(f"Key fingerprint: {fingerprint(made.key_id)}")
+    if made.node_key is not None:
+        say(f"Node key fingerprint: {node_fingerprint(made.node_key)}")
     say(f"Guarantee: (epsilon {epsilon:g}, delta {delta:g}) for each user, whatever is run on this data.")
     if not whole:
         say(
@@ -141,6 +185,11 @@ def init(
     else:
         say(f"The budget admits about {runs:.1f} typical runs.")
     say(f"Hand {site.folder / ENROLMENT} to the server: `fedtide server enroll` (nothing in it is secret).")
+    say(f"What may run here stands in {site.folder / POLICY}: read it, and narrow it as you like.")
+    if made.node_key is not None:
+        say(
+            f"Next, once it is enrolled: `fedtide site check {site.folder}`, then `fedtide site up {site.folder}`."
+        )
     say(f"Keep {site.folder / 'secret'} and the ledger backed up together; a budget does not reset.")
 
 

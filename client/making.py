@@ -13,9 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from client.connection import make_connection
 from client.ledger import Ledger
+from client.policy import POLICY, Policy, policy_text
 from client.private_files import FOLDER_MODE, sync_folder
 from client.site import Site, SiteError
+from client.units import write_units
+from common.assets import DEFAULT_LANGUAGE_MODEL
 from common.events.catalog import read_catalog
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
 from common.events.deidentify import load_secret, new_secret
@@ -51,6 +55,7 @@ class MadeSite:
     site: Site
     key_id: str
     report: CleaningReport
+    node_key: str | None = None
 
 
 def make_site(
@@ -64,6 +69,9 @@ def make_site(
     name: str = "",
     families: tuple[str, ...] = ("recommend",),
     policy: CleaningPolicy | None = None,
+    metrics: bool = False,
+    language_models: Mapping[str, str] | None = None,
+    server: tuple[str, Path] | None = None,
 ) -> MadeSite:
     """A new site in a folder that does not exist yet or is empty.
 
@@ -72,9 +80,14 @@ def make_site(
         users_at_least: the public lower bound of users that the site agrees to.
         typical_plan: events of one typical run; the ledger's order is chosen by them.
         name: for the site's own logs; the folder's where empty.
+        policy: how the log is cleaned.
+        metrics: whether noisy metrics may be released.
+        language_models: that a plan may name, beside the default one: name -> the site's own folder.
+        server: HOST:PORT and the file of its certificate authority; None for a site without a connection.
 
     Raises:
         SiteError: the folder holds something, or there are too few users.
+        ConnectionSetupError: the server's address or authority is wrong.
         LogError, SecretError, LedgerError, ValueError: what was given is wrong.
     """
     folder = folder.expanduser().resolve()
@@ -91,6 +104,7 @@ def make_site(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(mode=FOLDER_MODE)
     try:
+        node_key = None if server is None else make_connection(partial, *server)
         secret = new_secret(partial / SECRET)
         catalog = read_catalog(sources.catalog, columns=sources.catalog_columns)
         log = read_log(sources.logs, sources.format, sources.columns)
@@ -108,8 +122,19 @@ def make_site(
             catalog=folder / CATALOG,
             users_at_least=users_at_least,
             families=families,
+            metrics=metrics,
         )
         site.save()
+        allowed = Policy(
+            users_at_least=users_at_least,
+            families=families,
+            metrics=metrics,
+            language_models={DEFAULT_LANGUAGE_MODEL.name: "", **(language_models or {})},
+            epsilon=min(epsilon, 100.0),
+            delta=delta,
+        )
+        (partial / POLICY).write_text(policy_text(allowed), encoding="utf-8")
+        site = replace(site, limits=allowed.limits)
         with Ledger.create(
             site.ledger_folder,
             epsilon=epsilon,
@@ -117,8 +142,10 @@ def make_site(
             typical_plan=typical_plan,
             dataset_commitment=commitment(histories, secret),
         ) as ledger:
-            (partial / ENROLMENT).write_bytes(enrolment_to_bytes(ledger.entries()[0]) + b"\n")
+            (partial / ENROLMENT).write_bytes(enrolment_to_bytes(ledger.entries()[0], node_key) + b"\n")
             key_id = ledger.key_id
+        if node_key is not None:
+            write_units(partial, folder)
         sync_folder(partial)
         if folder.exists():
             folder.rmdir()  # empty, as was seen above
@@ -126,7 +153,7 @@ def make_site(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return MadeSite(replace(site, folder=folder), key_id, report)
+    return MadeSite(replace(site, folder=folder), key_id, report, node_key)
 
 
 def commitment(histories: Histories, secret: bytes) -> str:
