@@ -211,7 +211,22 @@ class ServerPlan(_Frozen):
         default=0, description="how many bad sites trimmed-mean and krum are to withstand"
     )
     round_deadline: Annotated[float, Field(gt=0)] = Field(default=600.0, description="seconds")
+    quorum: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="admitted updates after which a round waits for the others no longer than grace; none: for all "
+        "connected sites, until round_deadline",
+    )
+    grace: Annotated[float, Field(ge=0)] = Field(default=30.0, description="seconds, after the quorum")
     update_norm_bound: Annotated[float, Field(gt=0)] = 1e6
+
+    @model_validator(mode="after")
+    def _quorum_is_enough(self) -> ServerPlan:
+        if self.quorum is not None and self.quorum < self.minimum_sites:
+            raise ValueError(
+                f"quorum is {self.quorum}, but a round needs minimum_sites = {self.minimum_sites} updates: raise the "
+                "quorum, or leave it out to wait for all sites"
+            )
+        return self
 
 
 class PerformancePlan(_Frozen):

@@ -68,6 +68,11 @@ def check_aggregation(plan: ServerPlan, sites: int) -> None:
             "server.malicious_sites is 0, so a trimmed mean trims nothing: say how many sites may be bad"
         )
     needed = fewest_updates(plan)
+    if plan.quorum is not None and plan.quorum < needed:
+        raise PlanError(
+            f"server.quorum is {plan.quorum}, but {kind} with malicious_sites {bad} needs {needed} updates in a round: "
+            "raise the quorum, or leave it out to wait for all sites"
+        )
     if sites < needed:
         why = f"{kind} with malicious_sites {bad}" if needed > plan.minimum_sites else "server.minimum_sites"
         raise PlanError(

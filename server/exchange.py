@@ -6,7 +6,9 @@ What is made of the admitted releases is `rounds.py`'s business.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,15 +17,20 @@ from flwr.serverapp import Grid
 
 from common.config import Plan
 from common.phases import Exchange, Phase
+from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import event_to_fields
+from common.privacy.receipts import Receipt, check_receipt
 from common.privacy.receipts import Request as Asked
 from common.sums import METRICS, POPULARITY, TRANSITIONS, PairLayout
-from common.wire import MESSAGE_TYPES, Request, payload_bytes, request_to_records
+from common.wire import MESSAGE_TYPES, Request, payload_bytes, request_to_records, state_from_bytes
 from server.admission import Admitted, Expectation, LeftOut, admit
-from server.registry import Registry
+from server.registry import Registry, RegistryError
 from server.runs import RunError, RunFolder, append_line
 
-_POLL = 0.05
+_log = logging.getLogger("fedtide.server")
+
+_SHORTEST_POLL, _LONGEST_POLL = 0.01, 0.2
+"""Seconds between two looks for replies: quick within a process, and easy on a server that sites are far from."""
 
 
 @dataclass
@@ -58,7 +65,7 @@ def wait_for_nodes(grid: Grid, at_least: int, deadline: float) -> list[int]:
                 f"{len(nodes)} sites are connected after {deadline:g} s, but the plan needs {at_least}: "
                 "start more sites, or lower server.minimum_sites"
             )
-        time.sleep(_POLL)
+        time.sleep(_LONGEST_POLL)
 
 
 def expected_shapes(plan: Plan, request: Request, catalog: int) -> dict[str, tuple[int, ...]]:
@@ -85,12 +92,27 @@ def ask_sites(
     exchange: Exchange,
     registry: Registry,
     record: RoundRecord,
-    anchors: dict[int, bytes],
     run: RunFolder,
     catalog: int,
+    kept: Sequence[dict[str, Any]] = (),
 ) -> list[Admitted]:
-    """Sends a round's requests, admits what comes back until the deadline, and stores receipts and heads."""
-    deadline = plan.server.round_deadline
+    """Sends a round's requests, and admits what comes back until all answered, or quorum and grace, or the deadline.
+
+    What a half-done round admitted before a crash is admitted still, and its sites are not asked again.
+    """
+    deadline, quorum = plan.server.round_deadline, plan.server.quorum
+    lines = {str(line["key_id"]): line for line in kept}
+    any_request = next(iter(requests.values()))
+    admitted = [
+        _admitted_before(line, any_request, plan, registry, run) for line in kept if _is_whole(line, run)
+    ]
+    record.admitted += [each.site for each in admitted]
+    answered = {each.receipt.reserve.nonce for each in admitted}
+    requests = {node: each for node, each in requests.items() if each.nonce not in answered}
+    sites = registry.sites_by_node()
+    names = {node: sites[node].name if node in sites else f"node {node}" for node in requests}
+    _log.info("round %d (%s) begins: %d sites are asked", exchange.round, exchange.phase, len(requests))
+    end = time.monotonic() + deadline
     messages = []
     for node, request in requests.items():
         content = request_to_records(request)
@@ -101,14 +123,15 @@ def ask_sites(
                 content,
                 dst_node_id=node,
                 message_type=MESSAGE_TYPES[request.phase],
-                ttl=deadline,
+                ttl=max(0.1, end - time.monotonic()),
                 group_id=str(request.round),
             )
         )
-    asked = dict(zip(grid.push_messages(messages), requests.items(), strict=True))
-    admitted: list[Admitted] = []
-    end = time.monotonic() + deadline
+    asked = dict(zip(grid.push_messages(messages), requests.items(), strict=True)) if messages else {}
+    pause = _SHORTEST_POLL
     while asked and time.monotonic() < end:
+        if quorum is not None and len(admitted) >= quorum:
+            end, quorum = min(end, time.monotonic() + plan.server.grace), None
         replies = list(grid.pull_messages(list(asked)))
         for reply in replies:
             # An error made by the server's own link has no sender, so the node is told by what it replies to.
@@ -118,6 +141,9 @@ def ask_sites(
             node, request = found
             if reply.has_error():
                 record.left_out.append({"node": str(node), "reason": "node_error", "code": reply.error.code})
+                _log.warning(
+                    "round %d: %s is left out: node_error %d", exchange.round, names[node], reply.error.code
+                )
                 continue
             record.bytes_up += payload_bytes(reply.content)
             verdict = admit(
@@ -126,43 +152,111 @@ def ask_sites(
                 registry,
                 [each.key_id for each in admitted],
             )
+            if isinstance(verdict, Admitted):
+                verdict = _taken_in(verdict, node, registry, run, lines)
             if isinstance(verdict, LeftOut):
                 record.left_out.append({"node": str(node), **asdict(verdict)})
+                _log.warning(
+                    "round %d: %s is left out: %s",
+                    exchange.round,
+                    verdict.site or names[node],
+                    verdict.reason,
+                )
                 continue
-            run.save_update(request.round, verdict.key_id, verdict.state)
-            anchors[node] = registry.accept(verdict.chain).to_bytes()
             admitted.append(verdict)
             record.admitted.append(verdict.site)
-            append_line(
-                run.receipts_file,
-                {
-                    "run": run.name,
-                    "round": request.round,
-                    "site": verdict.site,
-                    "key_id": verdict.key_id,
-                    "delta": verdict.chain.genesis.delta,
-                    "event": event_to_fields(verdict.receipt.reserve.event),
-                    "receipt": verdict.receipt.to_bytes().decode("ascii"),
-                    "anchor": anchors[node].decode("ascii"),
-                },
-            )
-        if asked and not replies:
-            time.sleep(_POLL)
+            _log.info("round %d: %s is admitted", exchange.round, verdict.site)
+        if replies:
+            pause = _SHORTEST_POLL
+        elif asked:
+            time.sleep(max(0.0, min(pause, end - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_POLL)
     record.missing = len(asked)
+    for node, _ in asked.values():
+        _log.warning("round %d: %s is left out: missing", exchange.round, names[node])
     return admitted
+
+
+def _taken_in(
+    verdict: Admitted, node: int, registry: Registry, run: RunFolder, lines: Mapping[str, dict[str, Any]]
+) -> Admitted | LeftOut:
+    """Update, head and receipt on the disk, in this order, before the update counts.
+
+    A crash between two of them is made good by asking again: the site answers the same bytes, whose head the
+    registry may hold already.
+
+    Args:
+        lines: key id -> the line that receipts.jsonl has of this round already.
+    """
+    reserve = verdict.receipt.reserve
+    run.save_update(reserve.round, verdict.key_id, verdict.state)
+    try:
+        anchor = registry.accept(verdict.chain, seq=verdict.receipt.entries[-1].seq, node=node)
+    except ReceiptError as error:  # another process took in another history of this site meanwhile
+        return LeftOut(error.reason, "the site's chain is not the one that was verified", site=verdict.site)
+    if verdict.key_id not in lines:
+        append_line(
+            run.receipts_file,
+            {
+                "run": reserve.run,
+                "round": reserve.round,
+                "site": verdict.site,
+                "key_id": verdict.key_id,
+                "delta": verdict.chain.genesis.delta,
+                "event": event_to_fields(reserve.event),
+                "receipt": verdict.receipt.to_bytes().decode("ascii"),
+                "anchor": anchor.to_bytes().decode("ascii"),
+            },
+        )
+    return verdict
+
+
+def _is_whole(line: Mapping[str, Any], run: RunFolder) -> bool:
+    """Whether the update of a receipt's line is there; where it is not, its site is asked again."""
+    return run.update_file(int(line["round"]), str(line["key_id"])).is_file()
+
+
+def _admitted_before(
+    line: Mapping[str, Any], request: Request, plan: Plan, registry: Registry, run: RunFolder
+) -> Admitted:
+    """What was admitted to this round before a crash.
+
+    Raises:
+        RunError: the receipt does not belong to this run, or the registry is older than the run.
+    """
+    nodes = {nonce: node for node, nonce in run.nonces(request.round).items()}
+    try:
+        receipt = Receipt.from_bytes(str(line["receipt"]).encode())
+        key_id, nonce = receipt.genesis.key_id, receipt.reserve.nonce
+        update = run.update_file(request.round, key_id).read_bytes()
+        site = registry.site(key_id)
+        if site is None or nonce not in nodes:
+            raise RegistryError("its key is not enrolled, or it was not asked for")
+        chain = check_receipt(receipt, update, _asked(plan, request, nonce), registry.chain(key_id))
+        registry.accept(chain, seq=receipt.entries[-1].seq, node=nodes[nonce])
+    except (ReceiptError, RegistryError, OSError) as error:
+        raise RunError(
+            f"a receipt of round {request.round} in {run.receipts_file} does not fit run or registry ({error}): "
+            "restore the newest copies of both, then start the run again"
+        ) from error
+    return Admitted(site.name, key_id, state_from_bytes(update), chain, receipt)
+
+
+def _asked(plan: Plan, request: Request, nonce: str) -> Asked:
+    return Asked(
+        run=request.run,
+        round=request.round,
+        nonce=nonce,
+        plan_hash=plan.digest(),
+        model_hash=request.model_digest,
+        attempt=request.attempt,
+    )
 
 
 def _expectation(plan: Plan, request: Request, exchange: Exchange, catalog: int) -> Expectation:
     stated = plan.stated(exchange.phase)
     return Expectation(
-        request=Asked(
-            run=request.run,
-            round=request.round,
-            nonce=request.nonce,
-            plan_hash=plan.digest(),
-            model_hash=request.model_digest,
-            attempt=request.attempt,
-        ),
+        request=_asked(plan, request, request.nonce),
         shapes=expected_shapes(plan, request, catalog),
         norm_bound=plan.server.update_norm_bound,
         event=exchange.event,

@@ -219,11 +219,13 @@ class Registry(RegistryReader):
         self._chains[chain.key_id] = whole
         return anchor
 
-    def site_at(self, node: int) -> EnrolledSite | None:
-        """The site that last answered from a node, if any has."""
+    def sites_by_node(self) -> dict[int, EnrolledSite]:
+        """Node -> the site that last answered from it."""
         with self._open() as db:
-            row = db.execute("SELECT key_id FROM nodes WHERE node = ?", (str(node),)).fetchone()
-        return None if row is None else self.site(row[0])
+            rows = db.execute(
+                "SELECT node, name, sites.key_id, barred FROM nodes JOIN sites ON sites.key_id = nodes.key_id"
+            ).fetchall()
+        return {int(node): EnrolledSite(name, key_id, bool(barred)) for node, name, key_id, barred in rows}
 
     def last_anchor(self, key_id: str) -> Countersignature | None:
         """The countersignature over the newest head of a site's chain, if there is one."""

@@ -6,6 +6,7 @@ is there if the plan has it. All that the server does with releases is post-proc
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from dataclasses import asdict
 
 import torch
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from common.config import Plan
 from common.phases import Exchange, Phase
@@ -23,55 +23,14 @@ from server.admission import Admitted
 from server.aggregation import aggregation, check_aggregation, fewest_updates
 from server.exchange import RoundRecord, ask_sites, wait_for_nodes
 from server.metrics import estimate
+from server.progress import Progress
 from server.registry import Registry
-from server.runs import RunError, RunFolder, append_line
+from server.runs import RunFolder, append_line
+
+_log = logging.getLogger("fedtide.server")
 
 Pretrain = Callable[[State], State]
 """From released statistics to the parameters that private fine-tuning starts with."""
-
-
-class _Progress:
-    """What a run has so far: parameters, what was released, and the parameters after each aggregated round."""
-
-    def __init__(self, start: State) -> None:
-        self.state: State = {name: tensor.clone() for name, tensor in start.items()}
-        self.velocity = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        self.released: dict[str, Tensor] = {}
-        self.history: list[State] = []
-
-    def final(self, plan: Plan) -> State:
-        """The run's final parameters, as the plan says.
-
-        Raises:
-            RunError: nothing was released that could make a model.
-        """
-        if not self.history:
-            if plan.training.rounds or POPULARITY not in self.released:
-                raise RunError(
-                    "no round was aggregated, so nothing was learned: rounds.jsonl says for each site why; "
-                    "lower server.minimum_sites only if the reasons are sound"
-                )
-            return self.state
-        return average_of_rounds(self.history, plan)
-
-
-def average_of_rounds(history: list[State], plan: Plan) -> State:
-    """The mean over the last rounds, or their exponential average where the plan has `ema`."""
-    decay = plan.training.ema
-    if decay is None:
-        last = history[-max(1, round(len(history) * plan.training.average_last)) :]
-        weights = [1.0 / len(last)] * len(last)
-    else:
-        last = history
-        weights = [decay ** (len(last) - 1 - place) for place in range(len(last))]
-        weights = [weight / sum(weights) for weight in weights]
-    names = last[0].keys()
-    return {
-        name: sum(
-            (w * each[name].double() for w, each in zip(weights, last, strict=True)), torch.zeros(())
-        ).float()
-        for name in names
-    }
 
 
 def run_rounds(
@@ -85,97 +44,130 @@ def run_rounds(
     on_round: Callable[[RoundRecord], None] = lambda _: None,
     pretrain: Pretrain | None = None,
 ) -> State:
-    """All rounds of a calibrated plan.
+    """All rounds of a calibrated plan, from where the run's folder stands.
+
+    Killed between any two steps and called again, it comes to the same end: what is asked is on the disk before it
+    is sent, what is admitted before it counts, and a round's line in rounds.jsonl after all else of it.
 
     Args:
         start: the seeded start of the model's trainable parameters.
-        nodes_expected: how many sites to wait for at the beginning; the plan's minimum where None.
+        nodes_expected: how many sites to wait for at the beginning; the plan's quorum or minimum where None.
         pretrain: called once, after the statistics and before the first round of private fine-tuning.
 
     Returns:
         The final parameters: the mean over the last rounds, as the plan says.
 
     Raises:
-        RunError: too few sites, no round was aggregated, or the disk is full.
+        RunError: too few sites, no round was aggregated, the disk is full, or the folder is damaged.
         PlanError: the sites are too few for the plan's aggregation.
     """
     schedule = plan.schedule()
-    nodes = wait_for_nodes(grid, nodes_expected or fewest_updates(plan.server), plan.server.round_deadline)
-    check_aggregation(plan.server, len(nodes))
-    progress = _Progress(start)
-    anchors: dict[int, bytes] = {}
+    progress = Progress.found(run, schedule, start)
+    nodes: list[int] = []
+    if progress.done < len(schedule):
+        if progress.done:
+            _log.info("run %s goes on after round %d", run.name, progress.done)
+        fewest = max(fewest_updates(plan.server), plan.server.quorum or 0)
+        nodes = wait_for_nodes(grid, nodes_expected or fewest, plan.server.round_deadline)
+        check_aggregation(plan.server, len(nodes))
+    first_update = next((each.round for each in schedule if each.phase is Phase.UPDATE), None)
     catalog = len(run.catalog())
-    run.save_round(0, progress.state)
     final: State | None = None
-    for exchange in schedule:
+    for exchange in schedule[progress.done :]:
         began = time.monotonic()
         record = RoundRecord(round=exchange.round, phase=exchange.phase.value)
         nodes = sorted(grid.get_node_ids()) or nodes
-        if exchange.phase is Phase.UPDATE and pretrain is not None:
-            progress.state, pretrain = pretrain(progress.released), None
-            run.save_pretrained(exchange.round - 1, progress.state)
+        if exchange.round == first_update and pretrain is not None:
+            if not run.has_pretrained(exchange.round - 1):
+                run.save_pretrained(exchange.round - 1, pretrain(progress.released))
+            progress.state = run.sent_state(exchange.round - 1)
         if exchange.phase is Phase.METRICS:
             progress.state = final = progress.final(plan)
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
-            requests = {node: _request(plan, run, exchange, progress, anchors.get(node)) for node in nodes}
-            admitted = ask_sites(grid, requests, plan, exchange, registry, record, anchors, run, catalog)
+            kept = run.receipts(exchange.round) if run.nonces(exchange.round) else []
+            requests = _requests(plan, run, exchange, progress, nodes, registry)
+            admitted = ask_sites(grid, requests, plan, exchange, registry, record, run, catalog, kept)
             if len(admitted) >= fewest_updates(plan.server):
-                admitted.sort(key=lambda each: each.site)
                 _aggregate(plan, run, exchange, progress, admitted, record)
+            _log.info(
+                "round %d is %s: %s",
+                exchange.round,
+                "aggregated" if record.aggregated else "not aggregated, too few updates were admitted",
+                ", ".join(sorted(record.admitted)) or "none",
+            )
+        record.admitted.sort()
         record.seconds = time.monotonic() - began
         run.save_round(exchange.round, progress.state)
         append_line(run.rounds_file, asdict(record))
         on_round(record)
     final = progress.final(plan) if final is None else final
+    _publish_metrics(plan, run)
     run.save_model(final)
     return final
 
 
-def _request(
-    plan: Plan, run: RunFolder, exchange: Exchange, progress: _Progress, anchor: bytes | None
-) -> Request:
+def _requests(
+    plan: Plan, run: RunFolder, exchange: Exchange, progress: Progress, nodes: list[int], registry: Registry
+) -> dict[int, Request]:
+    """Node -> what it is asked, with the nonce that it has in this round for good."""
+    nonces = run.nonces(exchange.round)
+    if any(node not in nonces for node in nodes):
+        nonces = {node: secrets.token_hex(16) for node in nodes} | nonces
+        run.save_nonces(exchange.round, nonces)
     statistics = exchange.phase.content == "statistics"
-    return Request(
-        run=run.name,
-        round=exchange.round,
-        attempt=1,
-        nonce=secrets.token_hex(16),
-        plan=plan.model_dump_json(),
-        state={} if statistics else progress.state,
-        anchor=anchor,
-        phase=exchange.phase,
-        released=progress.released,
-    )
+    requests, sites = {}, registry.sites_by_node()
+    for node in nodes:
+        anchor = registry.last_anchor(sites[node].key_id) if node in sites else None
+        requests[node] = Request(
+            run=run.name,
+            round=exchange.round,
+            attempt=1,
+            nonce=nonces[node],
+            plan=plan.model_dump_json(),
+            state={} if statistics else progress.state,
+            anchor=None if anchor is None else anchor.to_bytes(),
+            phase=exchange.phase,
+            released=progress.released,
+        )
+    return requests
 
 
 def _aggregate(
     plan: Plan,
     run: RunFolder,
     exchange: Exchange,
-    progress: _Progress,
+    progress: Progress,
     admitted: list[Admitted],
     record: RoundRecord,
 ) -> None:
-    """Adds a round's admitted releases to what the run has."""
-    mean = aggregation(plan.server)([each.state for each in admitted])
+    """Adds a round's admitted releases to what the run has; the order of the sites decides how floats are added."""
+    ordered = sorted(admitted, key=lambda each: each.site)
+    mean = aggregation(plan.server)([each.state for each in ordered])
     record.aggregated = True
     record.update_norm = float(sum(value.double().square().sum() for value in mean.values()) ** 0.5)
     if exchange.phase is Phase.UPDATE:
-        for name, value in mean.items():
-            progress.velocity[name] = plan.training.server_momentum * progress.velocity[name] + value
+        momentum, rate = plan.training.server_momentum, plan.training.server_learning_rate
+        progress.velocity = {name: momentum * progress.velocity[name] + value for name, value in mean.items()}
         progress.state = {
-            name: value + plan.training.server_learning_rate * progress.velocity[name]
-            for name, value in progress.state.items()
+            name: value + rate * progress.velocity[name] for name, value in progress.state.items()
         }
         progress.history.append(progress.state)
-        return
-    sums = {name: value * len(admitted) for name, value in mean.items()}
-    if exchange.phase is Phase.METRICS:
-        found = estimate(sums[METRICS], plan.metrics.noise_multiplier or 0.0, len(admitted))
-        append_line(
-            run.metrics_file, {"released": True, "round": exchange.round, **found.as_json(plan.metrics.top)}
-        )
-        return
-    for name, value in sums.items():
-        progress.released |= {name: value, name + SITES: torch.tensor([float(len(admitted))])}
-    run.save_released(exchange.round, progress.released)
+        run.save_velocity(exchange.round, progress.velocity)
+    elif exchange.phase.content == "statistics":
+        for name, value in mean.items():
+            sites = torch.tensor([float(len(admitted))])
+            progress.released |= {name: value * len(admitted), name + SITES: sites}
+        run.save_released(exchange.round, progress.released)
+
+
+def _publish_metrics(plan: Plan, run: RunFolder) -> None:
+    """Writes down the quality that sites released, once, from the updates kept: the round itself is done by now."""
+    for record in run.records():
+        number = int(record["round"])
+        if record["phase"] != Phase.METRICS or not record["aggregated"] or run.released_metrics(number):
+            continue
+        lines = sorted(run.receipts(number), key=lambda line: str(line["site"]))
+        states = [run.update(number, str(line["key_id"])) for line in lines]
+        total = aggregation(plan.server)(states)[METRICS] * len(states)
+        found = estimate(total, plan.metrics.noise_multiplier or 0.0, len(states))
+        append_line(run.metrics_file, {"released": True, "round": number, **found.as_json(plan.metrics.top)})

@@ -81,6 +81,14 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         raise _disk_error(path, error) from error
 
 
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; a last line that is not whole yet is left out."""
+    if path.is_file():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
 def _disk_error(path: Path, error: OSError) -> RunError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"the disk is full: {path.name} was not written; free space and start the run again")
@@ -187,6 +195,10 @@ class RunFolder:
         """The parameters after a round; 0 is the start."""
         write_whole(self._round_file(number), state_to_bytes(state))
 
+    def has_round(self, number: int) -> bool:
+        """Whether the parameters after a round are there."""
+        return self._round_file(number).is_file()
+
     def round_state(self, number: int) -> dict[str, Tensor]:
         """The parameters after a round."""
         return state_from_bytes(self._round_file(number).read_bytes())
@@ -194,6 +206,10 @@ class RunFolder:
     def save_pretrained(self, number: int, state: State) -> None:
         """The parameters that public pre-training made of those after a round: what fine-tuning starts with."""
         write_whole(self._pretrained_file(number), state_to_bytes(state))
+
+    def has_pretrained(self, number: int) -> bool:
+        """Whether pre-training came after this round, and is done."""
+        return self._pretrained_file(number).is_file()
 
     def sent_state(self, number: int) -> dict[str, Tensor]:
         """The parameters that sites were sent after a round: pre-trained, where pre-training came between."""
@@ -212,9 +228,40 @@ class RunFolder:
         file.parent.mkdir(exist_ok=True)
         write_whole(file, state_to_bytes(state))
 
+    def update(self, number: int, key_id: str) -> dict[str, Tensor]:
+        """An admitted update of a round, by the id of its site's key."""
+        return state_from_bytes(self.update_file(number, key_id).read_bytes())
+
     def update_file(self, number: int, key_id: str) -> Path:
         """Where the update of a round and site lies, by the id of the site's key."""
         return self.path / "updates" / f"{number:05d}-{key_id[:16]}.safetensors"
+
+    def save_velocity(self, number: int, velocity: State) -> None:
+        """The server's momentum after an aggregated round, for a resume; kept for the last two such rounds."""
+        write_whole(self._velocity_file(number), state_to_bytes(velocity))
+        for old in sorted((self.path / "rounds").glob("*.velocity.safetensors"))[:-2]:
+            old.unlink(missing_ok=True)
+
+    def velocity(self, number: int) -> dict[str, Tensor]:
+        """The server's momentum after an aggregated round, one of the last two."""
+        return state_from_bytes(self._velocity_file(number).read_bytes())
+
+    def _velocity_file(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:05d}.velocity.safetensors"
+
+    def save_nonces(self, number: int, nonces: dict[int, str]) -> None:
+        """Node -> its nonce in a round: on the disk before it is sent, and the same after a resume."""
+        said = {str(node): nonce for node, nonce in sorted(nonces.items())}
+        write_whole(self._nonces_file(number), json.dumps(said).encode() + b"\n")
+
+    def nonces(self, number: int) -> dict[int, str]:
+        """What `save_nonces` kept of a round; empty where nothing was asked yet."""
+        file = self._nonces_file(number)
+        said = json.loads(file.read_bytes()) if file.is_file() else {}
+        return {int(node): str(nonce) for node, nonce in said.items()}
+
+    def _nonces_file(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:05d}.nonces.json"
 
     def save_released(self, number: int, released: State) -> None:
         """What statistics were released up to a round, summed over sites; also as the run's own."""
@@ -232,6 +279,10 @@ class RunFolder:
                 return state_from_bytes(self._released_file(earlier).read_bytes())
         return {}
 
+    def has_released(self, number: int) -> bool:
+        """Whether statistics were released in this very round."""
+        return self._released_file(number).is_file()
+
     def _released_file(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:05d}.released.safetensors"
 
@@ -245,10 +296,31 @@ class RunFolder:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The rounds so far; a last line that is not whole yet is left out."""
-        if self.rounds_file.is_file():
-            for line in self.rounds_file.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
+        return _whole_lines(self.rounds_file)
+
+    def receipts(self, number: int) -> list[dict[str, Any]]:
+        """The lines of receipts.jsonl of a round."""
+        return [line for line in _whole_lines(self.receipts_file) if line["round"] == number]
+
+    def released_metrics(self, number: int) -> bool:
+        """Whether metrics.jsonl tells what sites released of quality in a round."""
+        lines = _whole_lines(self.metrics_file)
+        return any(line.get("released") is True and line.get("round") == number for line in lines)
+
+    def repair(self) -> None:
+        """Removes what a crash left half-written: a last line without its end, and files that lack their name."""
+        for pattern in ("rounds/.*.partial", "updates/.*.partial"):
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
+        for file in (self.rounds_file, self.receipts_file, self.metrics_file):
+            data = file.read_bytes() if file.is_file() else b""
+            if data and not data.endswith(b"\n"):
+                write_whole(file, data[: data.rfind(b"\n") + 1])
+
+    def drop_last_record(self) -> None:
+        """Takes the last line of rounds.jsonl back: its checkpoint is not there, so its round is not done."""
+        data = self.rounds_file.read_bytes()
+        write_whole(self.rounds_file, data[: data.rfind(b"\n", 0, len(data) - 1) + 1])
 
     @property
     def ending_file(self) -> Path:

@@ -15,7 +15,7 @@ from common.phases import Phase
 from common.sums import SITES
 from common.wire import state_from_bytes
 from server.aggregation import aggregation
-from server.rounds import average_of_rounds
+from server.progress import average_of_rounds
 from server.runs import RunFolder
 from simulations.audit.findings import Findings
 

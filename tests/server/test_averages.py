@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.config import PlanError, make_plan
-from server.rounds import average_of_rounds
+from server.progress import average_of_rounds
 
 ROUNDS = [{"w": torch.tensor([float(number), 1.0])} for number in (8, 4, 2)]
 
