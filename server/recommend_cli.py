@@ -75,7 +75,10 @@ def recommend(
         table.add_column("because of")
     for item, names in zip(found, said, strict=True):
         table.add_row(
-            str(item.rank), item.text, f"{item.score:.3f}", *([", ".join(names)] if because else [])
+            str(item.rank),
+            item.text or item.item,
+            f"{item.score:.3f}",
+            *([", ".join(names)] if because else []),
         )
     console.print(table)
 
@@ -103,7 +106,16 @@ def predict(
     found = recommender.predict(events, asked)
     what = {"interest": "liked", "next-category": "next category"}.get(recommender.finished.plan.task, "next")
     if as_json:
-        said = [{"text": p.text, "probability": round(p.probability, 6), "rank": p.rank} for p in found]
+        said = [
+            {
+                "given": p.given,
+                "text": p.text,
+                "exact": p.exact,
+                "probability": p.probability,
+                "rank": p.rank,
+            }
+            for p in found
+        ]
         typer.echo(
             json.dumps(
                 {"task": recommender.finished.plan.task, "history": _as_read(recommender, events), "of": said}
@@ -112,6 +124,9 @@ def predict(
         return
     console = Console()
     _say_nearest(console, recommender, events)
+    for each in found:
+        if not each.exact:
+            _say_read_as(console, each.given, each.text)
     table = Table()
     for name in ("", f"probability: {what}", "rank"):
         table.add_column(name, justify="left" if not name else "right")
@@ -128,8 +143,10 @@ def _as_read(recommender: Recommender, events: list[ReadEvent]) -> list[dict[str
 def _say_nearest(console: Console, recommender: Recommender, events: list[ReadEvent]) -> None:
     for event in events:
         if not event.exact:
-            text = recommender.finished.catalog.texts[event.row]
-            console.print(
-                f"{event.given!r} is not in the catalog; read by its text, as the nearest: {text}",
-                highlight=False,
-            )
+            _say_read_as(console, event.given, recommender.finished.catalog.texts[event.row])
+
+
+def _say_read_as(console: Console, given: str, text: str) -> None:
+    console.print(
+        f"{given!r} is not in the catalog; read by its text, as the nearest: {text}", highlight=False
+    )

@@ -27,6 +27,7 @@ from common.models.language_model import embed_texts
 NEIGHBOURS = 50
 """Items that each event of a history speaks for, in a neighbour-weighted list."""
 NEIGHBOUR_DECAY = 0.9
+_SCORES_AT_ONCE = 1 << 23
 
 
 class HistoryError(ValueError):
@@ -53,11 +54,16 @@ class Prediction:
     """What the model says of one candidate.
 
     Attributes:
+        given: what was asked about, as typed.
+        text: the candidate that it was read as.
+        exact: whether the catalog has it; else it was read by its text, as the nearest.
         probability: that it is next, or liked; by the model's task.
         rank: among all candidates of the catalog, from 1.
     """
 
+    given: str
     text: str
+    exact: bool
     probability: float
     rank: int
 
@@ -86,12 +92,18 @@ class Recommender:
     finished: FinishedModel
 
     @cached_property
-    def _plain(self) -> dict[str, list[int]]:
-        rows: dict[str, list[int]] = {}
-        for row, text in enumerate(self.finished.catalog.texts):
-            for name in {text.casefold(), text.casefold().rpartition(" (")[0]}:
-                rows.setdefault(name, []).append(row)
+    def _names(self) -> dict[str, int]:
+        """Row of each whole title, then of each title without its year; the first where several share it."""
+        rows: dict[str, int] = {}
+        for row, text in enumerate(self._plain):
+            rows.setdefault(text, row)
+        for row, text in enumerate(self._plain):
+            rows.setdefault(text.rpartition(" (")[0], row)
         return rows
+
+    @cached_property
+    def _plain(self) -> list[str]:
+        return [text.casefold() for text in self.finished.catalog.texts]
 
     def read(self, titles: Sequence[str]) -> list[ReadEvent]:
         """Finds each title: whole, then without its year, then as a part of one title only, then by meaning.
@@ -107,24 +119,22 @@ class Recommender:
         return [self._find(title) for title in titles[-self.finished.plan.max_events :]]
 
     def _find(self, title: str) -> ReadEvent:
-        liked, texts = not title.startswith("-"), self.finished.catalog.texts
-        wanted = title.removeprefix("-").strip()
+        liked, wanted = not title.startswith("-"), title.removeprefix("-").strip()
         plain = wanted.casefold()
-        rows = [r for r in self._plain.get(plain, []) if texts[r].casefold() == plain] or self._plain.get(
-            plain, []
-        )
-        if not rows:
-            parts = [r for r, text in enumerate(texts) if plain in text.casefold()]
-            rows = parts if len(parts) == 1 else []
-        if rows:
-            return ReadEvent(wanted, rows[0], True, liked)
+        row = self._names.get(plain)
+        if row is None:
+            parts = [row for row, text in enumerate(self._plain) if plain in text]
+            row = parts[0] if len(parts) == 1 else None
+        if row is not None:
+            return ReadEvent(wanted, row, True, liked)
         built = self.finished.built
         vector = built.projection(embed_texts(built.language_model, [wanted]))[0]
         return ReadEvent(wanted, int((self._units @ vector).argmax()), False, liked)
 
-    @cached_property
+    @property
     def _units(self) -> Tensor:
-        return normalize(self.finished.built.vectors, dim=-1)
+        """[items, width] of unit norm; zeros for an item without text."""
+        return self.finished.built.vectors
 
     def batch(self, histories: Sequence[Sequence[ReadEvent]]) -> HistoryBatch:
         """Histories as the model reads them, the most recent events of each."""
@@ -198,26 +208,35 @@ class Recommender:
         """
         finished, model = self.finished, self.finished.built.model
         scores = self.scores([events])[0]
-        places = [self._place(name) for name in candidates]
+        read = [self._candidate(name.strip()) for name in candidates]
+        places = [place for place, _ in read]
         if finished.plan.task == "interest":
             batch = self.batch([events] * len(places))
             probabilities = model.interest(batch, torch.tensor(places)).tolist()
         else:
             probabilities = torch.softmax(scores, dim=0)[places].tolist()
         return [
-            Prediction(finished.candidates[place], probability, int((scores > scores[place]).sum()) + 1)
-            for place, probability in zip(places, probabilities, strict=True)
+            Prediction(
+                given.strip(),
+                finished.candidates[place],
+                exact,
+                probability,
+                int((scores > scores[place]).sum()) + 1,
+            )
+            for given, (place, exact), probability in zip(candidates, read, probabilities, strict=True)
         ]
 
-    def _place(self, name: str) -> int:
+    def _candidate(self, name: str) -> tuple[int, bool]:
+        """The column of scores that a name is about, and whether the catalog has it."""
         if self.finished.plan.task != "next-category":
-            return self._find(name.strip()).row
+            event = self._find(name)
+            return event.row, event.exact
         known = {each.casefold(): place for place, each in enumerate(self.finished.candidates)}
-        if name.strip().casefold() not in known:
+        if name.casefold() not in known:
             raise HistoryError(
                 f"there is no category {name!r}: choose among {', '.join(self.finished.candidates)}"
             )
-        return known[name.strip().casefold()]
+        return known[name.casefold()], True
 
     def _needs_items(self, what: str) -> None:
         if self.finished.plan.task == "next-category":
@@ -234,7 +253,9 @@ class Recommender:
         self, scores: Tensor, events: Sequence[ReadEvent], count: int, because: int
     ) -> list[Recommendation]:
         best = scores.topk(min(count, int(scores.isfinite().sum())))
-        reasons = self._because(events, best.indices, because) if because and len(best.indices) else None
+        reasons = (
+            self._because(events, best.indices, because) if because and events and len(best.indices) else None
+        )
         finished = self.finished
         names = finished.candidates if finished.plan.task == "next-category" else finished.catalog.ids
         return [
@@ -254,7 +275,10 @@ class Recommender:
         """[rows, count] places of the events without which each candidate's score would fall most."""
         whole = list(events)
         without = [whole[:place] + whole[place + 1 :] for place in range(len(whole))]
-        fall = self.scores([whole])[:, rows] - self.scores(without)[:, rows]  # [events, rows]
+        at_once = max(1, _SCORES_AT_ONCE // len(self.finished.candidates))
+        parts = [without[start : start + at_once] for start in range(0, len(without), at_once)]
+        left = torch.cat([self.scores(part)[:, rows] for part in parts])  # [events, rows]
+        fall = self.scores([whole])[:, rows] - left
         return fall.topk(min(count, len(whole)), dim=0).indices.T
 
 

@@ -11,12 +11,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from common.models.language_model import LanguageModel, embed_texts
+
+_ROWS_AT_ONCE = 16_384
+_ROUNDING = 1e-6
+"""A direction whose spread is below this part of the whole is rounding, and no direction."""
 
 
 @dataclass(frozen=True)
@@ -52,48 +56,68 @@ class ItemVectors:
 def project(pooled: Tensor, width: int) -> ItemVectors:
     """Half-whitened principal components of the pooled texts: directions scaled by the root of their spread.
 
-    With X = U S V' (centred), a vector is unit(U S^0.5): between plain PCA (U S) and full whitening (U).
+    With X = U S V' (centred), a vector is unit(U S^0.5): between plain PCA (U S) and full whitening (U). V and S
+    come from X'X, summed part by part: a catalog of a million items is never in memory in float64.
 
     Args:
         pooled: [items, encoder width]; rows of zeros are items without text, and stay so.
         width: number of components; fewer where the catalog has fewer.
     """
-    spoken = pooled.abs().sum(dim=1) > 0
-    if not bool(spoken.any()):
+    parts = pooled.split(_ROWS_AT_ONCE)
+    spoken = [part.abs().sum(dim=1) > 0 for part in parts]
+    count = sum(int(real.sum()) for real in spoken)
+    if not count:
         raise ValueError("no item of the catalog has a text; give the catalog a text column")
-    x = pooled[spoken].double()
-    mean = x.mean(dim=0)
-    _, spread, directions = torch.linalg.svd(x - mean, full_matrices=False)
+    total = torch.zeros(pooled.shape[1], dtype=torch.float64)
+    size = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        total += part.double().sum(dim=0)
+        size += part.double().square().sum()
+    mean = total / count
+    gram = torch.zeros(pooled.shape[1], pooled.shape[1], dtype=torch.float64)
+    for part, real in zip(parts, spoken, strict=True):
+        x = part[real].double() - mean
+        gram += x.T @ x
+    squares, directions = torch.linalg.eigh(gram)
+    spread, directions = squares.flip(0).clamp(min=0).sqrt(), directions.flip(1)
     # A direction's sign is arbitrary: take the one whose largest entry is positive, the same on every machine.
-    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     directions = directions * largest.sign()
-    keep = min(width, int((spread > 1e-6 * spread.max().clamp(min=1e-12)).sum()))
+    keep = min(width, int((spread > _ROUNDING * torch.maximum(spread[0], size.sqrt())).sum()))
     if keep == 0:  # one text, or all alike: any direction will do
-        rotation = torch.eye(x.shape[1], dtype=x.dtype)[:, :1]
+        rotation = torch.eye(len(mean), dtype=torch.float64)[:, :1]
         mean = torch.zeros_like(mean)
     else:
-        rotation = directions[:keep].T / spread[:keep].sqrt()
+        rotation = directions[:, :keep] / spread[:keep].sqrt()
     rotation = torch.nn.functional.pad(rotation, (0, width - rotation.shape[1]))
     projection = TextProjection(mean=mean.float(), rotation=rotation.float())
-    return ItemVectors(vectors=projection(pooled) * spoken.unsqueeze(-1), projection=projection)
+    vectors = [projection(part) * real.unsqueeze(-1) for part, real in zip(parts, spoken, strict=True)]
+    return ItemVectors(vectors=torch.cat(vectors), projection=projection)
 
 
 def item_vectors(
     lm: LanguageModel, texts: list[str], width: int, *, cache: Path | None = None
 ) -> ItemVectors:
-    """Item vectors of a catalog's texts, from the cache where these texts went through this model before."""
+    """Item vectors of a catalog's texts, from the cache where these texts went through this model before.
+
+    What the language model said of each text lies in a file of the cache, and is mapped, not read, from there.
+    """
     if cache is None:
         return project(embed_texts(lm, texts), width)
     key = hashlib.sha256(lm.digest.encode())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
-    file = cache / f"{key.hexdigest()[:32]}.safetensors"
-    if file.is_file():
-        pooled = load_file(file)["pooled"]
-    else:
-        pooled = embed_texts(lm, texts)
+    file = cache / f"{key.hexdigest()[:32]}.npy"
+    if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        save_file({"pooled": pooled}, partial)
+        said = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(texts), lm.width))
+        for start in range(0, len(texts), _ROWS_AT_ONCE):
+            part = texts[start : start + _ROWS_AT_ONCE]
+            said[start : start + len(part)] = embed_texts(lm, part).numpy()
+        said.flush()
         partial.replace(file)
-    return project(pooled, width)
+    mapped = np.load(
+        file, mmap_mode="c", allow_pickle=False
+    )  # "c": torch wants arrays that can be written to
+    return project(torch.from_numpy(mapped), width)

@@ -119,6 +119,50 @@ def test_batches_score_as_single_histories_do() -> None:
         torch.testing.assert_close(together[row], recommender.scores([history])[0])
 
 
+@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_user_without_events_with_one_or_with_too_many_is_scored(family: str, task: str) -> None:
+    recommender = a_recommender(family=family, task=task)
+    candidates = recommender.finished.candidates
+    asked = ["sky", "animal"] if task == "next-category" else ["bear", "blue moon"]
+    many = [recommender._find(title) for title in ["wolf", "bear", "fox"] * 4]
+    for events in ([], recommender.read(["fish and fire"]), many):
+        found = recommender.top(events, 3)
+        assert len(found) == 3
+        assert all(len(each.because) == min(2, len(events)) for each in found)
+        for said in recommender.predict(events, asked):
+            assert 0 < said.probability < 1
+            assert 1 <= said.rank <= len(candidates)
+    # What is older than the window of five changes nothing.
+    torch.testing.assert_close(recommender.scores([many]), recommender.scores([many[-5:]]))
+    assert recommender.scores([many]).isfinite().all()
+
+
+def test_what_is_asked_about_and_not_in_the_catalog_is_said_to_be_read_by_its_text() -> None:
+    recommender = a_recommender()
+    known, unknown = recommender.predict(recommender.read(["wolf"]), [" BEAR ", "fish and fire"])
+    assert (known.given, known.text, known.exact) == ("BEAR", "bear", True)
+    assert (unknown.given, unknown.exact) == ("fish and fire", False)
+    assert unknown.text in TITLES
+
+
+def test_reasons_are_the_same_whether_histories_are_scored_at_once_or_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recommender = a_recommender()
+    events = recommender.read(["wolf", "red sun", "fox", "blue moon"])
+    at_once = recommender.top(events, 4, because=4)
+    monkeypatch.setattr("server.recommending._SCORES_AT_ONCE", 1)
+    assert [r.because for r in recommender.top(events, 4, because=4)] == [r.because for r in at_once]
+
+
+def test_a_title_shared_by_several_items_is_the_first_and_a_whole_title_goes_before_one_without_its_year() -> (
+    None
+):
+    recommender = a_recommender(("red sun (1990)", "red sun", "wolf", "wolf", "wolf cub"))
+    assert [event.row for event in recommender.read(["red sun", "Wolf", "red sun (1990)"])] == [1, 2, 0]
+
+
 def test_a_category_model_refuses_lists_of_items_and_unknown_categories_in_words() -> None:
     recommender = a_recommender(task="next-category")
     events = recommender.read(["wolf"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -111,3 +112,31 @@ def test_the_cache_gives_the_same_and_knows_texts_and_models_apart(tmp_path: Pat
     item_vectors(lm, TEXTS[1:], 6, cache=tmp_path)
     item_vectors(tiny_language_model("bert", seed=1), TEXTS, 6, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_catalog_read_part_by_part_gives_the_same_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_language_model("bert")
+    texts = ["", *TEXTS, " ", "red sun"]
+    whole = item_vectors(lm, texts, 6, cache=tmp_path / "whole")
+    monkeypatch.setattr("common.models.item_vectors._ROWS_AT_ONCE", 4)
+    parts = item_vectors(lm, texts, 6, cache=tmp_path / "parts")
+    torch.testing.assert_close(parts.vectors, whole.vectors, rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts.projection(torch.ones(16)), whole.projection(torch.ones(16)))
+
+
+def test_what_the_model_said_is_mapped_from_the_cache_and_never_written_to(tmp_path: Path) -> None:
+    lm = tiny_language_model("bert")
+    item_vectors(lm, TEXTS, 6, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    assert np.load(file, mmap_mode="r").shape == (len(TEXTS), 16)
+    item_vectors(lm, TEXTS, 6, cache=tmp_path).vectors.zero_()
+    assert file.read_bytes() == before
+
+
+def test_rounding_between_texts_that_are_all_alike_is_no_direction() -> None:
+    x = pooled(1).expand(40, -1) + 1e-7 * torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    made = project(x, 4)
+    torch.testing.assert_close(made.vectors, made.vectors[:1].expand_as(made.vectors))
