@@ -250,7 +250,11 @@ def run(
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"Next: fedtide audit receipts {done.path}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Next: fedtide audit receipts {done.path} --registry {server.registry}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -257,6 +258,23 @@ class Deployment:
         """Whether a `fedtide server up` holds this folder."""
         with open_locked(self.folder / "up.lock") as mine:
             return not mine
+
+    def answers(self) -> bool:
+        """Whether SuperLink answers on both its ports, with a certificate that the authority signed."""
+        import ssl
+        import urllib.request
+
+        context = ssl.create_default_context(cafile=str(self.authority))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
+        try:
+            with opener.open(f"https://{self.control}/health", timeout=5):
+                pass
+            with socket.create_connection(("127.0.0.1", self.fleet_port), timeout=5):
+                return True
+        except OSError:
+            return False
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from common.bundle import APP_NAME, REGISTRY_DIR, RUN_DIR, build_bundle
 from common.config import Plan, PlanError, read_plan
 from server.aggregation import check_aggregation
-from server.deployment import Deployment, DeploymentError, NotRunningError, open_locked
+from server.deployment import Deployment, NotRunningError, open_locked
 from server.nodes import FlowerRun, flower_runs
 from server.registry import RegistryReader
 from server.runs import INCOMPLETE, RunError, RunFolder
@@ -205,12 +205,12 @@ def _flower_says(server: Deployment, flower_id: int) -> tuple[str, str]:
     try:
         (found,) = server.flower("ls", options=("--run-id", str(flower_id)))["runs"]
     except NotRunningError as error:
+        if server.running():  # SuperLink is being restarted
+            return "unknown", ""
         raise LaunchError(
             f"the server went down; start it with `fedtide server up {server.folder}`, and run the same command again: "
             "the run goes on where it stopped"
         ) from error
-    except DeploymentError:  # SuperLink is being restarted
-        return "unknown", ""
     return str(found["status"]), str(found["status-details"])
 
 

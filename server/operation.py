@@ -6,11 +6,8 @@ import errno
 import logging
 import signal
 import socket
-import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 
 from common.supervision import Supervised, wait_until
@@ -89,7 +86,7 @@ def _operate(server: Deployment, end: threading.Event, on_ready: Callable[[], No
     metrics = serve_metrics(server)
     try:
         superlink.start()
-        _wait(superlink, lambda: answers(server), end)
+        _wait(superlink, server.answers, end)
         if not end.is_set():
             superexec.start()
             began = time.monotonic()
@@ -128,23 +125,8 @@ def _tend(server: Deployment, superlink: Supervised, superexec: Supervised, end:
         if time.monotonic() > look:
             look = time.monotonic() + _NODES_SECONDS
             try:
-                if any(pending_changes(server)) and answers(server):
+                if any(pending_changes(server)) and server.answers():
                     register_nodes(server)
             except (DeploymentError, OSError) as error:
                 _log.warning("a node could not be registered: %s", error)
                 look = time.monotonic() + _NODES_AGAIN_SECONDS
-
-
-def answers(server: Deployment) -> bool:
-    """Whether SuperLink answers on both its ports, with a certificate that the authority signed."""
-    context = ssl.create_default_context(cafile=str(server.authority))
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
-    try:
-        with opener.open(f"https://{server.control}/health", timeout=5):
-            pass
-        with socket.create_connection(("127.0.0.1", server.fleet_port), timeout=5):
-            return True
-    except (OSError, urllib.error.URLError):
-        return False

@@ -13,6 +13,9 @@ from server.launch import Watcher
 from server.runs import RunFolder
 from server.status import counted
 
+_NAMES = 16
+"""What fits a terminal of eighty columns."""
+
 
 class ConsoleWatcher(Watcher):
     """Prints as the run goes on."""
@@ -43,17 +46,18 @@ class ConsoleWatcher(Watcher):
 def round_row(record: dict[str, Any], *, header: bool) -> Table:
     """One round as a table of one row."""
     reasons = counted(Counter(each["reason"] for each in record["left_out"]))
+    names = ", ".join(sorted(record["admitted"])) or "none"
     cells = {
         "#": (3, str(record["round"])),
         "phase": (11, record["phase"]),
-        "admitted": (20, ", ".join(record["admitted"]) or "none"),
-        "left out": (16, reasons),
+        "admitted": (_NAMES, names if len(names) <= _NAMES else f"{len(record['admitted'])} sites"),
+        "left out": (14, reasons),
         "missing": (7, str(record["missing"])),
-        "kB down": (8, f"{record['bytes_down'] / 1000:,.0f}"),
-        "kB up": (8, f"{record['bytes_up'] / 1000:,.0f}"),
+        "kB down": (7, f"{record['bytes_down'] / 1000:,.0f}"),
+        "kB up": (6, f"{record['bytes_up'] / 1000:,.0f}"),
         "s": (6, f"{record['seconds']:.1f}"),
     }
-    table = Table(show_header=header, box=None, padding=(0, 1))
+    table = Table(show_header=header, box=None, padding=(0, 1, 0, 0))
     for name, (width, _) in cells.items():
         words = name in ("phase", "admitted", "left out")
         table.add_column(name, width=width, justify="left" if words else "right", overflow="fold")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +14,7 @@ from server.overview import Overview, RunLine
 def print_overview(console: Console, found: Overview) -> None:
     """Prints what `overview` found."""
     console.print("The server is [bold]up[/bold]." if found.up else "The server is [bold]down[/bold].")
-    sites = Table(title="sites")
+    sites = Table(title="sites", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("site", "key", "node", "last heartbeat", ""):
         sites.add_column(column)
     for site in found.sites:
@@ -24,13 +25,14 @@ def print_overview(console: Console, found: Overview) -> None:
             _ago(site.heartbeat),
             "barred" if site.barred else "",
         )
-    runs = Table(title="runs")
-    for column in ("run", "state", "rounds", "admitted", "left out", "missing", "kB down", "kB up", "s"):
-        runs.add_column(column, justify="left" if column in ("run", "state", "left out") else "right")
+    runs = Table(title="runs", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("run", "state", "rounds", "admitted", "left out", "missing", "kB down/up", "s"):
+        words = column in ("run", "state", "left out")
+        runs.add_column(column, justify="left" if words else "right", overflow="fold")
     for run in found.runs:
         runs.add_row(
             run.name, run.state, f"{run.aggregated}/{run.rounds}", str(run.admitted), counted(run.refusals),
-            str(run.missing), f"{run.bytes_down / 1000:,.0f}", f"{run.bytes_up / 1000:,.0f}", f"{run.seconds:,.0f}",
+            str(run.missing), f"{run.bytes_down / 1000:,.0f}/{run.bytes_up / 1000:,.0f}", f"{run.seconds:,.0f}",
         )  # fmt: skip
     console.print(sites)
     console.print(runs)
@@ -46,9 +48,9 @@ def counted(reasons: dict[str, int]) -> str:
 
 def _note(run: RunLine) -> str:
     if run.state == "failed":
-        return f"{run.name}: {run.reason}"
+        return f"{run.name}: {run.reason}; `fedtide server run` with the same plan goes on with it"
     if run.state == "interrupted":
-        return f"{run.name}: it is not at work; `fedtide server run` with the same plan continues it"
+        return f"{run.name}: it is not at work; `fedtide server run` with the same plan goes on with it"
     return ""
 
 
