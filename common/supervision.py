@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -61,8 +62,6 @@ class Supervised:
 
     def start(self) -> None:
         """Starts the process."""
-        if self.log.is_file() and self.log.stat().st_size > _LOG_KEPT:
-            self.log.replace(self.log.with_name(f"{self.log.name}.1"))
         descriptor = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self._process = subprocess.Popen(
@@ -80,11 +79,12 @@ class Supervised:
         self._began, self._next = time.monotonic(), 0.0
 
     def tend(self) -> bool:
-        """Restarts the process if it has died and its wait is over. Call it often.
+        """Restarts the process if it has died and its wait is over, and keeps its log short. Call it often.
 
         Returns:
             Whether it was restarted.
         """
+        self._keep_log_short()
         if self.pid is not None:
             return False
         now = time.monotonic()
@@ -102,6 +102,12 @@ class Supervised:
         self.restarts += 1
         self.start()
         return True
+
+    def _keep_log_short(self) -> None:
+        """The process holds its log open, so the log is copied aside and emptied; lines between may be lost."""
+        if self.log.stat().st_size > _LOG_KEPT:
+            shutil.copy(self.log, self.log.with_name(f"{self.log.name}.1"))
+            os.truncate(self.log, 0)
 
     def stop(self, patience: float = 10.0) -> None:
         """Ends the process and all that it started."""
