@@ -24,7 +24,7 @@ def popularity_scorer(held_out: HeldOut, items: int) -> Scorer:
     Items by their exact count; for `interest` the item's smoothed rate of likes; for `next-category` categories by
     their count.
     """
-    training, _ = held_out.split("validation")
+    training = held_out.training()
     if held_out.labels is not None:
         labels = held_out.labels.labels(training)
         known = ~np.isnan(labels)
@@ -66,7 +66,7 @@ def train_without_privacy(
         items: size of the catalog.
     """
     model = copy.deepcopy(start)
-    training, _ = held_out.split("validation")
+    training = held_out.training()
     device = next(iter(model.buffers())).device
     batch = model.prepare(held_out.batch(training, np.arange(len(training))).to(device))
     optimiser = torch.optim.AdamW(model.trainable().values(), lr=learning_rate, weight_decay=0.0)

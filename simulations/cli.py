@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from simulations.outcome import Outcome
 
 simulate_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -70,6 +73,17 @@ def simulate(
     baseline_epochs: Annotated[
         int, typer.Option(help="Of the same model without privacy; 0: leave out.")
     ] = 15,
+    split: Annotated[
+        str, typer.Option(help="leave-one-out, or temporal: train before a moment, foretell after it.")
+    ] = "leave-one-out",
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Validate over this many folds of users, each judged by users at no site."),
+    ] = None,
+    test: Annotated[
+        bool,
+        typer.Option("--test/--no-test", help="Look at the test split at the end; else validation only."),
+    ] = True,
     cpus: Annotated[int | None, typer.Option(help="For Flower's engine.")] = None,
     runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
     offline: Annotated[bool, typer.Option(help="Fetch nothing; use what is on this machine.")] = False,
@@ -122,16 +136,24 @@ def simulate(
         raise UserError("--n-sites must be at least 1, --baseline-epochs at least 0, --site-budget above 0")
     if dataset not in ("movielens-100k", "online-retail"):
         raise UserError(f"data set {dataset!r} is unknown: choose movielens-100k or online-retail")
+    if split not in ("leave-one-out", "temporal"):
+        raise UserError(f"split {split!r} is unknown: choose leave-one-out or temporal")
+    if folds is not None and (folds < 2 or split != "leave-one-out" or sites is not None):
+        raise UserError(
+            f"--folds {folds} must be at least 2, and folds go with leave-one-out and sites of their own: leave "
+            "--split and --sites out"
+        )
     plan = make_plan(values)
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     from rich.console import Console
 
-    from simulations.console import ConsoleWatcher, print_outcome
+    from simulations.console import SHOWN_COLUMNS, ConsoleWatcher, print_outcome
     from simulations.datasets import load_movielens_100k, load_own
     from simulations.federation import SimulationOptions
     from simulations.federation import simulate as run_simulation
+    from simulations.folds import folds_table, simulate_folds, spread
     from simulations.online_retail import load_online_retail
 
     console = Console(stderr=as_json)
@@ -151,35 +173,53 @@ def simulate(
         sites=sites,
         site_budget=site_budget,
         baseline_epochs=baseline_epochs,
+        split="temporal" if split == "temporal" else "leave-one-out",
+        test=test and folds is None,
         cpus=cpus or os.cpu_count() or 1,
         offline=offline,
     )
+    outcomes: list[Outcome] = []
     watcher = ConsoleWatcher(console, plan.rounds)
+
+    def next_watcher(number: int) -> ConsoleWatcher:
+        console.rule(f"fold {number} of {folds}")
+        return watcher
+
     try:
         with watcher.showing():
-            outcome = run_simulation(data, plan, options, watcher)
+            if folds is None:
+                outcomes = [run_simulation(data, plan, options, watcher)]
+            else:
+                outcomes = simulate_folds(data, plan, options, folds, next_watcher)
     except ValueError as error:
         if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
             raise UserError(str(error)) from error
         raise
-    print_outcome(console, outcome)
+    for outcome in outcomes:
+        print_outcome(console, outcome)
+    if folds is not None:
+        console.print(folds_table(outcomes, SHOWN_COLUMNS - 1))
     if as_json:
-        from simulations.report import verdicts
-
+        found = [_as_json(outcome) for outcome in outcomes]
         typer.echo(
-            json.dumps(
-                {
-                    "run": str(outcome.run.path),
-                    "epsilon": outcome.privacy.epsilon,
-                    "delta": plan.privacy.delta,
-                    "noise_multiplier": outcome.plan.privacy.noise_multiplier,
-                    "steps": plan.steps,
-                    "sites": [{"site": s.name, "users": s.users, "events": s.events} for s in outcome.sites],
-                    "test": {name: quality.as_json() for name, quality in outcome.test.items()},
-                    "verdicts": verdicts(outcome),
-                    "bytes_down": outcome.bytes_down,
-                    "bytes_up": outcome.bytes_up,
-                    "seconds": outcome.seconds,
-                }
-            )
+            json.dumps(found[0] if folds is None else {"folds": found, "validation": spread(outcomes)})
         )
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    from simulations.report import verdicts
+
+    return {
+        "run": str(outcome.run.path),
+        "epsilon": outcome.privacy.epsilon,
+        "delta": outcome.plan.privacy.delta,
+        "noise_multiplier": outcome.plan.privacy.noise_multiplier,
+        "steps": outcome.plan.steps,
+        "sites": [{"site": s.name, "users": s.users, "events": s.events} for s in outcome.sites],
+        "split": outcome.split,
+        outcome.part: {name: quality.as_json() for name, quality in outcome.results.items()},
+        "verdicts": verdicts(outcome),
+        "bytes_down": outcome.bytes_down,
+        "bytes_up": outcome.bytes_up,
+        "seconds": outcome.seconds,
+    }

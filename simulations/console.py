@@ -22,10 +22,18 @@ from common.events.cleaning import CleaningReport
 from simulations.follower import Watcher
 from simulations.outcome import Outcome
 from simulations.quality import Quality
-from simulations.report import PROTECTION, RESEARCHER_SIDE, cost_rows, quality_header, quality_rows, verdicts
+from simulations.report import (
+    PROTECTION,
+    cost_rows,
+    quality_header,
+    quality_rows,
+    researcher_side,
+    results_title,
+    verdicts,
+)
 from simulations.sites import SimulatedSite
 
-_SHOWN_COLUMNS = 5
+SHOWN_COLUMNS = 5
 """What fits a terminal of eighty columns: the model's name and four metrics."""
 
 
@@ -118,13 +126,13 @@ def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Tab
 def print_outcome(console: Console, outcome: Outcome) -> None:
     """The table of results, the verdicts, the costs, and where everything is."""
     header, *rows = quality_header(outcome), *quality_rows(outcome)
-    table = Table(title="results (test split, looked at once)")
-    for place, name in enumerate(header[:_SHOWN_COLUMNS]):
+    table = Table(title=results_title(outcome))
+    for place, name in enumerate(header[:SHOWN_COLUMNS]):
         table.add_column(name, justify="left" if place == 0 else "right")
     for row in rows:
-        table.add_row(*row[:_SHOWN_COLUMNS], style="bold" if row[0] == "Fedtide" else None)
-    if len(header) > _SHOWN_COLUMNS:
-        table.caption = f"{', '.join(header[_SHOWN_COLUMNS:])}: in summary.md"
+        table.add_row(*row[:SHOWN_COLUMNS], style="bold" if row[0] == "Fedtide" else None)
+    if len(header) > SHOWN_COLUMNS:
+        table.caption = f"{', '.join(header[SHOWN_COLUMNS:])}: in summary.md"
     console.print(table)
     for line in verdicts(outcome):
         console.print(line, highlight=False)
@@ -133,7 +141,7 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         cost.add_row(name, value)
     console.print(cost)
     console.print(PROTECTION, highlight=False)
-    console.print(RESEARCHER_SIDE, highlight=False)
+    console.print(researcher_side(outcome), highlight=False)
     for note in outcome.notes:
         console.print(f"Note: {note}", highlight=False)
     console.print(f"[bold]Everything is in {outcome.run.path}[/bold]", highlight=False, soft_wrap=True)

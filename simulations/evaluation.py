@@ -1,14 +1,13 @@
 """How good a recommender is, on the researcher's side: held-out events of a simulation's public data.
 
-Leave-one-out: a user's last event is the test, the one before it the validation. Ranking is against the full
-catalog, seen items masked, ties at mid-rank. No site takes part, and nothing here is a release.
+Which events are held out is the split's (`simulations.splits`). Ranking is against the full catalog, seen items
+masked, ties at mid-rank. No site takes part, and nothing here is a release.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,8 @@ from common.metrics import ranks, top_lists
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from simulations.quality import TOP, Quality, category_quality, interest_quality, ranking_quality
+from simulations.splits import LeaveOneOut, Part, Split
 
-Split = Literal["validation", "test"]
 Scorer = Callable[[HistoryBatch, Tensor], Tensor]
 """From histories, and the item [users] that each is asked about, to what the task predicts: scores of candidates
 [users, candidates], which do not look at that item; or, for `interest`, the probability [users] that it is liked."""
@@ -33,7 +32,7 @@ _USERS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Whole histories of a simulation's users, from which each split is cut, and what is asked of them.
+    """Whole histories of a simulation's users, what is held out of them, and what is asked of it.
 
     Attributes:
         whole: [users] histories with every event.
@@ -42,6 +41,7 @@ class HeldOut:
         labels: how events are labelled, for `interest`.
         membership: [items, categories] bool, for `next-category`.
         vectors: [items, width], for the diversity of lists; None leaves it out.
+        split: which events are held out.
     """
 
     whole: Histories
@@ -50,6 +50,7 @@ class HeldOut:
     labels: LabelRule | None = None
     membership: npt.NDArray[np.bool_] | None = None
     vectors: npt.NDArray[np.float32] | None = None
+    split: Split = LeaveOneOut()
 
     @classmethod
     def of(
@@ -59,6 +60,7 @@ class HeldOut:
         *,
         vectors: Tensor | None = None,
         membership: Tensor | None = None,
+        split: Split | None = None,
     ) -> HeldOut:
         """For a plan's task, over a built model's vectors."""
         return cls(
@@ -68,24 +70,23 @@ class HeldOut:
             labels=plan.label_rule,
             membership=None if membership is None else membership.numpy(),
             vectors=None if vectors is None else vectors.numpy(),
+            split=split or LeaveOneOut(),
         )
 
-    def split(self, split: Split) -> tuple[Histories, npt.NDArray[np.int64]]:
-        """Histories to predict from, and the item that came next; users too short to hold out two are left out."""
-        histories, chosen, places = self._cut(split)
-        return histories, chosen.items[places].astype(np.int64)
+    def training(self) -> Histories:
+        """What sites hold, all together."""
+        return self.split.training(self.whole)
 
-    def split_labels(self, split: Split) -> npt.NDArray[np.float32]:
+    def part(self, part: Part) -> tuple[Histories, npt.NDArray[np.int64]]:
+        """Histories to predict from, and the item that came next."""
+        judged = self.split.judged(self.whole, part)
+        return judged.without_last(1)[0], judged.items[judged.offsets[1:] - 1].astype(np.int64)
+
+    def part_labels(self, part: Part) -> npt.NDArray[np.float32]:
         """[users] labels of the items that came next, NaN where unknown."""
         assert self.labels is not None
-        _, chosen, places = self._cut(split)
-        return self.labels.labels(chosen)[places]
-
-    def _cut(self, split: Split) -> tuple[Histories, Histories, npt.NDArray[np.int64]]:
-        chosen = self.whole.select(np.flatnonzero(self.whole.lengths >= 3))
-        back = 1 if split == "test" else 2
-        kept, _ = chosen.without_last(back)
-        return kept, chosen, chosen.offsets[1:] - back
+        judged = self.split.judged(self.whole, part)
+        return self.labels.labels(judged)[judged.offsets[1:] - 1]
 
     def batch(self, histories: Histories, rows: npt.NDArray[np.int64]) -> HistoryBatch:
         """Some users' histories as a model reads them."""
@@ -95,7 +96,7 @@ class HeldOut:
         )
 
 
-def evaluate(scorer: Scorer, held_out: HeldOut, split: Split, items: int) -> Quality:
+def evaluate(scorer: Scorer, held_out: HeldOut, part: Part, items: int) -> Quality:
     """How well a scorer foretells what each user did next.
 
     For `next-item` the held-out item is ranked among all that the user has not had; for `interest` users whose
@@ -105,9 +106,9 @@ def evaluate(scorer: Scorer, held_out: HeldOut, split: Split, items: int) -> Qua
         scorer: see `Scorer`.
         items: size of the catalog.
     """
-    histories, targets = held_out.split(split)
+    histories, targets = held_out.part(part)
     if held_out.task == "interest":
-        labels = held_out.split_labels(split)
+        labels = held_out.part_labels(part)
         known = np.flatnonzero(~np.isnan(labels))
         found = _predict(scorer, held_out, histories, targets, known)
         return interest_quality(np.concatenate(found), labels[known].astype(np.int64))
@@ -128,12 +129,11 @@ def evaluate(scorer: Scorer, held_out: HeldOut, split: Split, items: int) -> Qua
             seen[place, histories.history(int(row))] = True
         all_ranks.append(ranks(scores, targets[rows], seen))
         lists.append(top_lists(scores, min(TOP, items), seen))
-    training, _ = held_out.split("validation")
     return ranking_quality(
         np.concatenate(all_ranks),
         np.concatenate(lists),
         items,
-        popularity=np.bincount(training.items, minlength=items),
+        popularity=np.bincount(held_out.training().items, minlength=items),
         vectors=held_out.vectors,
     )
 

@@ -17,6 +17,7 @@ from client.app import SITES_FOLDER
 from common.assets import home, language_model
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy
+from common.events.histories import Histories
 from common.models.build import BuiltModel, build_model, category_membership, item_texts
 from server.aggregation import check_aggregation
 from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
@@ -25,13 +26,15 @@ from server.runs import RunError, RunFolder, append_line
 from simulations.baselines import Epoch, popularity_scorer, train_without_privacy
 from simulations.datasets import Dataset
 from simulations.engines import run_in_this_process, run_with_flower
-from simulations.evaluation import HeldOut, evaluate, model_scorer
+from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
 from simulations.follower import Follower, Watcher, load_checkpoint
 from simulations.outcome import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome
 from simulations.partition import divide
 from simulations.privacy_record import privacy_record
+from simulations.quality import Quality
 from simulations.report import write_report
 from simulations.sites import SimulatedSite, make_sites, whole_histories
+from simulations.splits import Fold, LeaveOneOut, Split, Temporal
 
 Engine = Literal["flower", "inline"]
 
@@ -47,6 +50,9 @@ class SimulationOptions:
         sites: folder of sites that outlive the run; None for new ones inside the run.
         site_budget: epsilon cap of new sites' ledgers; None for the smallest that admits the plan.
         baseline_epochs: of the same model without privacy; 0 for none.
+        split: which events are held out: "leave-one-out" or "temporal".
+        fold: (number from 1, folds): leave-one-out over users of one fold, who are at no site; None for all users.
+        test: whether to look at the test split at the end.
         cpus: for Flower's engine.
     """
 
@@ -59,6 +65,9 @@ class SimulationOptions:
     sites: Path | None = None
     site_budget: float | None = None
     baseline_epochs: int = 15
+    split: Literal["leave-one-out", "temporal"] = "leave-one-out"
+    fold: tuple[int, int] | None = None
+    test: bool = True
     cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
     offline: bool = False
 
@@ -81,6 +90,7 @@ def simulate(
     watcher.on_phase("reading the log")
     policy = CleaningPolicy(minimum_events=5)
     whole, report = whole_histories(dataset, policy, options.seed)
+    split = _split(options, whole)
     division = divide(
         dataset, options.sites_by, options.n_sites, options.seed, options.alpha, plan.privacy.users_per_site
     )
@@ -109,6 +119,7 @@ def simulate(
         root,
         registry,
         catalog_file,
+        split,
         budget=options.site_budget,
         seed=options.seed,
     )
@@ -120,6 +131,7 @@ def simulate(
         membership=category_membership(dataset.catalog.categories)
         if plan.model.task == "next-category"
         else None,
+        split=split,
     )
     run.save_round(0, built.model.trainable_state())
     follower = _run_and_watch(run, plan, options, root, sites, built, held_out, watcher)
@@ -128,6 +140,17 @@ def simulate(
     return _conclude(
         run, plan, options, sites, registry, built, held_out, items, follower, began, dataset.notes
     )
+
+
+def _split(options: SimulationOptions, whole: Histories) -> Split:
+    if options.fold is not None:
+        if options.split != "leave-one-out" or options.sites is not None or options.test:
+            raise ValueError(
+                "folds of users are for validation by leave-one-out, and each has sites of its own: give neither "
+                "--split temporal nor --sites, and no look at the test split"
+            )
+        return Fold.of(whole, *options.fold, options.seed)
+    return Temporal.of(whole) if options.split == "temporal" else LeaveOneOut()
 
 
 def _run_and_watch(
@@ -182,21 +205,27 @@ def _conclude(
     from simulations.plots import training_curves
 
     model = built.model
-    popular = popularity_scorer(held_out, items)
-    baselines = {POPULARITY: evaluate(popular, held_out, "validation", items), CONTENT: follower.qualities[0]}
-    test = {POPULARITY: evaluate(popular, held_out, "test", items)}
+    validation: dict[str, Quality] = {}
+    test: dict[str, Quality] = {}
+
+    def judge(name: str, scorer: Scorer) -> None:
+        validation[name] = evaluate(scorer, held_out, "validation", items)
+        if options.test:
+            test[name] = evaluate(scorer, held_out, "test", items)
+
+    judge(POPULARITY, popularity_scorer(held_out, items))
     load_checkpoint(model, run, plan, 0, items)
-    test[CONTENT] = evaluate(model_scorer(model, plan.model.task), held_out, "test", items)
+    judge(CONTENT, model_scorer(model, plan.model.task))
     if options.baseline_epochs:
         epochs: list[Epoch] = []
         open_model = train_without_privacy(
             model, held_out, items, epochs=options.baseline_epochs, on_epoch=epochs.append
         )
         training_curves(run.path / "training-curves.png", epochs)
-        baselines[OPEN] = evaluate(model_scorer(open_model, plan.model.task), held_out, "validation", items)
-        test[OPEN] = evaluate(model_scorer(open_model, plan.model.task), held_out, "test", items)
+        judge(OPEN, model_scorer(open_model, plan.model.task))
+    baselines = dict(validation)
     load_checkpoint(model, run, plan, None, items)
-    test[FEDTIDE] = evaluate(model_scorer(model, plan.model.task), held_out, "test", items)
+    judge(FEDTIDE, model_scorer(model, plan.model.task))
     records = list(run.records())
     outcome = Outcome(
         run=run,
@@ -205,7 +234,9 @@ def _conclude(
         validation=follower.qualities,
         epsilons=follower.epsilons,
         baselines_validation=baselines,
+        final_validation=validation,
         test=test,
+        split=held_out.split.words,
         privacy=privacy_record(run, plan, registry),
         bytes_down=sum(record["bytes_down"] for record in records),
         bytes_up=sum(record["bytes_up"] for record in records),
@@ -214,7 +245,7 @@ def _conclude(
     )
     append_line(
         run.path / "metrics.jsonl",
-        {"final": True, "test": {name: quality.as_json() for name, quality in test.items()}},
+        {"final": True, outcome.part: {name: quality.as_json() for name, quality in outcome.results.items()}},
     )
     (run.path / "privacy.json").write_text(json.dumps(outcome.privacy.as_json(), indent=2) + "\n")
     write_report(outcome)

@@ -9,6 +9,7 @@ from server.runs import RunFolder
 from simulations.privacy_record import PrivacyRecord
 from simulations.quality import Quality
 from simulations.sites import SimulatedSite
+from simulations.splits import Part
 
 FEDTIDE = "Fedtide"
 """The private model's row in tables."""
@@ -23,7 +24,9 @@ class Outcome:
     Attributes:
         run: its folder, finished.
         validation, epsilons: quality and PLD epsilon after each exchange, from the start.
-        test: name -> quality, looked at once, at the end.
+        final_validation: name -> quality at the end.
+        test: name -> quality, looked at once, at the end; empty where it was not looked at.
+        split: which events were held out, in words.
         privacy: events and epsilons of every site.
     """
 
@@ -33,9 +36,21 @@ class Outcome:
     validation: list[Quality]
     epsilons: list[float]
     baselines_validation: dict[str, Quality]
+    final_validation: dict[str, Quality]
     test: dict[str, Quality]
+    split: str
     privacy: PrivacyRecord
     bytes_down: int
     bytes_up: int
     seconds: float
     notes: tuple[str, ...]
+
+    @property
+    def part(self) -> Part:
+        """What the results are of: the test split, or the validation where nobody looked at the test."""
+        return "test" if self.test else "validation"
+
+    @property
+    def results(self) -> dict[str, Quality]:
+        """name -> quality at the end, of `part`."""
+        return self.test or self.final_validation

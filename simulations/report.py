@@ -31,9 +31,9 @@ def write_report(outcome: Outcome) -> None:
 
 
 def quality_rows(outcome: Outcome) -> list[tuple[str, ...]]:
-    """Rows of the table of results on the test split: name, then each metric with its standard error."""
+    """Rows of the table of results: name, then each metric with its standard error."""
     rows = []
-    for name, quality in outcome.test.items():
+    for name, quality in outcome.results.items():
         cells = []
         for metric in quality.metrics.values():
             error = metric.standard_error
@@ -44,14 +44,14 @@ def quality_rows(outcome: Outcome) -> list[tuple[str, ...]]:
 
 def quality_header(outcome: Outcome) -> tuple[str, ...]:
     """Names of the columns of `quality_rows`."""
-    return ("model", *next(iter(outcome.test.values())).metrics)
+    return ("model", *next(iter(outcome.results.values())).metrics)
 
 
 def verdicts(outcome: Outcome) -> list[str]:
     """Plain sentences: the private model against each baseline, paired over users."""
-    own = outcome.test[FEDTIDE].per_user
+    own = outcome.results[FEDTIDE].per_user
     said = []
-    for name, quality in outcome.test.items():
+    for name, quality in outcome.results.items():
         if name == FEDTIDE:
             continue
         paired = paired_difference(own, quality.per_user)
@@ -127,10 +127,24 @@ PROTECTION = (
     "malicious server included; adding or removing one user with all events. One person at k sites composes over "
     "the k."
 )
-RESEARCHER_SIDE = (
-    "Quality is measured on the researcher's side, on held-out events of public data (leave-one-out, full catalog, "
-    "seen items masked, ties at mid-rank). In a deployment nobody outside a site has these events."
-)
+_LOOKED_AT = {
+    "test": "test split, looked at once",
+    "validation": "validation; nobody looked at the test split",
+}
+
+
+def researcher_side(outcome: Outcome) -> str:
+    """How quality is measured, in words."""
+    return (
+        "Quality is measured on the researcher's side, on held-out events of public data "
+        f"({outcome.split}; full catalog, seen items masked, ties at mid-rank). In a deployment nobody outside a "
+        "site has these events."
+    )
+
+
+def results_title(outcome: Outcome) -> str:
+    """What the table of results is of."""
+    return f"results ({_LOOKED_AT[outcome.part]})"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -143,8 +157,8 @@ def summary(outcome: Outcome) -> str:
     users = [site.users for site in outcome.sites]
     parts = [
         f"# {outcome.run.name}",
-        f"{len(users)} sites, {sum(users)} users ({min(users)} to {max(users)} a site). {RESEARCHER_SIDE}",
-        "## Quality (test split, looked at once)",
+        f"{len(users)} sites, {sum(users)} users ({min(users)} to {max(users)} a site). {researcher_side(outcome)}",
+        f"## Quality: {results_title(outcome)}",
         _table(quality_header(outcome), quality_rows(outcome)),
         "\n".join(f"- {line}" for line in verdicts(outcome)),
         "No privacy: the same model, trained on all users' pooled events, its best epoch chosen on validation; the "

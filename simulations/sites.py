@@ -23,9 +23,10 @@ from common.planning import smallest_budget
 from server.registry import Registry
 from simulations.datasets import Dataset
 from simulations.partition import log_of_site
+from simulations.splits import LeaveOneOut, Split
 
-HELD_OUT_EVENTS = 2
-"""The last two events of each user stay with the researcher: validation and test."""
+SPLIT_FILE = "split.txt"
+"""Names, beside sites that outlive a run, the split that they were made under."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def make_sites(
     root: Path,
     registry: Registry,
     catalog_file: Path,
+    split: Split,
     *,
     budget: float | None,
     seed: int,
@@ -69,15 +71,30 @@ def make_sites(
     Args:
         sites: [users of dataset.users] from `partition.divide`.
         plan: calibrated.
+        split: what of each user's events a site may hold.
         budget: epsilon cap of each new site's ledger; None for the smallest that admits the plan.
 
     Raises:
-        SiteError: a site has fewer users than the plan counts on, or the folder holds other sites.
+        SiteError: a site has fewer users than the plan counts on, or the folder holds other sites, or sites that
+            may hold what this split keeps back.
     """
     count = int(sites.max()) + 1
     found = sorted(path for path in root.glob("[0-9]*") if path.is_dir())
     if found and len(found) != count:
         raise SiteError(f"{root} holds {len(found)} sites, but {count} are asked for: choose another folder")
+    remembered = root / SPLIT_FILE
+    if not found:
+        root.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(split.name + "\n", encoding="utf-8")
+    else:
+        made_under = (
+            remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else LeaveOneOut().name
+        )
+        if made_under != split.name:
+            raise SiteError(
+                f"the sites in {root} were made under the split {made_under}, and may hold events that the split "
+                f"{split.name} keeps back: choose another folder"
+            )
     if not found and budget is None:
         budget, _ = smallest_budget(plan.events(), plan.privacy.delta)
     made = []
@@ -88,7 +105,7 @@ def make_sites(
             histories, _ = clean(
                 log_of_site(dataset, sites, number), dataset.catalog, policy, simulated_secret(seed)
             )
-            training, _ = histories.without_last(HELD_OUT_EVENTS)
+            training = split.training(histories)
             if len(training) < plan.privacy.users_per_site:
                 raise SiteError(
                     f"{name} has {len(training)} users, but the plan's sampling counts on at least "

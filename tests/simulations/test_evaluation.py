@@ -58,7 +58,7 @@ def test_padded_labels_stand_beside_the_items_they_belong_to() -> None:
 def test_the_item_asked_about_is_the_one_after_the_history() -> None:
     held_out = HeldOut(some_histories(), max_events=4)
     for split, targets in (("test", [3, 1, 1]), ("validation", [2, 0, 2])):
-        histories, found = held_out.split(split)  # type: ignore[arg-type]
+        histories, found = held_out.part(split)  # type: ignore[arg-type]
         assert found.tolist() == targets  # the user with two events is left out
         for row, target in enumerate(found):
             assert target not in histories.history(row)
