@@ -7,7 +7,7 @@ masked, ties at mid-rank. No site takes part, and nothing here is a release.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,7 @@ class HeldOut:
     labels: LabelRule | None = None
     membership: npt.NDArray[np.bool_] | None = None
     vectors: npt.NDArray[np.float32] | None = None
-    split: Split = LeaveOneOut()
+    split: Split = field(default_factory=LeaveOneOut)
 
     @classmethod
     def of(
