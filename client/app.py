@@ -1,16 +1,22 @@
 """The Flower ClientApp: finds the site's folder in the node's own configuration, and hands over to `site.py`.
 
-torch is imported when a message comes, not when Flower loads the app.
+Where the node's configuration names a resident worker, the worker computes and this process carries bytes alone.
+torch is imported when a message comes that is answered here, not when Flower loads the app.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+
+if TYPE_CHECKING:
+    from common.wire import Refusal, Request, Update
 
 app = ClientApp()
 
@@ -28,20 +34,68 @@ def site_folder(context: Context) -> Path:
     return Path(os.environ[SITES_FOLDER]) / f"{int(str(context.node_config['partition-id'])):05d}"
 
 
-def _answered(message: Message, context: Context) -> Message:
+def answered(
+    folder: Callable[[], Path],
+    content: RecordDict,
+    note: Callable[[Request | None, Update | Refusal], None] = lambda _request, _reply: None,
+) -> RecordDict:
+    """A site's answer to a message's content. Never raises, and tells no text.
+
+    Args:
+        folder: finds the site's.
+        note: told of the request, where it was one, and of the answer; for the site's own metrics.
+    """
     from client.site import Site, answer
-    from common.wire import Reason, Refusal, Update, WireError, answer_to_records, request_from_records
+    from common.wire import Reason, Refusal, WireError, answer_to_records, request_from_records
 
     reply: Update | Refusal
+    request: Request | None = None
     try:
-        reply = answer(Site.load(site_folder(context)), request_from_records(message.content))
+        site, request = Site.load(folder()), request_from_records(content)
+        reply = answer(site, request)
     except WireError:
         reply = Refusal(Reason.POLICY)
     except Exception as error:
         # Flower would send the exception's text to the server, and texts may depend on the data.
         _log.error("the site failed before or after its work: %s", type(error).__name__)
         reply = Refusal(Reason.FAILED)
-    return Message(answer_to_records(reply), reply_to=message)
+    note(request, reply)
+    return answer_to_records(reply)
+
+
+def content_to_bytes(content: RecordDict) -> bytes:
+    """A message's content as Flower serialises it."""
+    from flwr.common.serde import recorddict_to_proto
+
+    data: bytes = recorddict_to_proto(content).SerializeToString(deterministic=True)
+    return data
+
+
+def content_from_bytes(data: bytes) -> RecordDict:
+    """What `content_to_bytes` wrote."""
+    from flwr.common.serde import recorddict_from_proto
+    from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+
+
+def _answered_by_worker(socket: Path, content: RecordDict) -> RecordDict:
+    from client.worker import WorkerError, ask
+
+    try:
+        return content_from_bytes(ask(socket, content_to_bytes(content)))
+    except (WorkerError, OSError) as error:
+        from common.wire import Reason, Refusal, answer_to_records
+
+        _log.error("the site's worker did not answer: %s", error)
+        return answer_to_records(Refusal(Reason.FAILED))
+
+
+def _answered(message: Message, context: Context) -> Message:
+    worker = context.node_config.get("worker")
+    if worker:
+        return Message(_answered_by_worker(Path(str(worker)), message.content), reply_to=message)
+    return Message(answered(lambda: site_folder(context), message.content), reply_to=message)
 
 
 @app.query()  # type: ignore[untyped-decorator]

@@ -6,6 +6,7 @@ What is printed here is for the site's own administrator: counts of users and ev
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -325,6 +326,23 @@ def _draw(status: LedgerStatus, name: str, file: Path) -> None:
         figure.savefig(file, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"the plot {file} cannot be written ({error}): choose another path") from error
+
+
+@app.command()
+def up(
+    folder: Folder,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of loopback, for Prometheus; 0 for any free one.")
+    ] = 0,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
+) -> None:
+    """Run the site in the foreground: connect to the server, answer what the policy allows, until Ctrl-C.
+
+    What dies is started again. Everything ends with this command.
+    """
+    from client.agent import Agent
+
+    Agent(folder, metrics_port).run(sys.stderr, as_json=log_json)
 
 
 @app.command()

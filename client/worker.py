@@ -1,0 +1,192 @@
+"""A site's resident worker: keeps torch, models and histories warm, and answers one request at a time.
+
+It listens on a Unix socket in the site's folder that only the site's user can open; the kernel says who asks. A
+message is eight bytes of length, then the content. Which site it serves was said when it was started, never by a
+request. Killed at any point it leaves what a killed ClientApp leaves: a reservation that counts as spent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SOCKET = "worker/socket"
+"""Where the worker listens, in the site's folder."""
+
+LARGEST = 2**31 - 1
+"""Bytes of one message: what Flower's own serialisation holds."""
+
+_LENGTH = struct.Struct(">Q")
+_LONGEST_ADDRESS = 100
+_CHUNK = 1 << 20
+_PATIENCE = 60.0
+
+_log = logging.getLogger("fedtide.site")
+
+
+class WorkerError(RuntimeError):
+    """The worker cannot be reached, or broke off. Says nothing of what was computed."""
+
+
+@contextmanager
+def _address(path: Path) -> Iterator[str]:
+    """A path's address for a Unix socket, which is short: the folder goes by its descriptor where it must."""
+    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    if len(data) > LARGEST:
+        raise WorkerError(f"a message of {len(data)} bytes is too long")
+    connection.sendall(_LENGTH.pack(len(data)))
+    connection.sendall(data)
+
+
+def _receive(connection: socket.socket) -> bytes:
+    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    if length > LARGEST:
+        raise WorkerError("a message is too long")
+    return _exactly(connection, length)
+
+
+def _exactly(connection: socket.socket, length: int) -> bytes:
+    parts, missing = [], length
+    while missing:
+        part = connection.recv(min(missing, _CHUNK))
+        if not part:
+            raise WorkerError("the other side broke off")
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+def ask(path: Path, data: bytes, *, patience: float = _PATIENCE) -> bytes:
+    """The worker's answer to a message.
+
+    Args:
+        patience: seconds to wait for a worker that is being started; an answer itself may take any time.
+
+    Raises:
+        WorkerError: there is none, it is not the same user's, or it broke off: ask again with the same message.
+    """
+    end = time.monotonic() + patience
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with _address(path) as address:
+                connection.connect(address)
+            break
+        except OSError as error:
+            connection.close()
+            if time.monotonic() > end:
+                raise WorkerError(
+                    "no worker listens: `fedtide site up` starts it, and its log says why it ended"
+                ) from error
+            time.sleep(0.1)
+    with connection:
+        if _peer(connection) != os.getuid():
+            raise WorkerError("the worker runs as another user")
+        try:
+            _send(connection, data)
+            return _receive(connection)
+        except OSError as error:
+            raise WorkerError("the worker broke off") from error
+
+
+def _peer(connection: socket.socket) -> int:
+    """The user id of who is at the other end, as the kernel says."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket at a path, of mode 600 in a folder of mode 700; a dead worker's is replaced."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.parent.chmod(0o700)
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        with _address(path) as address:
+            listening.bind(address)
+    finally:
+        os.umask(before)
+    if stat.S_IMODE(path.stat().st_mode) != 0o600:
+        raise WorkerError(f"{path} cannot be made private: put the site on a file system with modes")
+    listening.listen(8)
+    return listening
+
+
+def serve_one(listening: socket.socket, answer: Callable[[bytes], bytes]) -> None:
+    """Answers one connection. Of another user it reads nothing; a peer that goes away is no fault of the worker."""
+    connection, _ = listening.accept()
+    with connection:
+        if _peer(connection) != os.getuid():
+            _log.error("another user asked the worker: refused")
+            return
+        connection.settimeout(_PATIENCE)
+        try:
+            _send(connection, answer(_receive(connection)))
+        except (OSError, WorkerError) as error:
+            _log.warning("a request was not answered: %s", error)
+        except Exception as error:  # its text may depend on data
+            _log.error("a request failed: %s", type(error).__name__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serves a site until it is ended."""
+    parser = argparse.ArgumentParser(
+        description="The resident worker of a site; started by `fedtide site up`."
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--metrics-port", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="gets lines of JSON; else standard error does")
+    given = parser.parse_args(arguments)
+
+    import torch  # noqa: F401  # warm before the first request
+
+    from client.app import answered, content_from_bytes, content_to_bytes
+    from client.metrics import SiteMetrics
+    from client.site import Site
+    from common.bundle import installed_code
+    from common.logs import set_up_logs
+
+    site = Site.load(given.folder)
+    log = sys.stderr if given.log is None else given.log.open("a", encoding="utf-8")
+    set_up_logs(log, json=True)
+    metrics = SiteMetrics(site.ledger_folder)
+    if given.metrics_port:
+        metrics.serve(given.metrics_port)
+
+    code = installed_code()
+
+    def reply(data: bytes) -> bytes:
+        if installed_code.__wrapped__() != code:  # what the guard lets in is the code that is installed now
+            _log.warning("another version was installed: the worker ends, to be started again with it")
+            sys.exit(0)
+        with metrics.round() as note:
+            return content_to_bytes(answered(lambda: given.folder, content_from_bytes(data), note))
+
+    listening = listen(given.folder / SOCKET)
+    _log.info("the worker of site %s is ready", site.name)
+    while True:
+        serve_one(listening, reply)
+
+
+if __name__ == "__main__":
+    main()
