@@ -246,7 +246,8 @@ def run(
         return
     console.print(
         f"[bold]Completed[/bold]: {summary['aggregated']} of {summary['rounds']} rounds aggregated, "
-        f"{summary['admitted']} releases admitted. Everything is in {done.path}",
+        f"{summary['admitted']} releases admitted; epsilon {summary['epsilon']:.3f} at the site that spent most. "
+        f"Everything is in {done.path}",
         highlight=False,
         soft_wrap=True,
     )

@@ -5,6 +5,7 @@ The truth is in the run's folder (its ending and its rounds) and in Flower's lis
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from common.config import Plan, PlanError, read_plan
 from server.aggregation import check_aggregation
 from server.deployment import Deployment, NotRunningError, open_locked
 from server.nodes import FlowerRun, flower_runs
+from server.privacy_record import privacy_record
 from server.registry import RegistryReader
-from server.runs import INCOMPLETE, RunError, RunFolder
+from server.runs import INCOMPLETE, RunError, RunFolder, write_whole
+
+PRIVACY = "privacy.json"
 
 _LOOK_SECONDS = 0.5
 _FLOWER_SECONDS = 10.0
@@ -28,6 +32,10 @@ _AFTER_ENDING_SECONDS = 20.0
 
 class LaunchError(RuntimeError):
     """A run did not end well, or cannot be begun; the message says why and what to do."""
+
+
+class CutOffError(LaunchError):
+    """The ServerApp ended without a word."""
 
 
 @dataclass
@@ -137,8 +145,8 @@ def flower_run(server: Deployment, run: RunFolder) -> FlowerRun | None:
     return found[-1] if found else None
 
 
-def submit(server: Deployment, run: RunFolder) -> int:
-    """Hands a run to the server, unless it is at work on it; Flower's number of it.
+def submit(server: Deployment, run: RunFolder) -> tuple[int, bool]:
+    """Hands a run to the server, unless it is at work on it; Flower's number of it, and whether it is a new one.
 
     Raises:
         NotRunningError, DeploymentError: the server is down or refuses.
@@ -152,16 +160,16 @@ def submit(server: Deployment, run: RunFolder) -> int:
         return _submit(server, run)
 
 
-def _submit(server: Deployment, run: RunFolder) -> int:
+def _submit(server: Deployment, run: RunFolder) -> tuple[int, bool]:
     active = flower_run(server, run)
     if active is not None and active.active:
-        return active.run_id
+        return active.run_id, False
     run.ending_file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedtide-") as aside:
         bundle = build_bundle(Path(aside) / APP_NAME)
         config = f'{RUN_DIR}="{run.path}" {REGISTRY_DIR}="{server.registry}"'
         said = server.flower("run", str(bundle.path), options=("--run-config", config))
-    return int(said["run-id"])
+    return int(said["run-id"]), True
 
 
 def stop(server: Deployment, run: RunFolder) -> bool:
@@ -197,7 +205,7 @@ def follow(server: Deployment, run: RunFolder, flower_id: int, watcher: Watcher)
             if ended or (ended_at and now - ended_at > _AFTER_ENDING_SECONDS):
                 for record in list(run.records())[seen:]:
                     watcher.on_round(record)
-                return conclude(run, f"{status} {details}".strip())
+                return conclude(server, run, f"{status} {details}".strip())
         time.sleep(_LOOK_SECONDS)
 
 
@@ -214,8 +222,8 @@ def _flower_says(server: Deployment, flower_id: int) -> tuple[str, str]:
     return str(found["status"]), str(found["status-details"])
 
 
-def conclude(run: RunFolder, flower: str) -> RunFolder:
-    """The whole run's folder, if its rounds and its ending say that it is whole.
+def conclude(server: Deployment, run: RunFolder, flower: str) -> RunFolder:
+    """The whole run's folder with its privacy record, if its rounds and its ending say that it is whole.
 
     Args:
         flower: what Flower says of it, for the message.
@@ -228,7 +236,7 @@ def conclude(run: RunFolder, flower: str) -> RunFolder:
     ending, rounds, planned = run.ending(), len(list(run.records())), len(run.plan().schedule())
     again = "the same command goes on where it stopped"
     if ending is None:
-        raise LaunchError(
+        raise CutOffError(
             f"the run was cut off after {rounds} of {planned} rounds (Flower says: {flower}); {again}; "
             f"{run.path} is kept"
         )
@@ -238,7 +246,14 @@ def conclude(run: RunFolder, flower: str) -> RunFolder:
         raise LaunchError(
             f"the run says that it is complete, but has {rounds} of {planned} rounds; {run.path} is kept as it is"
         )
-    return run.finish()
+    record = privacy_record(run, run.plan(), RegistryReader(server.registry)).as_json()
+    try:
+        write_whole(run.path / PRIVACY, json.dumps(record, indent=2).encode() + b"\n")
+        return run.finish()
+    except (OSError, RunError):
+        if run.path.is_dir():
+            raise
+        return _whole(run)  # another command that follows it was quicker
 
 
 def _whole(run: RunFolder) -> RunFolder:
@@ -274,13 +289,20 @@ def launch(
         watcher.on_phase("building the model's start")
         run = begin_run(server, plan, catalog_file, columns, offline=offline)
     elif (ending := run.ending()) is not None and ending["status"] == "completed":
-        return conclude(run, "finished")
+        return conclude(server, run, "finished")
     elif not (run.path / "rounds" / "00000.safetensors").is_file():
         raise LaunchError(
             f"{run.path} was cut off before its start was written: delete it, nothing was asked yet"
         )
     watcher.on_begin(run, run.plan(), again)
     watcher.on_phase("handing the run to the server")
-    flower_id = submit(server, run)
+    flower_id, new = submit(server, run)
     watcher.on_phase("waiting for the sites")
-    return follow(server, run, flower_id, watcher)
+    try:
+        return follow(server, run, flower_id, watcher)
+    except CutOffError:
+        if new:
+            raise
+        # It was killed before this command began, which Flower notices a minute later.
+        watcher.on_phase("it had been cut off: handing the run to the server again")
+        return follow(server, run, submit(server, run)[0], watcher)

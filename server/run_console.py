@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Plan
-from server.launch import Watcher
+from server.launch import PRIVACY, Watcher
 from server.runs import RunFolder
 from server.status import counted
 
@@ -23,7 +24,7 @@ class ConsoleWatcher(Watcher):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self._header = True
+        self._told: set[int] = set()
         self.on_phase = self._phase
         self.on_begin = self._begin
         self.on_round = self._round
@@ -39,8 +40,9 @@ class ConsoleWatcher(Watcher):
         )
 
     def _round(self, record: dict[str, Any]) -> None:
-        self._console.print(round_row(record, header=self._header))
-        self._header = False
+        if record["round"] not in self._told:
+            self._console.print(round_row(record, header=not self._told))
+            self._told.add(record["round"])
 
 
 def round_row(record: dict[str, Any], *, header: bool) -> Table:
@@ -68,9 +70,11 @@ def round_row(record: dict[str, Any], *, header: bool) -> Table:
 def run_summary(run: RunFolder) -> dict[str, Any]:
     """A whole run in a few figures, for a script."""
     records = list(run.records())
+    privacy = json.loads((run.path / PRIVACY).read_bytes())
     return {
         "run": str(run.path),
         "status": "completed",
+        "epsilon": privacy["epsilon"],
         "rounds": len(records),
         "aggregated": sum(record["aggregated"] for record in records),
         "admitted": sum(len(record["admitted"]) for record in records),

@@ -26,13 +26,14 @@ def print_overview(console: Console, found: Overview) -> None:
             "barred" if site.barred else "",
         )
     runs = Table(title="runs", box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("run", "state", "rounds", "admitted", "left out", "missing", "kB down/up", "s"):
+    for column in ("run", "state", "rounds", "admitted", "left out", "kB down/up", "s"):
         words = column in ("run", "state", "left out")
-        runs.add_column(column, justify="left" if words else "right", overflow="fold")
+        runs.add_column(column, justify="left" if words else "right", no_wrap=column != "left out")
     for run in found.runs:
         runs.add_row(
-            run.name, run.state, f"{run.aggregated}/{run.rounds}", str(run.admitted), counted(run.refusals),
-            str(run.missing), f"{run.bytes_down / 1000:,.0f}/{run.bytes_up / 1000:,.0f}", f"{run.seconds:,.0f}",
+            run.name, run.state, f"{run.aggregated}/{run.rounds}", str(run.admitted),
+            counted(run.refusals | ({"missing": run.missing} if run.missing else {})),
+            f"{run.bytes_down / 1000:,.0f}/{run.bytes_up / 1000:,.0f}", f"{run.seconds:,.0f}",
         )  # fmt: skip
     console.print(sites)
     console.print(runs)

@@ -1,0 +1,129 @@
+"""A run's privacy in one record: every event of every site, and the epsilons recomputed from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import Plan
+from common.privacy.accountants import PublishedEpsilon, epsilon_pld, published_epsilon
+from common.privacy.entries import Burnt, Release, Reserve
+from common.privacy.mechanisms import Event, event_to_fields
+from server.registry import RegistryReader
+from server.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class SiteEvent:
+    """One charge of this run at a site, and what became of it: "released", "burnt" or "open"."""
+
+    round: int
+    attempt: int
+    event: Event
+    outcome: str
+
+
+@dataclass(frozen=True)
+class SitePrivacy:
+    """A site's promise and what this run took of it.
+
+    Attributes:
+        published: PLD epsilon of this run's events, with its cross-checks.
+        budget_epsilon, delta, order: the ledger's guarantee, whatever happens next.
+        budget_share: of the ledger's Renyi budget, spent by all runs so far.
+    """
+
+    site: str
+    events: tuple[SiteEvent, ...]
+    published: PublishedEpsilon
+    budget_epsilon: float
+    delta: float
+    order: int
+    budget_share: float
+
+
+@dataclass(frozen=True)
+class PrivacyRecord:
+    """All sites of a run."""
+
+    sites: tuple[SitePrivacy, ...]
+
+    @property
+    def epsilon(self) -> float:
+        """The largest epsilon of any site's users in this run; one person at k sites composes over the k."""
+        return max((site.published.epsilon for site in self.sites), default=0.0)
+
+    @property
+    def budget_epsilon(self) -> float:
+        """The largest lifetime guarantee among the sites."""
+        return max((site.budget_epsilon for site in self.sites), default=0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything needed to recompute, and nothing about a user."""
+        return {
+            "unit": "user",
+            "adjacency": "add or remove one user of one site",
+            "model": "site-level DP: central at each site, with the site as curator",
+            "epsilon": self.epsilon,
+            "sites": [
+                {
+                    "site": site.site,
+                    "delta": site.delta,
+                    "epsilon_pld": site.published.epsilon,
+                    "epsilon_rdp": site.published.rdp,
+                    "epsilon_prv": site.published.prv,
+                    "epsilon_closed_form": site.published.closed_form,
+                    "budget_epsilon": site.budget_epsilon,
+                    "renyi_order": site.order,
+                    "budget_share": site.budget_share,
+                    "events": [
+                        {
+                            "round": each.round,
+                            "attempt": each.attempt,
+                            "outcome": each.outcome,
+                            **event_to_fields(each.event),
+                        }
+                        for each in site.events
+                    ],
+                }
+                for site in self.sites
+            ],
+        }
+
+
+def privacy_record(run: RunFolder, plan: Plan, registry: RegistryReader) -> PrivacyRecord:
+    """From the chains that the server verified: charges count from their reservation, released or not."""
+    found = []
+    cache: dict[tuple[Event, ...], PublishedEpsilon] = {}
+    for site in registry.sites():
+        chain = registry.chain(site.key_id)
+        events = []
+        for reservation in chain.reservations.values():
+            body = reservation.body
+            if not isinstance(body, Reserve) or body.run != run.name:
+                continue
+            end = chain.outcomes.get(reservation.hash)
+            outcome = {Release: "released", Burnt: "burnt"}.get(type(end.body), "open") if end else "open"
+            events.append(SiteEvent(body.round, body.attempt, body.event, outcome))
+        if not events:
+            continue
+        charged = tuple(each.event for each in events)
+        if charged not in cache:
+            cache[charged] = published_epsilon(charged, chain.genesis.delta)
+        found.append(
+            SitePrivacy(
+                site=site.name,
+                events=tuple(events),
+                published=cache[charged],
+                budget_epsilon=chain.genesis.epsilon,
+                delta=chain.genesis.delta,
+                order=chain.genesis.order,
+                budget_share=chain.filter.spent / chain.filter.cap,
+            )
+        )
+    return PrivacyRecord(sites=tuple(found))
+
+
+def epsilon_after(plan: Plan, number: int) -> float:
+    """PLD epsilon after this many exchanges of a calibrated plan, as planned."""
+    return epsilon_pld(plan.events()[:number], plan.privacy.delta)
