@@ -119,11 +119,21 @@ class ModelPlan(_Frozen):
                 f"adapter {self.adapter!r} is refused: per user, {reason}; choose lora, whose are tested"
             )
         if self.family == "ensemble":
-            unknown = [name for name in self.members if name not in FAMILIES or name == "ensemble"]
-            if unknown or not 2 <= len(set(self.members)) == len(self.members) <= 10:
+            possible = [name for name in FAMILIES if name != "ensemble"]
+            for name in self.members:
+                if name not in possible:
+                    raise ValueError(
+                        f"{name!r} cannot be a member of an ensemble: choose among {', '.join(possible)}"
+                    )
+                if self.members.count(name) > 1:
+                    raise ValueError(
+                        f"{name!r} stands {self.members.count(name)} times among the members of the ensemble: name "
+                        "each family once, its weight is learned"
+                    )
+            if len(self.members) < 2:
                 raise ValueError(
-                    f"members of an ensemble are 2 to 10 different families, not {list(self.members)}: choose among "
-                    f"{', '.join(name for name in FAMILIES if name != 'ensemble')}"
+                    f"an ensemble needs 2 to {len(possible)} members, not {len(self.members)}: choose among "
+                    f"{', '.join(possible)}"
                 )
         return self
 

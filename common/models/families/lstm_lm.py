@@ -40,7 +40,7 @@ class LstmLm(SequenceModel):
         if plan.max_events + 1 > lm.most_tokens:
             raise LanguageModelError(
                 f"max_events is {plan.max_events}, but the language model has {lm.most_tokens} positions, one for "
-                f"each soft token: choose at most {lm.most_tokens - 1}"
+                f"each soft token of the family lstm-lm: choose at most {lm.most_tokens - 1}"
             )
         self.soft_tokens = plan.soft_tokens
         self.core = named(CORES, plan.core)(self.input_width, plan.hidden_width)
@@ -52,6 +52,7 @@ class LstmLm(SequenceModel):
         self.register_buffer("mean", ingredients.projection.mean, persistent=False)
         self.register_buffer("rotation", ingredients.projection.rotation, persistent=False)
         self.residual = zero_linear(self.width, self.width)
+        self._check_soft_tokens()
 
     @classmethod
     def of(cls, ingredients: Ingredients) -> Self:
@@ -65,16 +66,44 @@ class LstmLm(SequenceModel):
         lowest = torch.finfo(torch.float32).min
         return torch.zeros(age.shape, device=age.device).masked_fill(~see, lowest).expand(users, 1, -1, -1)
 
+    def _seen(self, tokens: Tensor) -> Tensor:
+        """[users, events, encoder width]: the language model's last states at soft tokens."""
+        users, events, _ = tokens.shape
+        self.language_model.eval()
+        states: Tensor = self.language_model(
+            inputs_embeds=tokens, attention_mask=self._attention(events, users), use_cache=False
+        ).last_hidden_state
+        return states
+
+    @torch.no_grad()
+    def _check_soft_tokens(self) -> None:
+        """Tries the model on made-up tokens: an architecture that takes none, or ignores the mask, is refused.
+
+        Raises:
+            LanguageModelError: it fails, or lets an event see a later one.
+        """
+        kind = self.language_model.config.model_type  # type: ignore[union-attr]
+        wave = torch.arange(4 * len(self.usual_token)).view(1, 4, -1).sin()
+        tokens = self.usual_token + self.token_scale * wave
+        changed = torch.cat([tokens[:, :3], self.usual_token - self.token_scale * wave[:, 3:]], dim=1)
+        try:
+            seen, other = self._seen(tokens), self._seen(changed)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise LanguageModelError(
+                f"a model of type {kind} takes no soft tokens ({type(error).__name__}): choose another language "
+                "model, or another family than lstm-lm"
+            ) from error
+        if not torch.allclose(seen[:, :3], other[:, :3], atol=1e-4 * float(seen.abs().max())):
+            raise LanguageModelError(
+                f"a model of type {kind} lets an event see later ones: choose another language model, or another "
+                "family than lstm-lm"
+            )
+
     def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
         x = self.task.event_vectors(vectors, batch)  # [users, events, width]
-        users, events, _ = x.shape
-        if users == 0:  # transformers cannot run on no rows
+        if len(x) == 0:  # transformers cannot run on no rows
             return Reading(x)
         h = self.core(self.event_inputs(x, batch))  # [users, events, hidden]
         tokens = self.usual_token + self.token_scale * self.to_token(h)  # [users, events, encoder width]
-        self.language_model.eval()
-        seen = self.language_model(
-            inputs_embeds=tokens, attention_mask=self._attention(events, users), use_cache=False
-        ).last_hidden_state
-        state = normalize((seen - self.mean) @ self.rotation, dim=-1)  # [users, events, width]
+        state = normalize((self._seen(tokens) - self.mean) @ self.rotation, dim=-1)  # [users, events, width]
         return Reading(self.residual(state))

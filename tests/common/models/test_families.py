@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from client.training import check_layers, per_user_gradients
-from common.config import make_plan
+from common.config import PlanError, make_plan
 from common.models.batches import HistoryBatch
 from common.models.build import make_task
+from common.models.families.lstm_lm import LstmLm
 from common.models.history_encoder import HistoryEncoder
 from common.models.item_vectors import ItemVectors, item_vectors
 from common.models.language_model import LanguageModel, LanguageModelError
@@ -312,7 +313,45 @@ def test_ensembles_weigh_members_equally_at_the_start_and_need_two() -> None:
         raw = model.event_vectors(batch)
         parts = [member.read(raw, batch).residual for member in model.members.values()]  # type: ignore[union-attr, operator]
         torch.testing.assert_close(model.read(raw, batch).residual, torch.stack(parts).mean(dim=0))
-    with pytest.raises(ValueError, match="2 to 10 different"):
-        make_plan({"model": {"family": "ensemble", "members": ["recommend"]}})
-    with pytest.raises(ValueError, match="2 to 10 different"):
-        make_plan({"model": {"family": "ensemble", "members": ["recommend", "ensemble"]}})
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([], "needs 2 to 5 members, not 0"),
+        (["recommend"], "needs 2 to 5 members, not 1"),
+        (
+            ["recommend", "ensemble"],
+            "'ensemble' cannot be a member of an ensemble: choose among recommend, dual",
+        ),
+        (
+            ["recommend", "gru4rec"],
+            "'gru4rec' cannot be a member of an ensemble: choose among recommend, dual",
+        ),
+        (["dual", "recommend", "dual"], "'dual' stands 2 times among the members"),
+    ],
+)
+def test_an_ensemble_of_too_few_unknown_or_repeated_members_is_refused_in_words(
+    members: list[str], said: str
+) -> None:
+    with pytest.raises(PlanError, match=said):
+        make_plan({"model": {"family": "ensemble", "members": members}})
+
+
+def test_an_ensemble_names_the_member_for_which_the_plan_or_the_language_model_will_not_do() -> None:
+    with pytest.raises(LanguageModelError, match="of the family lstm-lm: choose at most"):
+        a_model("ensemble", max_events=500)
+    with pytest.raises(LanguageModelError, match="or another family than lstm-lm"):
+        a_model("ensemble", architecture="deberta-v2")
+
+
+def test_a_language_model_that_takes_no_soft_tokens_or_ignores_the_window_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(LanguageModelError, match="deberta-v2 takes no soft tokens"):
+        a_model("lstm-lm", architecture="deberta-v2")
+    assert a_model("dual", architecture="deberta-v2").scores(a_batch()).isfinite().all()
+    everything = LstmLm._attention
+    monkeypatch.setattr(LstmLm, "_attention", lambda self, *shape: torch.zeros_like(everything(self, *shape)))
+    with pytest.raises(LanguageModelError, match="lets an event see later ones"):
+        a_model("lstm-lm")
