@@ -73,7 +73,7 @@ def init(
 @app.command()
 def up(
     folder: Folder,
-    as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log as JSON lines.")] = False,
 ) -> None:
     """Run the server in the foreground, until SIGINT or SIGTERM: SuperLink, SuperExec and metrics."""
     import sys
@@ -81,7 +81,7 @@ def up(
     from common.logs import set_up_logs
     from server.operation import operate
 
-    set_up_logs(sys.stderr, as_json)
+    set_up_logs(sys.stderr, log_json)
     operate(_load(folder))
 
 

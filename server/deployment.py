@@ -206,6 +206,7 @@ class Deployment:
         )
         aside = self.flower_home / f".config.{os.getpid()}"
         aside.write_text(text, encoding="utf-8")
+        aside.chmod(0o600)
         aside.replace(self.flower_home / "config.toml")
 
     def check_private(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+
+from common.assets import home
 from server.deployment import Deployment
 
 
@@ -20,8 +23,7 @@ def unit_files(server: Deployment, executable: str) -> dict[str, str]:
 def _service(server: Deployment, executable: str) -> str:
     """One unit: `fedtide server up` watches both processes, and systemd watches it."""
     return f"""\
-# systemd unit of a Fedtide server: copy it to /etc/systemd/system, set User=, then
-# `systemctl enable --now fedtide-server`.
+# Copy it to /etc/systemd/system, then `systemctl enable --now fedtide-server`.
 [Unit]
 Description=Fedtide server (SuperLink and SuperExec)
 Wants=network-online.target
@@ -29,9 +31,10 @@ After=network-online.target
 
 [Service]
 Type=exec
-User=fedtide
-WorkingDirectory={_quoted(server.folder)}
-ExecStart={_quoted(executable)} server up {_quoted(server.folder)}
+User={getpass.getuser()}
+Environment={_quoted(f"FEDTIDE_HOME={home()}")}
+WorkingDirectory={_escaped(server.folder)}
+ExecStart={_quoted(executable)} server up --log-json {_quoted(server.folder)}
 Restart=always
 RestartSec=5
 TimeoutStopSec=40
@@ -40,30 +43,37 @@ UMask=0077
 NoNewPrivileges=true
 PrivateTmp=true
 ProtectSystem=strict
-ReadWritePaths={_quoted(server.folder)}
+ReadWritePaths={_quoted(server.folder)} {_quoted(f"-{home()}")}
 
 [Install]
 WantedBy=multi-user.target
 """
 
 
+def _escaped(text: object) -> str:
+    """As systemd reads a setting that is one path: % begins a specifier."""
+    return str(text).replace("%", "%%")
+
+
 def _quoted(text: object) -> str:
-    """As systemd reads it: % begins a specifier there, and a space ends a word."""
-    escaped = str(text).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    """As systemd reads a list of words: a space ends one. A folder's name has no quote or backslash."""
+    escaped = _escaped(text)
     return f'"{escaped}"' if any(sign.isspace() for sign in escaped) else escaped
 
 
 def _compose(server: Deployment) -> str:
     """One service: the image holds Fedtide, the folder holds all else, at the same path as outside."""
-    folder = str(server.folder).replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
+    folder, cache = (str(path).replace("$", "$$") for path in (server.folder, home()))
     return f"""\
-# For `docker compose up -d` or `podman compose up -d`; FEDTIDE_IMAGE is an image with Fedtide installed,
-# FEDTIDE_USER the uid:gid that owns the folder.
+# An image with fedtide installed is yours to build and name. Other commands on this server (enroll, run, status)
+# run inside: `docker compose exec server fedtide server status "{folder}"`.
 services:
   server:
-    image: ${{FEDTIDE_IMAGE:-fedtide:latest}}
-    user: "${{FEDTIDE_USER:-1000:1000}}"
-    command: ["fedtide", "server", "up", "{folder}"]
+    image: "${{FEDTIDE_IMAGE:?name an image with fedtide installed}}"
+    user: "${{FEDTIDE_USER:?set to uid:gid of the owner of the folder}}"
+    command: ["fedtide", "server", "up", "--log-json", "{folder}"]
+    environment:
+      FEDTIDE_HOME: "{cache}"
     restart: always
     init: true
     stop_grace_period: 40s
@@ -75,6 +85,9 @@ services:
       - type: bind
         source: "{folder}"
         target: "{folder}"
+      - type: bind
+        source: "{cache}"
+        target: "{cache}"
     ports:
       # Sites reach this one. Control and metrics stay on the container's own loopback.
       - "{server.fleet_port}:{server.fleet_port}"
