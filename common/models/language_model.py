@@ -26,7 +26,7 @@ class LanguageModel:
         model: the transformer without a task head, in eval mode for dropout, no trainable parameter.
         tokenizer: its tokenizer.
         causal: whether tokens see only earlier tokens (a decoder).
-        digest: sha256 over the weights and the vocabulary, for caches and plans.
+        digest: sha256 over the weights that are read and the vocabulary, for caches and plans.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ def load_language_model(folder: Path) -> LanguageModel:
     """Loads the model in `folder` (config, weights, tokenizer), from the disk alone.
 
     Raises:
-        LanguageModelError: no such folder, no weights, or a model that transformers cannot read.
+        LanguageModelError: no such folder, no weights or not all of them, or a model that transformers cannot read.
     """
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
@@ -67,13 +67,20 @@ def load_language_model(folder: Path) -> LanguageModel:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model, loaded = AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LanguageModelError(
             f"{folder} holds no language model that can be read ({reason}); "
             "it needs config.json, weights (*.safetensors) and the tokenizer's files"
         ) from error
+    lacking = sorted(name for name in loaded["missing_keys"] if not name.startswith(_UNREAD))
+    if lacking:  # transformers would draw them at random, other ones at every site
+        raise LanguageModelError(
+            f"{folder} lacks {len(lacking)} weights of its model, such as {lacking[0]}: fetch it again"
+        )
     return freeze(model, tokenizer)
 
 
@@ -94,6 +101,8 @@ def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
     causal = bool(getattr(config, "is_decoder", False)) or config.model_type not in _TWO_WAY
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(_UNREAD):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
@@ -106,6 +115,9 @@ def _without_dropout(owner: object) -> None:
         if "drop" in name and isinstance(value, float):
             setattr(owner, name, 0.0)
 
+
+_UNREAD = "pooler."
+"""A head that nothing here reads; checkpoints often lack it, and transformers then draws it at random."""
 
 _TWO_WAY = frozenset(
     [
