@@ -9,8 +9,8 @@ from typing import Any
 from common.privacy.enrolment import enrolment_from_bytes, enrolment_node_key, fingerprint, node_fingerprint
 from common.privacy.entries import Entry, Genesis
 from server.deployment import Deployment, NotRunningError
-from server.nodes import enrolled_keys, keep_node_key, register_nodes
-from server.registry import Registry, RegistryError
+from server.nodes import check_unused, enrolled_keys, keep_node_key, register_nodes
+from server.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def enroll(data: bytes, name: str, server: Deployment | None, registry: Path | N
     known = Registry(folder.expanduser().resolve())
     if not _only_node_key_is_new(known, genesis, name, key, server):
         if server is not None and key is not None:
-            _check_unused(server, name, key)
+            check_unused(server, name, key)
         known.enroll(name, genesis)
     node = None if server is None else "none"
     if server is not None and key is not None:
@@ -82,11 +82,3 @@ def _only_node_key_is_new(
     if site is None or site.name != name or server is None or key is None:
         return False
     return enrolled_keys(server).get(name) != key
-
-
-def _check_unused(server: Deployment, name: str, key: str) -> None:
-    for other, its_key in enrolled_keys(server).items():
-        if its_key == key and other != name:
-            raise RegistryError(
-                f"the node key is site {other!r}'s: ask this site's administrator for a key of its own"
-            )

@@ -127,17 +127,22 @@ def enrolled_keys(server: Deployment) -> dict[str, str]:
     }
 
 
+def check_unused(server: Deployment, name: str, key: str) -> None:
+    """Raises `DeploymentError` if another site than the named one has this node key."""
+    for other, its_key in enrolled_keys(server).items():
+        if its_key == key and other != name:
+            raise DeploymentError(
+                f"the node key belongs to site {other!r}: ask this site's administrator for a key of its own"
+            )
+
+
 def keep_node_key(server: Deployment, name: str, key: str) -> None:
     """Keeps a site's node key, in place of an older one, for `register_nodes`.
 
     Raises:
         DeploymentError: another site has this key.
     """
-    for other, its_key in enrolled_keys(server).items():
-        if its_key == key and other != name:
-            raise DeploymentError(
-                f"the node key of {name!r} is site {other!r}'s: ask that site's administrator for a key of its own"
-            )
+    check_unused(server, name, key)
     aside = server.nodes / f".{name}.{os.getpid()}"
     aside.write_text(check_node_key(key) + "\n", encoding="ascii")
     aside.replace(server.nodes / f"{name}.pub")
