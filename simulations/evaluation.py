@@ -6,7 +6,7 @@ masked, ties at mid-rank. No site takes part, and nothing here is a release.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +28,7 @@ Scorer = Callable[[HistoryBatch, Tensor], Tensor]
 [users, candidates], which do not look at that item; or, for `interest`, the probability [users] that it is liked."""
 
 _USERS_AT_ONCE = 128
+_SCORES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,21 @@ def evaluate(scorer: Scorer, held_out: HeldOut, part: Part, items: int) -> Quali
     if held_out.task == "interest":
         labels = held_out.part_labels(part)
         known = np.flatnonzero(~np.isnan(labels))
-        found = _predict(scorer, held_out, histories, targets, known)
-        return interest_quality(np.concatenate(found), labels[known].astype(np.int64))
+        found = _predict(scorer, held_out, histories, targets, known, items)
+        return interest_quality(np.concatenate(list(found)), labels[known].astype(np.int64))
     if held_out.task == "next-category":
         assert held_out.membership is not None
         right = held_out.membership[targets]
         known = np.flatnonzero(right.any(axis=1))
-        found = _predict(scorer, held_out, histories, targets, known)
-        return category_quality(np.concatenate(found), right[known])
+        found = _predict(scorer, held_out, histories, targets, known, items)
+        return category_quality(np.concatenate(list(found)), right[known])
     all_ranks: list[npt.NDArray[np.float64]] = []
     lists: list[npt.NDArray[np.int64]] = []
     everyone = np.arange(len(histories))
     for rows, scores in zip(
-        _parts(everyone), _predict(scorer, held_out, histories, targets, everyone), strict=True
+        _parts(everyone, items),
+        _predict(scorer, held_out, histories, targets, everyone, items),
+        strict=True,
     ):
         seen = np.zeros((len(rows), items), dtype=bool)
         for place, row in enumerate(rows):
@@ -138,8 +141,9 @@ def evaluate(scorer: Scorer, held_out: HeldOut, part: Part, items: int) -> Quali
     )
 
 
-def _parts(rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    return [rows[start : start + _USERS_AT_ONCE] for start in range(0, len(rows), _USERS_AT_ONCE)]
+def _parts(rows: npt.NDArray[np.int64], items: int) -> list[npt.NDArray[np.int64]]:
+    at_once = max(1, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // items))
+    return [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
 
 
 def _predict(
@@ -148,14 +152,14 @@ def _predict(
     histories: Histories,
     targets: npt.NDArray[np.int64],
     rows: npt.NDArray[np.int64],
-) -> list[npt.NDArray[np.float64]]:
+    items: int,
+) -> Iterator[npt.NDArray[np.float64]]:
+    """Predictions for `rows`, part by part (`_parts`), each made when it is asked for."""
     if not len(rows):
         raise ValueError(f"no user has a held-out event that the task {held_out.task} can be judged by")
-    found = []
-    for part in _parts(rows):
+    for part in _parts(rows, items):
         said = scorer(held_out.batch(histories, part), torch.from_numpy(targets[part]))
-        found.append(said.detach().cpu().numpy().astype(np.float64))
-    return found
+        yield said.detach().cpu().numpy().astype(np.float64)
 
 
 def model_scorer(model: InterestModel, task: str = "next-item") -> Scorer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,27 @@ def test_the_error_of_an_area_is_about_what_repeated_samples_show() -> None:
     ]
     spread = np.std([metric.value for metric in found])
     assert np.mean([metric.standard_error for metric in found]) == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize("task", ["next-item", "interest"])
+def test_a_catalog_too_large_for_all_users_at_once_is_scored_part_by_part(
+    monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    labels = LabelRule() if task == "interest" else None
+    held_out = HeldOut(some_histories(), max_events=4, task=task, labels=labels)
+    sizes: list[int] = []
+
+    def guess(batch: HistoryBatch, asked: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        scores = torch.sin(batch.items.clamp(min=0).sum(dim=1, keepdim=True) + torch.arange(ITEMS))
+        return scores if task == "next-item" else torch.sigmoid(scores[:, 0])
+
+    whole = evaluate(guess, held_out, "validation", ITEMS)
+    assert len(sizes) == 1
+    monkeypatch.setattr("simulations.evaluation._SCORES_AT_ONCE", ITEMS)
+    parts = evaluate(guess, held_out, "validation", ITEMS)
+    assert sizes[1:] == [1] * sizes[0]
+    assert json.dumps(parts.as_json()) == json.dumps(whole.as_json())  # NaN is no equal of itself
 
 
 def test_any_of_the_next_items_categories_is_right() -> None:
