@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.bundle import APP_NAME, REGISTRY_DIR, RUN_DIR, build_bundle
-from common.config import Plan, PlanError, read_plan
+from common.config import Plan, read_plan
 from server.aggregation import check_aggregation
 from server.deployment import Deployment, NotRunningError, open_locked
 from server.nodes import FlowerRun, flower_runs
@@ -57,10 +57,6 @@ def prepare_plan(server: Deployment, plan: Plan, expected_sites: int | None = No
     if not sites:
         raise LaunchError("no site is enrolled: `fedtide server enroll` takes a site's enrolment file")
     check_aggregation(plan.server, sites)
-    if sites < plan.server.minimum_sites:
-        raise PlanError(
-            f"server.minimum_sites is {plan.server.minimum_sites}, but {sites} sites are enrolled: enroll more"
-        )
     if plan.server.expected_sites is None:
         changed = plan.server.model_copy(update={"expected_sites": expected_sites or sites})
         plan = plan.model_copy(update={"server": changed})
