@@ -329,6 +329,55 @@ def _draw(status: LedgerStatus, name: str, file: Path) -> None:
 
 
 @app.command()
+def check(folder: Folder, as_json: AsJson = False) -> None:
+    """Test all that the site needs, from the way to the server to a training step, and spend nothing.
+
+    Exit code 1 when something does not hold. Counts of users are shown here only.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from client.check import check_site
+
+    console = Console(stderr=as_json)
+    with console.status("checking …"):
+        findings = list(check_site(folder.expanduser().resolve()))
+    if as_json:
+        print(json.dumps([vars(each) for each in findings], indent=2))
+    else:
+        table = Table(title=f"the site in {escape(str(folder))}")
+        for column in ("", "test", "found", "the way out"):
+            table.add_column(column, overflow="fold")
+        signs = {True: "[green]✓[/]", False: "[red]✗[/]", None: "?"}
+        for each in findings:
+            table.add_row(signs[each.holds], each.name, escape(each.said), escape(each.way_out))
+        console.print(table)
+    if any(each.holds is False for each in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def budget(
+    folder: Folder,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two looks.")] = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is left of the budget, and how many more rounds like the last one fit in it."""
+    from client.budget import facts, show, watch_budget
+    from client.site import Site
+
+    site = Site.load(folder)
+    if watch:
+        watch_budget(site, every)
+    elif as_json:
+        print(json.dumps(facts(site), indent=2))
+    else:
+        show(site)
+
+
+@app.command()
 def up(
     folder: Folder,
     metrics_port: Annotated[

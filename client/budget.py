@@ -1,0 +1,89 @@
+"""`fedtide site budget`: what is left of a site's budget, now or as it burns down."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from client.ledger import Ledger
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from client.site import Site
+
+_BAR, _LINES = 40, 12
+
+
+def facts(site: Site) -> dict[str, Any]:
+    """The budget in numbers."""
+    with Ledger.open(site.ledger_folder) as ledger:
+        found = ledger.status()
+    last = found.charges[-1].reserve if found.charges else None
+    left = found.cap - found.spent
+    return {
+        "site": site.name,
+        "epsilon": found.genesis.epsilon,
+        "delta": found.genesis.delta,
+        "share_left": left / found.cap,
+        "charges": len(found.charges),
+        "burnt": found.burnt,
+        "withdrawn": found.closed,
+        "last_run": last.run if last else None,
+        "last_round": last.round if last else None,
+        "more_like_the_last": None
+        if last is None or not last.charge or found.closed
+        else left // last.charge,
+    }
+
+
+def _burn_down(site: Site) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    said = facts(site)
+    lines = [Text(_line(said))]
+    if said["withdrawn"]:
+        lines.append(Text("The site has withdrawn: nothing more may be reserved or released."))
+    with Ledger.open(site.ledger_folder) as ledger:
+        found = ledger.status()
+    if not found.charges:
+        return Group(*lines)
+    table = Table(box=None)
+    for column in ("run", "round", "outcome", "left"):
+        table.add_column(column, justify="left" if column in ("run", "outcome") else "right")
+    table.add_column("")
+    for charge in found.charges[-_LINES:]:
+        left = 1 - charge.reserve.spent / found.cap
+        full = round(_BAR * left)
+        bar = "█" * full + "░" * (_BAR - full)
+        table.add_row(charge.reserve.run, str(charge.reserve.round), charge.outcome, f"{left:.1%}", bar)
+    return Group(*lines, table)
+
+
+def _line(said: dict[str, Any]) -> str:
+    more = said["more_like_the_last"]
+    room = "" if more is None else f" {more} more rounds like the last one fit."
+    return (
+        f"Site {said['site']}: {said['share_left']:.1%} of the budget is left, after {said['charges']} charges "
+        f"({said['burnt']} burnt).{room}"
+    )
+
+
+def show(site: Site) -> None:
+    """Prints the budget, and the last charges as a burn-down."""
+    from rich.console import Console
+
+    Console().print(_burn_down(site))
+
+
+def watch_budget(site: Site, every: float) -> None:
+    """Shows the budget live, until it is interrupted."""
+    from rich.live import Live
+
+    with contextlib.suppress(KeyboardInterrupt), Live(_burn_down(site), auto_refresh=False) as live:
+        while True:
+            time.sleep(every)
+            live.update(_burn_down(site), refresh=True)
