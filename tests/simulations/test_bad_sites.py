@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 
 import client.app
+from client.ledger import Ledger
 from server.registry import RegistryReader
 from simulations.audit.receipts import audit_receipts
 from tests.tiny import tiny_run
@@ -83,16 +85,58 @@ def test_one_lying_site_is_left_out_by_name_and_the_run_ends_well(
     assert {site.charges for site in found.sites} == {rounds}
 
 
-def test_a_site_that_restores_its_ledger_is_barred_and_the_runs_go_on(tmp_path: Path) -> None:
+def restored(ledger: Path, backup: bytes) -> None:
+    """Puts a copy of the database back, as a backup does."""
+    ledger.write_bytes(backup)
+    for suffix in ("-wal", "-shm"):
+        ledger.with_name(ledger.name + suffix).unlink(missing_ok=True)
+
+
+def charges(site: Path) -> int:
+    with Ledger.open(site / "ledger") as ledger:
+        return len(ledger.status().charges)
+
+
+def test_a_site_restored_from_an_old_backup_is_told_at_a_runs_first_request_and_spends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sites = tmp_path / "sites"
     fast = {"training": {"rounds": 1, "steps_per_round": 1}, "privacy": FAST}
     tiny_run(tmp_path, plan=fast, sites=sites, site_budget=20.0)
     ledger = sites / "00002" / "ledger" / "ledger.sqlite"
     backup = ledger.read_bytes()
     tiny_run(tmp_path, plan=fast, sites=sites)
-    ledger.write_bytes(backup)
-    for suffix in ("-wal", "-shm"):
-        ledger.with_name(ledger.name + suffix).unlink(missing_ok=True)
+    newest = ledger.read_bytes()
+    restored(ledger, backup)
+    before = charges(sites / "00002")
+    with caplog.at_level(logging.WARNING, "fedtide.site"):
+        third = tiny_run(tmp_path, plan=fast, sites=sites)
+    (record,) = third.run.records()
+    assert [(each["node"], each["reason"]) for each in record["left_out"]] == [("4", "policy")]
+    assert len(record["admitted"]) == 3
+    assert charges(sites / "00002") == before
+    assert ledger.read_bytes() == backup
+    assert "restored from an old backup" in caplog.text
+    assert "put the newest copy of the ledger's folder back" in caplog.text
+    assert not any(site.barred for site in RegistryReader(sites / "registry").sites())
+    restored(ledger, newest)
+    fourth = tiny_run(tmp_path, plan=fast, sites=sites)
+    (record,) = fourth.run.records()
+    assert len(record["admitted"]) == 4
+    assert charges(sites / "00002") == before + 2
+
+
+def test_a_site_that_goes_on_with_an_old_ledger_is_barred_and_the_runs_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = tmp_path / "sites"
+    fast = {"training": {"rounds": 1, "steps_per_round": 1}, "privacy": FAST}
+    tiny_run(tmp_path, plan=fast, sites=sites, site_budget=20.0)
+    ledger = sites / "00002" / "ledger" / "ledger.sqlite"
+    backup = ledger.read_bytes()
+    tiny_run(tmp_path, plan=fast, sites=sites)
+    restored(ledger, backup)
+    monkeypatch.setattr(Ledger, "anchor", lambda *_: None)  # its code does not ask what the server has seen
     third = tiny_run(tmp_path, plan=fast, sites=sites)
     (record,) = third.run.records()
     assert [(each["site"], each["reason"]) for each in record["left_out"]] == [("site-2", "fork")]
