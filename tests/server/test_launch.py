@@ -96,7 +96,7 @@ def test_the_same_command_goes_on_and_another_plan_of_that_name_is_refused(
 def test_too_few_sites_are_said_before_anything_is_made(
     server: Deployment, model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(PlanError, match="2 sites take part, but server.minimum_sites needs 3"):
+    with pytest.raises(PlanError, match=r"2 sites take part, but server.minimum_sites needs 3"):
         prepare_plan(server, tiny_plan(model, server={"minimum_sites": 3}))
     empty = Deployment(tmp_path / "empty", "h")
     make_server(empty)
