@@ -83,11 +83,12 @@ def _tested(name: str, test: Callable[[], str]) -> Finding:
     except _NotInOrderError as error:
         return Finding(name, False, str(error), error.way_out)
     except Exception as error:  # whatever is wrong, the other tests go on
+        from common.cli import known_errors
+
+        if not isinstance(error, (*known_errors(), ValueError, RuntimeError)):
+            return Finding(name, False, f"{type(error).__name__}: {error}")
         said, _, way_out = str(error).partition(": ")
-        known = isinstance(error, ValueError | RuntimeError) and way_out
-        return Finding(
-            name, False, said if known else f"{type(error).__name__}: {error}", way_out if known else ""
-        )
+        return Finding(name, False, said, way_out)
 
 
 def _private_files(folder: Path) -> None:

@@ -1,0 +1,227 @@
+"""A site against a real server on loopback, with TLS and node keys: what `check` finds, and what `up` keeps alive."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from client.agent import AgentError, free_port, hint
+from client.check import Finding, check_site
+from client.connection import Connection
+from client.ledger import Ledger
+from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, reach
+from tests.client.test_connection import authority, init
+from tests.tiny import tiny_language_model
+
+FEDTIDE = str(Path(sys.executable).with_name("fedtide"))
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a running server and two sites: `north`, enrolled, and `south`, not."""
+    root = tmp_path_factory.mktemp("up")
+    ports = [free_port() for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDTIDE_HOME", str(root / "home"))
+        model = tiny_language_model(root / "language-model")
+        options = [
+            "--host",
+            "localhost",
+            "--port",
+            ports[0],
+            "--control-port",
+            ports[1],
+            "--metrics-port",
+            ports[2],
+        ]
+        run(["server", "init", root / "server", *options])
+        for name in ("north", "south"):
+            made = init(
+                root / name, root / "data",
+                "--server", f"localhost:{ports[0]}", "--ca", root / "server" / "tls" / "ca.crt",
+                "--language-model", f"tiny={model}",
+            )  # fmt: skip
+            assert made.exit_code == 0, made.output
+        with (root / "server.out").open("wb") as out:
+            server = subprocess.Popen([FEDTIDE, "server", "up", root / "server"], stdout=out, stderr=out)
+        try:
+            wait_for(
+                lambda: "up: sites reach" in (root / "server.out").read_text() or server.poll() is not None
+            )
+            run(
+                [
+                    "server",
+                    "enroll",
+                    root / "north" / "enrolment.json",
+                    "--server",
+                    root / "server",
+                    "--name",
+                    "n",
+                ]
+            )
+            yield root
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def run(arguments: list[object]) -> None:
+    subprocess.run([FEDTIDE, *map(str, arguments)], check=True, timeout=120, capture_output=True)
+
+
+def found(folder: Path) -> dict[str, Finding]:
+    return {each.name: each for each in check_site(folder)}
+
+
+def test_everything_holds_for_an_enrolled_site_and_nothing_is_spent(place: Path) -> None:
+    before = entries(place / "north")
+    findings = found(place / "north")
+    assert [each for each in findings.values() if each.holds is not True] == []
+    assert "120 users" in findings["logs"].said
+    assert entries(place / "north") == before
+
+
+def entries(folder: Path) -> int:
+    with Ledger.open(folder / "ledger") as ledger:
+        return len(ledger.entries())
+
+
+def test_a_node_that_is_not_enrolled_is_told_so(place: Path) -> None:
+    findings = found(place / "south")
+    assert findings["key enrolled"].holds is False
+    assert "fedtide server enroll" in findings["key enrolled"].way_out
+    assert findings["clock"].holds
+
+
+@pytest.mark.parametrize("off", [0, 4, 600, -600, 5000])
+def test_the_clocks_distance_is_measured(place: Path, off: int) -> None:
+    real = fleet(Connection.load(place / "north"))
+
+    def ask(shift: timedelta) -> Heard:
+        return real(shift + timedelta(seconds=off))
+
+    now = ask(timedelta())
+    assert (now is Heard.WRONG_TIME) == (abs(off) > 300)
+    assert clock_ahead(ask, now) == pytest.approx(off, abs=3)
+
+
+def test_another_authority_another_name_and_no_server_are_told_apart(place: Path, tmp_path: Path) -> None:
+    good = Connection.load(place / "north")
+    assert certificate(good).year > 2020
+    authority(tmp_path / "ca.crt")
+    with pytest.raises(ProbeError, match=r"does not come from ca\.crt"):
+        certificate(Connection(tmp_path, good.host, good.port))
+    with pytest.raises(ProbeError, match=r"for another (name|address)"):
+        certificate(replace(good, host="127.0.0.2"))
+    with pytest.raises(ProbeError, match="does not answer"):
+        reach(replace(good, port=free_port()))
+    with pytest.raises(ProbeError, match="is not known"):
+        reach(replace(good, host="no-such-host.invalid"))
+
+
+def test_a_loose_key_fails_the_check_with_the_way_out(place: Path) -> None:
+    key = place / "south" / "node.key"
+    key.chmod(0o644)
+    try:
+        assert "chmod 600" in found(place / "south")["keys"].way_out
+    finally:
+        key.chmod(0o600)
+
+
+def test_up_restarts_its_worker_is_alone_and_leaves_nothing(place: Path) -> None:
+    folder = place / "north"
+    with (place / "north.out").open("wb") as out:
+        site = subprocess.Popen([FEDTIDE, "site", "up", "--log-json", folder], stdout=out, stderr=out)
+    said = place / "north.out"
+    try:
+        wait_for(lambda: "connected to" in said.read_text() and "is ready" in said.read_text())
+        second = subprocess.run(
+            [FEDTIDE, "site", "up", folder], check=False, capture_output=True, text=True, timeout=60
+        )
+        assert second.returncode != 0
+        assert "is up already" in second.stderr
+        lines = [json.loads(line) for line in said.read_text().splitlines()]
+        (address,) = [line["message"].split()[-1] for line in lines if "Prometheus" in line["message"]]
+        told = (
+            urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            .open(address, timeout=30)
+            .read()
+            .decode()
+        )
+        assert "fedtide_site_budget_left 1.0" in told
+        before = below(site.pid)
+        worker = next(pid for pid, line in before.items() if "client.worker" in line)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: said.read_text().count("is ready") == 2)
+        before |= below(site.pid)
+    finally:
+        site.terminate()
+        code = site.wait(60)
+    assert code == 0
+    assert len(before) >= 4  # supernode, executor, the worker and the one after it
+    assert not [pid for pid in before if alive(pid)]
+    assert '"message": "down"' in said.read_text()
+
+
+def below(parent: int) -> dict[int, str]:
+    """Processes that a process started, and theirs: pid -> command line."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    chosen, more = set[int](), {parent}
+    while more:
+        more = {pid for pid, above in parents.items() if above in more}
+        chosen |= more
+    return {pid: command(pid) for pid in chosen}
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_taken_metrics_port_is_refused_in_words() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(AgentError, match="is in use by another process"):
+            free_port(taken.getsockname()[1])
+
+
+def test_flowers_words_become_a_way_out() -> None:
+    assert "enroll" in hint("[code: 2004] Failed to activate SuperNode")
+    assert "NTP" in hint("details = 'Invalid timestamp'")
+    assert "ca.crt" in hint("SSL_ERROR_SSL: CERTIFICATE_VERIFY_FAILED")
+    assert "site check" in hint("")
