@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +41,31 @@ def main(grid: Grid, context: Context) -> None:
     with run.at_work():
         run.ending_file.unlink(missing_ok=True)
         try:
-            _rounds(grid, run, Path(registry) if registry else run.path / "registry")
+            with _logged(run.path / "server.log"):
+                _rounds(grid, run, Path(registry) if registry else run.path / "registry")
         except BaseException as error:
             with contextlib.suppress(RunError):
                 run.save_ending("failed", _reason(error))
             raise
         run.save_ending("completed")
+
+
+@contextlib.contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """What the server says of a run stands in its folder, too: JSON lines."""
+    from common.logs import JsonFormatter
+
+    logger, handler = logging.getLogger("fedtide.server"), logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(JsonFormatter())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _rounds(grid: Grid, run: RunFolder, registry: Path) -> None:

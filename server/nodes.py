@@ -64,7 +64,7 @@ def _database(server: Deployment) -> Iterator[sqlite3.Connection | None]:
     db = sqlite3.connect(f"{server.database.as_uri()}?mode=ro", uri=True, timeout=10)
     try:
         yield db
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         if "no such table" not in str(error):  # SuperLink is only just making them
             raise DeploymentError(f"{server.database} cannot be read ({error}): see {server.logs}") from error
     finally:
