@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-import client.site
 from client.ledger import Ledger
 from client.site import Site, answer
 from common.config import Plan, PlanError, make_plan
+from common.events.histories import Histories
 from common.phases import Phase
 from common.privacy.accountants import epsilon_pld
 from common.privacy.mechanisms import GaussianSum, PoissonSubsampledGaussian, event_from_fields
@@ -194,7 +194,7 @@ def test_the_cost_is_reserved_before_the_data_is_opened(
         seen.append(charged(site))
         raise RuntimeError("the disk broke")
 
-    monkeypatch.setattr(client.site.Histories, "load", opened)
+    monkeypatch.setattr(Histories, "load", opened)
     found = answer(site, request(outcome.plan, 1, Phase.POPULARITY))
     assert found == Refusal(Reason.FAILED)
     assert seen == [1]
