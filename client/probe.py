@@ -91,7 +91,7 @@ def certificate(connection: Connection) -> datetime:
 
 def fleet(connection: Connection) -> Callable[[timedelta], Heard]:
     """A function that asks the Fleet API with the node's key, as if this machine's clock were off by so much more."""
-    import grpc
+    import grpc  # type: ignore[import-untyped]
     from flwr.common.constant import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.proto.fleet_pb2_grpc import FleetStub
@@ -164,4 +164,4 @@ def clock_ahead(ask: Callable[[timedelta], Heard], now: Heard) -> float | None:
     while high - low > 1:
         middle = (low + high) / 2
         low, high = (middle, high) if taken(middle) else (low, middle)
-    return SYSTEM_TIME_TOLERANCE - (low + high) / 2
+    return float(SYSTEM_TIME_TOLERANCE) - (low + high) / 2
