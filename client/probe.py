@@ -149,7 +149,7 @@ def clock_ahead(ask: Callable[[timedelta], Heard], now: Heard) -> float | None:
     def taken(seconds: float) -> bool:
         return ask(timedelta(seconds=seconds)) is not Heard.WRONG_TIME
 
-    window = TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE
+    window: int = TIMESTAMP_TOLERANCE + 2 * SYSTEM_TIME_TOLERANCE
     inside = 0.0 if now is not Heard.WRONG_TIME else None
     for far in range(window // 2, _FARTHEST + 1, window // 2) if inside is None else ():
         inside = next((float(each) for each in (far, -far) if taken(each)), None)
