@@ -29,6 +29,8 @@ _LENGTH = struct.Struct(">Q")
 _LONGEST_ADDRESS = 100
 _CHUNK = 1 << 20
 _PATIENCE = 60.0
+_AGAIN = b""
+"""The answer of a worker that has done nothing and is about to be started again."""
 
 _log = logging.getLogger("fedtide.site")
 
@@ -85,6 +87,14 @@ def ask(path: Path, data: bytes, *, patience: float = _PATIENCE) -> bytes:
         WorkerError: there is none, it is not the same user's, or it broke off: ask again with the same message.
     """
     end = time.monotonic() + patience
+    while (answer := _asked(path, data, end)) == _AGAIN:
+        if time.monotonic() > end:
+            raise WorkerError("the worker was not started again in time")
+        time.sleep(0.5)
+    return answer
+
+
+def _asked(path: Path, data: bytes, end: float) -> bytes:
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -175,10 +185,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     code = installed_code()
 
+    def stale() -> bool:  # what the guard lets in is the code that is installed now
+        return installed_code.__wrapped__() != code
+
     def reply(data: bytes) -> bytes:
-        if installed_code.__wrapped__() != code:  # what the guard lets in is the code that is installed now
-            _log.warning("another version was installed: the worker ends, to be started again with it")
-            sys.exit(0)
+        if stale():
+            return _AGAIN
         with metrics.round() as note:
             return content_to_bytes(answered(lambda: given.folder, content_from_bytes(data), note))
 
@@ -186,6 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
     _log.info("the worker of site %s is ready", site.name)
     while True:
         serve_one(listening, reply)
+        if stale():
+            _log.warning("another version was installed: the worker ends, to be started again with it")
+            sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,21 @@ def test_another_users_worker_and_another_users_request_are_refused(
     listening.close()
 
 
+def test_a_worker_about_to_be_started_again_is_asked_again(tmp_path: Path) -> None:
+    listening = listen(tmp_path / SOCKET)
+    answers = iter([b"", b"now"])
+
+    def served() -> None:
+        for _ in range(2):
+            serve_one(listening, lambda _: next(answers))
+
+    thread = threading.Thread(target=served)
+    thread.start()
+    assert ask(tmp_path / SOCKET, b"hello") == b"now"
+    thread.join()
+    listening.close()
+
+
 def test_a_long_path_has_a_socket_all_the_same(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 90)
     deep.mkdir()
