@@ -1,0 +1,220 @@
+"""A federation's learning without its network: the same phases, releases and steps, site after site, in one process.
+
+What a site releases is computed by the functions that sites run (`client.statistics`, `client.training`) and summed
+as the server sums it; ledger, receipts and messages are left out, as they do not change a release. A test holds this
+against a whole federation. Without privacy, the sums are exact and training is AdamW on the pooled events.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from client.statistics import popularity_sum, release_statistics, transition_sum
+from client.training import StepSettings, train_round
+from common.config import Plan
+from common.events.histories import Histories
+from common.models.batches import HistoryBatch
+from common.models.build import BuiltModel
+from common.models.interface import InterestModel
+from common.models.priors import Priors, make_priors
+from common.phases import Phase, StatisticsPlan
+from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
+from common.sums import POPULARITY, SITES, TRANSITIONS
+from common.wire import Request, State
+from server.pretraining import pretrain
+from server.progress import average_of_rounds
+
+Watch = Callable[[str, InterestModel], None]
+"""Called with the name of a phase and the model after it."""
+
+
+def batch_of(histories: Histories, max_events: int) -> HistoryBatch:
+    """All of them, as a model reads them."""
+    items, times = histories.padded(np.arange(len(histories)), max_events)
+    return HistoryBatch.of(items, times)
+
+
+def learn(
+    built: BuiltModel,
+    sites: Sequence[Histories],
+    plan: Plan,
+    *,
+    noise: GaussianNoise | None = None,
+    sampler: UserSampler | None = None,
+    open: bool = False,
+    watch: Watch = lambda phase, model: None,
+) -> InterestModel:
+    """A calibrated plan's run over the sites' histories: the final model.
+
+    Args:
+        built: at its seeded start; left as it is.
+        noise, sampler: seeded ones in tests alone.
+        open: no noise in anything and exact sums over all items, for the rows without privacy; users are
+            sampled and clipped all the same.
+    """
+    noise, sampler = noise or SecureGaussian(), sampler or SecurePoissonSampler()
+    model, items = copy.deepcopy(built.model), len(built.vectors)
+    if open:
+        plan, noise = _without_noise(plan, items), NoNoise()
+        released = _exact(sites, plan, items)
+    else:
+        released = _released(sites, plan, items, noise)
+    priors = make_priors(released, plan.statistics, items)
+    if released:
+        model.set_released(priors)
+        watch("statistics", model)
+    if plan.pretraining.histories:
+        events = min(plan.pretraining.events, plan.model.max_events)
+        model.load_trainable(
+            pretrain(model, built.vectors, priors, plan.pretraining, events, plan.model.seed)
+        )
+        watch("pre-training", model)
+    if not plan.training.rounds:
+        return model
+    if open and released:
+        model.set_released(_popularity_alone(priors))
+    settings, batches = StepSettings.of(plan), [batch_of(site, plan.model.max_events) for site in sites]
+    state = model.trainable_state()
+    history: list[State] = []
+    for _ in range(plan.training.rounds):
+        updates = []
+        for batch in batches:
+            model.load_trainable(state)
+            updates.append(train_round(model, batch, settings, sampler=sampler, noise=noise))
+        rate = plan.training.server_learning_rate / len(sites)
+        state = {name: value + rate * sum(each[name] for each in updates) for name, value in state.items()}
+        history.append(state)
+    model.load_trainable(average_of_rounds(history, plan))
+    if released:
+        model.set_released(priors)
+    watch("fine-tuning", model)
+    return model
+
+
+class NoNoise:
+    """Zeros where noise would be: for rows without privacy, on public data, on the researcher's side alone."""
+
+    def normal(self, size: int) -> npt.NDArray[np.float64]:
+        return np.zeros(size)
+
+
+def _without_noise(plan: Plan, items: int) -> Plan:
+    statistics = plan.statistics.model_copy(
+        update={
+            "popularity_noise_multiplier": None,
+            "transition_noise_multiplier": None,
+            "top_items": items,
+        }
+    )
+    privacy = plan.privacy.model_copy(update={"noise_multiplier": 1.0})  # stated, and multiplied by zeros
+    return plan.model_copy(update={"statistics": statistics, "privacy": privacy})
+
+
+def _exact(sites: Sequence[Histories], plan: Plan, items: int) -> dict[str, Tensor]:
+    if not plan.statistics.popularity_share:
+        return {}
+    parts = [exact_statistics(site, items, plan.statistics) for site in sites]
+    return {name: sum((part[name] for part in parts), torch.zeros(())) for name in parts[0]}
+
+
+def _released(sites: Sequence[Histories], plan: Plan, items: int, noise: GaussianNoise) -> dict[str, Tensor]:
+    released: dict[str, Tensor] = {}
+    for share, phase, name in (
+        (plan.statistics.popularity_share, Phase.POPULARITY, POPULARITY),
+        (plan.statistics.transition_share, Phase.TRANSITIONS, TRANSITIONS),
+    ):
+        if share:
+            asked = Request("grid", 1, 1, "0", "", {}, phase=phase, released=released)
+            total: Tensor = sum(  # type: ignore[assignment]
+                release_statistics(site, items, plan.statistics, asked, noise)[name] for site in sites
+            )
+            released = released | {name: total, name + SITES: torch.tensor([float(len(sites))])}
+    return released
+
+
+def exact_statistics(training: Histories, items: int, plan: StatisticsPlan) -> dict[str, Tensor]:
+    """The sums without noise, over all users: no privacy at all."""
+    popularity = popularity_sum(training, items, plan.max_events).float()
+    top = torch.arange(items)
+    pairs = transition_sum(training, top, items, plan.max_events, symmetric=plan.symmetric, gaps=plan.gaps)
+    one = torch.ones(1)
+    return {
+        POPULARITY: popularity,
+        POPULARITY + SITES: one,
+        TRANSITIONS: pairs.float(),
+        TRANSITIONS + SITES: one,
+    }
+
+
+@dataclass(frozen=True)
+class OpenTraining:
+    """Settings of training without privacy.
+
+    Attributes:
+        epochs: at most; the best one by `score` is kept, the start included.
+        patience: epochs without a better one before the end.
+    """
+
+    epochs: int = 30
+    learning_rate: float = 3e-3
+    batch_size: int = 64
+    patience: int = 4
+
+
+def learn_without_privacy(
+    built: BuiltModel,
+    training: Histories,
+    plan: Plan,
+    settings: OpenTraining,
+    score: Callable[[InterestModel], float],
+    seed: int,
+) -> InterestModel:
+    """The same model with exact statistics, trained by AdamW; the epoch with the best `score` is kept."""
+    model, items = copy.deepcopy(built.model), len(built.vectors)
+    priors = None
+    if plan.statistics.popularity_share:
+        statistics = plan.statistics.model_copy(
+            update={
+                "popularity_noise_multiplier": None,
+                "transition_noise_multiplier": None,
+                "top_items": items,
+            }
+        )
+        priors = make_priors(exact_statistics(training, items, statistics), statistics, items)
+    model.set_released(priors)
+    batch = batch_of(training, plan.model.max_events)
+    best, best_state, waited = score(model), model.trainable_state(), 0
+    if settings.epochs:
+        known = None if priors is None else _popularity_alone(priors)
+        optimiser = torch.optim.AdamW(model.trainable().values(), lr=settings.learning_rate, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(seed)
+        prepared = model.prepare(batch)
+        for _ in range(settings.epochs):
+            model.train()
+            model.set_released(known)
+            for rows in torch.randperm(len(prepared), generator=generator).split(settings.batch_size):
+                optimiser.zero_grad()
+                model.per_user_loss(prepared.rows(rows)).mean().backward()
+                optimiser.step()
+            model.eval()
+            model.set_released(priors)
+            found = score(model)
+            waited = 0 if found > best else waited + 1
+            if found > best:
+                best, best_state = found, model.trainable_state()
+            elif waited >= settings.patience:
+                break
+    model.load_trainable(best_state)
+    return model
+
+
+def _popularity_alone(priors: Priors) -> Priors:
+    """For training beside exact counts: a user's own pairs are in them, and would foretell what is trained on."""
+    return replace(priors, lift=priors.lift[:0, :0], top=priors.top[:0])
