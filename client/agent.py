@@ -217,7 +217,7 @@ class Agent:
         port, commands = free_port(), Path(sys.executable).parent
         flower_home = str(self.folder / "flwr")
         supernode = [
-            str(commands / "flower-supernode"),
+            *(sys.executable, "-m", "client.supernode"),
             *("--superlink", self.connection.address),
             *("--root-certificates", str(self.connection.authority)),
             *("--auth-supernode-private-key", str(self.connection.node_key)),

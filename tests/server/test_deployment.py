@@ -151,6 +151,12 @@ def flower_statuses(place: Place) -> list[str]:
         return [row[0] for row in db.execute("SELECT sub_status FROM task ORDER BY pending_at")]
 
 
+def told_run_times(place: Place) -> list[float]:
+    """Seconds of each run that sites told Flower they worked."""
+    with sqlite3.connect(place.server / "state.db") as db:
+        return [row[0] for row in db.execute("SELECT clientapp_runtime FROM run")]
+
+
 def check_whole(place: Place, said: str) -> None:
     """Three rounds, each once, every release admitted; what the receipts prove; every site charged three times."""
     summary = json.loads(said)
@@ -176,8 +182,9 @@ def test_three_sites_train_three_rounds_and_nothing_is_left_behind(tmp_path: Pat
         assert done.returncode == 0, f"{done.stderr}\n{place.logs()}"
         check_whole(place, done.stdout)
         assert "completed" in flower_statuses(place)
+        assert told_run_times(place) == [0.0]
         everything = set().union(*(below(process.pid) for process in place.started))
-        assert sum("flower-supernode" in command_of(pid) for pid in everything) == 3
+        assert sum("client.supernode" in command_of(pid) for pid in everything) == 3
         assert place.end() == [0, 0, 0, 0], place.logs()
         assert not [
             command_of(pid) for pid in everything if "fedtide" in command_of(pid) or "flwr" in command_of(pid)
