@@ -192,6 +192,13 @@ def _data(site: Site) -> Iterator[Finding]:
             )
         return f"verifies; {left:.1%} of the budget is left"
 
+    def catalog() -> str:
+        from common.events.catalog import Catalog
+
+        found = Catalog.load(site.catalog)
+        return f"{len(found)} items, digest {found.digest()}; a plan for another one is refused"
+
+    yield _tested("catalog", catalog)
     yield _tested("logs", logs)
     yield _tested("ledger", ledger)
 

@@ -248,9 +248,15 @@ class PerformancePlan(_Frozen):
 
 
 class Plan(_Frozen):
-    """All that server and sites agree on before a run starts."""
+    """All that server and sites agree on before a run starts.
+
+    Attributes:
+        catalog: digest of the public catalog, whose order of items the model's rows are; the commands that begin a
+            run fill it in. None leaves it unsaid.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")] = "run"
+    catalog: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     model: ModelPlan = ModelPlan()
     privacy: PrivacyPlan = PrivacyPlan()
     training: TrainingPlan = TrainingPlan()
@@ -360,6 +366,23 @@ class Plan(_Frozen):
             Phase.METRICS: self.metrics.noise_multiplier,
         }
 
+    def for_catalog(self, digest: str) -> Plan:
+        """The plan of a run over the catalog of this digest.
+
+        Raises:
+            PlanError: the plan is for another one.
+        """
+        self.check_catalog(digest)
+        return self.model_copy(update={"catalog": digest})
+
+    def check_catalog(self, digest: str) -> None:
+        """Raises `PlanError` where the plan is for another catalog than that of this digest."""
+        if self.catalog not in (None, digest):
+            raise PlanError(
+                f"the plan is for the catalog {self.catalog}, but the one here is {digest}: server and sites must "
+                "read the same file, its items in the same order"
+            )
+
     def schedule(self) -> tuple[Exchange, ...]:
         """Every round of the run, in order, with what it costs a site.
 
@@ -423,8 +446,9 @@ class Plan(_Frozen):
         )
 
     def digest(self) -> str:
-        """sha256 over what changes the run's meaning; performance knobs are left out."""
-        content = self.model_dump(mode="json", exclude={"performance"})
+        """sha256 over what changes the run's meaning; performance knobs are left out, and a catalog that is unsaid."""
+        unsaid = {"catalog"} if self.catalog is None else set()
+        content = self.model_dump(mode="json", exclude={"performance"} | unsaid)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_json(self) -> str:

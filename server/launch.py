@@ -65,8 +65,9 @@ def prepare_plan(server: Deployment, plan: Plan, expected_sites: int | None = No
 
 def unfinished_runs(server: Deployment, name: str) -> list[RunFolder]:
     """The runs of a plan's name that are not whole yet, oldest first."""
-    folders = (path for path in sorted(server.runs.glob(f"*{INCOMPLETE}")) if (path / "plan.json").is_file())
-    return [run for run in map(RunFolder, folders) if run.plan().name == name]
+    folders = (path for path in server.runs.glob(f"*{INCOMPLETE}") if (path / "plan.json").is_file())
+    runs = sorted(map(RunFolder, folders), key=lambda run: run.name)
+    return [run for run in runs if run.plan().name == name]
 
 
 def find_run(server: Deployment, plan: Plan | None, resume: str | None) -> RunFolder | None:
@@ -93,7 +94,10 @@ def find_run(server: Deployment, plan: Plan | None, resume: str | None) -> RunFo
             f"several runs of plan {plan.name!r} are unfinished ({names}): choose one with --resume"
         )
     (run,) = found
-    if prepare_plan(server, plan, run.plan().server.expected_sites).digest() != run.plan().digest():
+    begun = run.plan()
+    if plan.catalog is None:
+        plan = plan.model_copy(update={"catalog": begun.catalog})
+    if prepare_plan(server, plan, begun.server.expected_sites).digest() != begun.digest():
         raise LaunchError(
             f"the unfinished run {run.name} has another plan of the name {plan.name!r}: `--resume {run.name}` goes on "
             "with it, and another name in the plan begins a new run"
@@ -122,7 +126,7 @@ def begin_run(
     if catalog_file is None:
         raise LaunchError("a new run needs --catalog: the public catalog that the sites have, too")
     catalog = read_catalog(catalog_file, columns=columns)
-    plan = prepare_plan(server, plan)
+    plan = prepare_plan(server, plan.for_catalog(catalog.digest()))
     built = build_model(
         plan.model,
         item_texts(catalog.texts, catalog.categories),

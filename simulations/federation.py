@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Literal
 
 from client.app import SITES_FOLDER
+from client.site import SiteError
 from common.assets import home, language_model
 from common.config import Plan
+from common.events.catalog import Catalog
 from common.events.cleaning import CleaningPolicy
 from common.events.histories import Histories
 from common.models.build import BuiltModel, build_model, category_membership, item_texts
 from server.aggregation import check_aggregation
 from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
+from server.privacy_record import privacy_record
 from server.registry import Registry
 from server.runs import RunError, RunFolder, append_line
 from simulations.baselines import Epoch, popularity_scorer, train_without_privacy
@@ -30,7 +33,6 @@ from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
 from simulations.follower import Follower, Watcher, load_checkpoint
 from simulations.outcome import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome
 from simulations.partition import divide
-from simulations.privacy_record import privacy_record
 from simulations.quality import Quality
 from simulations.report import write_report
 from simulations.sites import SimulatedSite, make_sites, whole_histories
@@ -86,7 +88,7 @@ def simulate(
     if plan.server.expected_sites is None:  # public: the choice of statistics.top_items goes by it
         server = plan.server.model_copy(update={"expected_sites": options.n_sites})
         plan = plan.model_copy(update={"server": server})
-    plan = plan.calibrated()
+    plan = plan.for_catalog(dataset.catalog.digest()).calibrated()
     watcher.on_phase("reading the log")
     policy = CleaningPolicy(minimum_events=5)
     whole, report = whole_histories(dataset, policy, options.seed)
@@ -111,6 +113,11 @@ def simulate(
     catalog_file = root / "catalog.jsonl"
     if not catalog_file.is_file():
         dataset.catalog.save(catalog_file)
+    elif (digest := Catalog.load(catalog_file).digest()) != plan.catalog:
+        raise SiteError(
+            f"the sites in {root} were made over the catalog {digest[:16]}, not this one ({str(plan.catalog)[:16]}): "
+            "give the same catalog, its items in the same order, or choose another folder"
+        )
     sites = make_sites(
         dataset,
         division,

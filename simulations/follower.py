@@ -13,9 +13,9 @@ from common.events.cleaning import CleaningReport
 from common.models.build import BuiltModel
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
+from server.privacy_record import epsilon_after
 from server.runs import RunFolder, append_line
 from simulations.evaluation import HeldOut, evaluate, model_scorer
-from simulations.privacy_record import epsilon_after
 from simulations.quality import Quality
 from simulations.sites import SimulatedSite
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import Plan
+from server.privacy_record import PrivacyRecord
 from server.runs import RunFolder
-from simulations.privacy_record import PrivacyRecord
 from simulations.quality import Quality
 from simulations.sites import SimulatedSite
 from simulations.splits import Part

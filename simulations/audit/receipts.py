@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Plan, PlanError
+from common.events.catalog import CatalogError
 from common.phases import Exchange, Phase
 from common.privacy.anchors import Countersignature
 from common.privacy.chain import Chain
@@ -59,6 +60,7 @@ def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
     reader = RegistryReader(registry or _registry_in(run))
     chains = _chains(reader, findings)
     lines = _lines(run, findings)
+    _check_catalog(run, plan, findings)
     if lines and lines[0].said["run"] != run.name:
         findings.run = str(lines[0].said["run"])
         findings.notes.append(f"the folder is now called {run.name}, but the run was {findings.run}")
@@ -70,6 +72,14 @@ def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
     if run.path.name.endswith(INCOMPLETE):
         findings.notes.append("the run did not end well: what there is of it was checked")
     return findings
+
+
+def _check_catalog(run: RunFolder, plan: Plan, it: Findings) -> None:
+    """Whether the catalog that is kept is the one that the plan, and so every receipt, is about."""
+    try:
+        plan.check_catalog(run.catalog().digest())
+    except (CatalogError, PlanError) as error:
+        it.lie("catalog.jsonl", "wrong_catalog", str(error))
 
 
 def lines_seen(lines: list[Line]) -> dict[str, int]:

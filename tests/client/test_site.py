@@ -382,3 +382,27 @@ def test_a_folder_without_a_readable_site_is_refused_in_words(tmp_path: Path, co
     (tmp_path / "site.json").write_text(content)
     with pytest.raises(SiteError, match="site init"):
         Site.load(tmp_path)
+
+
+def over(plan: Plan, catalog: Catalog, request: Request) -> Request:
+    return replace(request, plan=plan.for_catalog(catalog.digest()).model_dump_json())
+
+
+def test_a_plan_over_the_same_items_in_another_order_is_refused_and_costs_nothing(
+    site: Site,
+    plan: Plan,
+    ask: Ask,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order = [1, 0, *range(2, ITEMS)]
+    other = Catalog(CATALOG.ids, tuple(CATALOG.texts[row] for row in order), CATALOG.categories)
+    request = over(plan, other, ask())
+    assert answer(site, request) == Refusal(Reason.PLAN)
+    assert outcomes(site) == []
+    assert other.digest() in caplog.text
+    assert CATALOG.digest() in caplog.text
+    with monkeypatch.context() as patch:  # nothing else would have refused it
+        patch.setattr(Plan, "check_catalog", lambda *_: None)
+        assert isinstance(answer(site, request), Update)
+    assert isinstance(answer(site, over(plan, CATALOG, ask(2))), Update)

@@ -22,6 +22,8 @@ from client.check import Finding, check_site
 from client.connection import Connection
 from client.ledger import Ledger
 from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, reach
+from client.site import Site
+from common.events.catalog import Catalog
 from tests.client.test_connection import authority, init
 from tests.tiny import tiny_language_model
 
@@ -97,6 +99,7 @@ def test_everything_holds_for_an_enrolled_site_and_nothing_is_spent(place: Path)
     findings = found(place / "north")
     assert [each for each in findings.values() if each.holds is not True] == []
     assert "120 users" in findings["logs"].said
+    assert Catalog.load(Site.load(place / "north").catalog).digest() in findings["catalog"].said
     assert entries(place / "north") == before
 
 

@@ -178,6 +178,17 @@ def test_the_digest_changes_with_the_name() -> None:
     assert Plan(name="other").digest() != Plan().digest()
 
 
+def test_the_digest_changes_with_the_catalog_and_a_plan_keeps_to_one() -> None:
+    one, other = Plan().for_catalog("a" * 64), Plan().for_catalog("b" * 64)
+    assert len({Plan().digest(), one.digest(), other.digest()}) == 3
+    assert make_plan(json.loads(one.to_json())) == one == one.for_catalog("a" * 64)
+    for check in (one.for_catalog, one.check_catalog):
+        with pytest.raises(PlanError, match=r"is for the catalog a+, but the one here is b+: .*same order"):
+            check("b" * 64)
+    with pytest.raises(PlanError, match="catalog"):
+        make_plan({"catalog": "short"})
+
+
 plans = st.builds(
     make_plan,
     st.fixed_dictionaries(

@@ -63,6 +63,9 @@ def test_a_new_run_has_a_calibrated_plan_and_the_seeded_start(
     assert run.path.parent == server.runs
     assert run.plan().server.expected_sites == 2
     assert run.plan().privacy.noise_multiplier == 2.0
+    assert run.plan().catalog == run.catalog().digest()
+    with pytest.raises(PlanError, match="the same file, its items in the same order"):
+        begin(server, plan.for_catalog("a" * 64), tmp_path)
     again = begin(server, plan, tmp_path)
     start, same = run.round_state(0), again.round_state(0)
     assert start.keys() == same.keys() != set()

@@ -199,6 +199,12 @@ def _(run: Path) -> None:
     _scaled(run / "rounds" / "00000.safetensors")
 
 
+@lie("two items of the catalog swapped", "wrong_catalog", "catalog.jsonl")
+def _(run: Path) -> None:
+    first, second, *others = (run / "catalog.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "catalog.jsonl").write_bytes(b"".join([second, first, *others]))
+
+
 @lie("something else added to the last round", "wrong_aggregate", "round 2")
 def _(run: Path) -> None:
     _scaled(run / "rounds" / "00002.safetensors")
