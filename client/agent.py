@@ -79,7 +79,7 @@ def _plain(line: str) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Holds the lock of a site that is up; the kernel drops it when its holder dies."""
     descriptor = os.open(folder / "up.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -150,7 +150,7 @@ class Agent:
         Raises:
             AgentError: the site is up already.
         """
-        with _alone(self.folder):
+        with alone(self.folder):
             self.logs.mkdir(mode=FOLDER_MODE, exist_ok=True)
             if not self.secret.exists():
                 write_private(self.secret, os.urandom(32))

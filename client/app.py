@@ -7,7 +7,9 @@ torch is imported when a message comes that is answered here, not when Flower lo
 from __future__ import annotations
 
 import logging
+import math
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,12 +40,15 @@ def answered(
     folder: Callable[[], Path],
     content: RecordDict,
     note: Callable[[Request | None, Update | Refusal], None] = lambda _request, _reply: None,
+    *,
+    until: float = math.inf,
 ) -> RecordDict:
     """A site's answer to a message's content. Never raises, and tells no text.
 
     Args:
         folder: finds the site's.
         note: told of the request, where it was one, and of the answer; for the site's own metrics.
+        until: when the message expires, in seconds since 1970.
     """
     from client.site import Site, answer
     from common.wire import Reason, Refusal, WireError, answer_to_records, request_from_records
@@ -52,7 +57,7 @@ def answered(
     request: Request | None = None
     try:
         site, request = Site.load(folder()), request_from_records(content)
-        reply = answer(site, request)
+        reply = answer(site, request, until=until)
     except WireError:
         reply = Refusal(Reason.POLICY)
     except Exception as error:
@@ -79,11 +84,24 @@ def content_from_bytes(data: bytes) -> RecordDict:
     return recorddict_from_proto(ProtoRecordDict.FromString(data))
 
 
-def _answered_by_worker(socket: Path, content: RecordDict) -> RecordDict:
+_UNTIL = struct.Struct(">d")
+
+
+def question_to_bytes(content: RecordDict, until: float) -> bytes:
+    """What the worker is asked: when the message expires, then its content."""
+    return _UNTIL.pack(until) + content_to_bytes(content)
+
+
+def question_from_bytes(data: bytes) -> tuple[RecordDict, float]:
+    """What `question_to_bytes` wrote."""
+    return content_from_bytes(data[_UNTIL.size :]), _UNTIL.unpack_from(data)[0]
+
+
+def _answered_by_worker(socket: Path, content: RecordDict, until: float) -> RecordDict:
     from client.worker import WorkerError, ask
 
     try:
-        return content_from_bytes(ask(socket, content_to_bytes(content)))
+        return content_from_bytes(ask(socket, question_to_bytes(content, until)))
     except (WorkerError, OSError) as error:
         from common.wire import Reason, Refusal, answer_to_records
 
@@ -92,10 +110,10 @@ def _answered_by_worker(socket: Path, content: RecordDict) -> RecordDict:
 
 
 def _answered(message: Message, context: Context) -> Message:
-    worker = context.node_config.get("worker")
+    worker, until = context.node_config.get("worker"), message.metadata.created_at + message.metadata.ttl
     if worker:
-        return Message(_answered_by_worker(Path(str(worker)), message.content), reply_to=message)
-    return Message(answered(lambda: site_folder(context), message.content), reply_to=message)
+        return Message(_answered_by_worker(Path(str(worker)), message.content, until), reply_to=message)
+    return Message(answered(lambda: site_folder(context), message.content, until=until), reply_to=message)
 
 
 @app.query()  # type: ignore[untyped-decorator]

@@ -194,6 +194,29 @@ def init(
     say(f"Keep {site.folder / 'secret'} and the ledger backed up together; a budget does not reset.")
 
 
+@app.command()
+def connect(
+    folder: Folder,
+    server_address: Annotated[
+        str | None, typer.Option("--server", help="HOST:PORT of the server; else the one that the site has.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(help="The server's tls/ca.crt; together with --server.")] = None,
+) -> None:
+    """Give a site a new node key, or another server; its ledger and data stay as they are.
+
+    The server enrols the new enrolment.json under the site's old name.
+    """
+    from client.making import ENROLMENT, connect_site
+    from common.privacy.enrolment import node_fingerprint
+
+    node_key = connect_site(folder, _server(server_address, ca))
+    print(f"Node key fingerprint: {node_fingerprint(node_key)}")
+    print(
+        f"Hand {folder / ENROLMENT} to the server: `fedtide server enroll` under the site's name; then "
+        f"`fedtide site check {folder}`."
+    )
+
+
 def _sayer(console: Any) -> Any:
     return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
 

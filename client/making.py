@@ -9,16 +9,17 @@ import hashlib
 import hmac
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client.connection import make_connection
+from client.connection import Connection, make_connection
 from client.ledger import Ledger
 from client.policy import POLICY, Policy, policy_text
 from client.private_files import FOLDER_MODE, sync_folder
 from client.site import Site, SiteError
-from client.units import write_units
+from client.units import UNITS, write_units
 from common.assets import DEFAULT_LANGUAGE_MODEL
 from common.events.catalog import read_catalog
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
@@ -154,6 +155,43 @@ def make_site(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return MadeSite(replace(site, folder=folder), key_id, report, node_key)
+
+
+def connect_site(folder: Path, server: tuple[str, Path] | None = None) -> str:
+    """A new node key and connection for a site that exists; ledger, data and policy stay as they are.
+
+    Args:
+        server: HOST:PORT and the file of its certificate authority; None for those that the site has.
+
+    Returns:
+        The node's public key as one OpenSSH line; `enrolment.json` holds it too, for the server to enrol again.
+
+    Raises:
+        SiteError: there is no site, or it is up.
+        ConnectionSetupError: the address or the authority is wrong.
+    """
+    from client.agent import alone
+
+    site = Site.load(folder)
+    folder = site.folder.expanduser().resolve()
+    if server is None:
+        held = Connection.load(folder)
+        server = held.address, held.authority
+    with alone(folder):
+        partial = Path(tempfile.mkdtemp(prefix=".connection-", dir=folder))
+        try:
+            node_key = make_connection(partial, *server)
+            with Ledger.open(site.ledger_folder) as ledger:
+                enrolment = enrolment_to_bytes(ledger.entries()[0], node_key) + b"\n"
+            (partial / ENROLMENT).write_bytes(enrolment)
+            write_units(partial, folder)
+            shutil.rmtree(folder / UNITS, ignore_errors=True)
+            for each in partial.iterdir():
+                each.replace(folder / each.name)
+            sync_folder(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return node_key
 
 
 def commitment(histories: Histories, secret: bytes) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +135,12 @@ class Site:
         (self.folder / "progress").write_text(f"{request_round} {step} {steps}", encoding="ascii")
 
 
-def answer(site: Site, request: Request) -> Update | Refusal:
-    """One exchange at a site: reserve, compute, commit, answer. Never raises for what a request or the data do."""
+def answer(site: Site, request: Request, *, until: float = math.inf) -> Update | Refusal:
+    """One exchange at a site: reserve, compute, commit, answer. Never raises for what a request or the data do.
+
+    Args:
+        until: when the request expires, in seconds since 1970: nothing is spent for an answer that nobody awaits.
+    """
     try:
         plan, event = _accepted_plan(site, request)
     except PlanError as error:
@@ -169,6 +175,14 @@ def answer(site: Site, request: Request) -> Update | Refusal:
                     ledger.anchor(anchor)
                     held = anchor.seq
             ledger.recover()  # not before: a copy from an old backup must write nothing
+            if time.time() > until:
+                _log.warning(
+                    "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine was "
+                    "too slow for the plan's round_deadline, or stood still, or its clock is ahead",
+                    site.name,
+                    request.round,
+                )
+                return Refusal(Reason.EXPIRED)
             reservation = ledger.reserve(
                 run=request.run,
                 round=request.round,

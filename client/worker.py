@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch  # noqa: F401  # warm before the first request
 
-    from client.app import answered, content_from_bytes, content_to_bytes
+    from client.app import answered, content_to_bytes, question_from_bytes
     from client.metrics import SiteMetrics
     from client.site import Site
     from common.bundle import installed_code
@@ -192,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         if stale():
             return _AGAIN
         with metrics.round() as note:
-            return content_to_bytes(answered(lambda: given.folder, content_from_bytes(data), note))
+            content, until = question_from_bytes(data)
+            return content_to_bytes(answered(lambda: given.folder, content, note, until=until))
 
     listening = listen(given.folder / SOCKET)
     _log.info("the worker of site %s is ready", site.name)

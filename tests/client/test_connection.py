@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
+from client.agent import AgentError, alone
 from client.cli import app
 from client.connection import Connection, ConnectionSetupError, own_network, parse_server
 from client.private_files import LoosePermissionsError
@@ -132,6 +133,38 @@ def test_a_site_without_a_server_says_how_to_get_one(tmp_path: Path) -> None:
     assert not (tmp_path / "north" / "units").exists()
     with pytest.raises(ConnectionSetupError, match="--server HOST:PORT"):
         Connection.load(tmp_path / "north")
+
+
+def test_a_new_node_key_leaves_the_ledger_as_it_is(tmp_path: Path) -> None:
+    ca, folder = authority(tmp_path / "ca.crt"), tmp_path / "site"
+    assert init(folder, tmp_path / "data", "--server", "one.example:9092", "--ca", ca).exit_code == 0
+    before = (folder / "enrolment.json").read_bytes()
+    ledger = {file: file.read_bytes() for file in (folder / "ledger").rglob("*.key")}
+    said = CliRunner().invoke(app, ["connect", str(folder)])
+    assert said.exit_code == 0, said.output
+    after = (folder / "enrolment.json").read_bytes()
+    old, new = enrolment_node_key(before), enrolment_node_key(after)
+    assert old is not None
+    assert new is not None
+    assert new != old
+    assert node_fingerprint(new) in said.output
+    assert enrolment_from_bytes(after) == enrolment_from_bytes(before)
+    assert {file: file.read_bytes() for file in (folder / "ledger").rglob("*.key")} == ledger
+    assert Connection.load(folder).address == "one.example:9092"
+    assert stat.S_IMODE((folder / "node.key").stat().st_mode) == 0o600
+    other = authority(tmp_path / "other.crt")
+    assert (
+        CliRunner()
+        .invoke(app, ["connect", str(folder), "--server", "two.example:1", "--ca", str(other)])
+        .exit_code
+        == 0
+    )
+    assert Connection.load(folder).address == "two.example:1"
+    assert (folder / "ca.crt").read_bytes() == other.read_bytes()
+    with alone(folder):
+        refused = CliRunner().invoke(app, ["connect", str(folder)])
+    assert isinstance(refused.exception, AgentError)
+    assert Connection.load(folder).address == "two.example:1"
 
 
 def test_addresses() -> None:
