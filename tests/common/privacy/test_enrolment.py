@@ -55,6 +55,7 @@ def test_both_formats_come_back_as_they_were(genesis: Entry) -> None:
         "no key",
         "",
     ],
+    ids=["ed25519", "commented", "cut", "words", "empty"],
 )
 def test_another_kind_of_node_key_is_refused_on_both_sides(genesis: Entry, key: str) -> None:
     with pytest.raises(ReceiptError, match="node key"):
