@@ -46,6 +46,7 @@ class Reason(StrEnum):
     PLAN = "plan"
     MODEL = "model"
     FAILED = "failed"
+    EXPIRED = "expired"
 
 
 @dataclass(frozen=True)
