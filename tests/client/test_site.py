@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,14 @@ def outcomes(site: Site) -> list[str]:
 def lose_histories(site: Site) -> None:
     """Whoever looks at the data from here on fails."""
     site.histories_folder.rename(site.histories_folder.with_name("elsewhere"))
+
+
+def test_a_request_that_has_expired_spends_nothing_and_one_that_has_not_is_answered(site: Site, ask: Ask) -> None:
+    assert answer(site, ask(), until=time.time() - 0.01) == Refusal(Reason.EXPIRED)
+    assert outcomes(site) == []
+    assert isinstance(answer(site, ask(), until=time.time() + 60), Update)
+    assert outcomes(site) == ["released"]
+    assert isinstance(answer(site, ask(), until=0.0), Update)  # the same bytes again cost nothing
 
 
 def test_a_round_is_charged_and_answered_with_an_update_and_its_receipt(

@@ -106,10 +106,10 @@ def running(
         each.wait()
 
 
-def replied(site: Site, content: RecordDict) -> Update | Refusal:
+def replied(site: Site, content: RecordDict, ttl: float = 600.0) -> Update | Refusal:
     """The ClientApp's answer, with the worker in the node's configuration."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    message = Message(content, dst_node_id=2, message_type="train")
+    message = Message(content, dst_node_id=2, message_type="train", ttl=ttl)
     message.metadata.__dict__["_message_id"] = "asked"
     node = {"site": str(site.folder), "worker": str(site.folder / SOCKET)}
     context = Context(run_id=1, node_id=2, node_config=node, state=RecordDict(), run_config={})
@@ -121,6 +121,8 @@ def test_a_real_worker_answers_survives_a_kill_and_sends_the_same_bytes_again(
 ) -> None:
     site, start = running
     first_worker = start()
+    assert replied(site, request_to_records(request_), ttl=1e-6) == Refusal(Reason.EXPIRED)
+    assert outcomes(site) == []
     first = replied(site, request_to_records(request_))
     assert isinstance(first, Update)
     path = site.folder / SOCKET
