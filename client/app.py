@@ -50,6 +50,7 @@ def answered(
         note: told of the request, where it was one, and of the answer; for the site's own metrics.
         until: when the message expires, in seconds since 1970.
     """
+    from client.ledger_errors import LedgerDiskError
     from client.site import Site, answer
     from common.wire import Reason, Refusal, WireError, answer_to_records, request_from_records
 
@@ -60,6 +61,9 @@ def answered(
         reply = answer(site, request, until=until)
     except WireError:
         reply = Refusal(Reason.POLICY)
+    except LedgerDiskError as error:  # its text tells nothing of the data, and nothing of it is sent
+        _log.error("%s", error)
+        reply = Refusal(Reason.FAILED)
     except Exception as error:
         # Flower would send the exception's text to the server, and texts may depend on the data.
         _log.error("the site failed before or after its work: %s", type(error).__name__)

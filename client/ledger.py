@@ -30,7 +30,7 @@ from client.ledger_errors import (
     LedgerMissingError,
 )
 from client.ledger_reading import LedgerReader, Reservation
-from client.ledger_store import connect, initialise
+from client.ledger_store import connect, disk_error, initialise, is_disk_fault
 from client.private_files import FOLDER_MODE, Presence, check_private, create_key, load_key, sync_folder
 from common.privacy.anchors import Countersignature
 from common.privacy.entries import (
@@ -167,6 +167,8 @@ class Ledger(LedgerReader):
         except BaseException as error:
             connection.close()
             if isinstance(error, sqlite3.Error):
+                if is_disk_fault(error):
+                    raise disk_error(folder) from error
                 raise LedgerDamagedError(
                     "the database cannot be read: restore it, never remake it"
                 ) from error
@@ -198,12 +200,16 @@ class Ledger(LedgerReader):
         try:
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
+            if is_disk_fault(error):
+                raise disk_error(self._folder) from error
             raise LedgerBusyError("another process has held the ledger for a minute: end it") from error
         try:
             yield
             self._db.commit()
-        except BaseException:  # whatever it was, nothing half done may stay
+        except BaseException as error:  # whatever it was, nothing half done may stay
             self._db.rollback()
+            if isinstance(error, sqlite3.Error) and is_disk_fault(error):
+                raise disk_error(self._folder) from error
             raise
 
     def _append(self, body: AnyBody) -> Entry:

@@ -47,6 +47,12 @@ class LedgerVersionError(LedgerError):
     reason = "ledger_version"
 
 
+class LedgerDiskError(LedgerError):
+    """The disk is full or fails: the ledger cannot be opened or written, and what was not committed is not there."""
+
+    reason = "ledger_disk"
+
+
 class LedgerBusyError(LedgerError):
     """Another process held the ledger for longer than we wait."""
 

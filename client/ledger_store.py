@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from client.ledger_errors import LedgerDamagedError, LedgerVersionError
+from client.ledger_errors import LedgerDamagedError, LedgerDiskError, LedgerVersionError
 from client.private_files import write_private
 from common.privacy.entries import Entry
 
@@ -67,8 +67,27 @@ def _connect(database: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.DatabaseError as error:
         connection.close()
+        if is_disk_fault(error):
+            raise disk_error(database.parent) from error
         raise LedgerDamagedError(f"{database.name} is no database: restore it, never remake it") from error
     return connection
+
+
+_DISK_FAULTS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
+
+
+def is_disk_fault(error: sqlite3.Error) -> bool:
+    """Whether SQLite could not write, as on a full disk; what it had written before is in order."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in _DISK_FAULTS
+
+
+def disk_error(folder: Path) -> LedgerDiskError:
+    """For the person who can free the disk."""
+    return LedgerDiskError(
+        f"the ledger in {folder} cannot be written, because its disk is full or fails: free space there. What was "
+        "charged stays charged, and nothing is released meanwhile; the site goes on by itself at its next round"
+    )
 
 
 def connect(database: Path) -> sqlite3.Connection:
@@ -79,7 +98,13 @@ def connect(database: Path) -> sqlite3.Connection:
         LedgerDamagedError: it is no database.
     """
     connection = _connect(database)
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.Error as error:
+        connection.close()
+        if is_disk_fault(error):
+            raise disk_error(database.parent) from error
+        raise
     if version != VERSION:
         connection.close()
         raise LedgerVersionError(f"the ledger is of version {version}; this program knows {VERSION} only")

@@ -21,7 +21,7 @@ import torch
 
 from client.kept import device_of, kept_batch, kept_histories, site_model
 from client.ledger import Ledger
-from client.ledger_errors import BudgetRefusedError, LedgerError
+from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerError
 from client.policy import POLICY, Limits, check_plan, read_policy
 from client.statistics import release_metrics, release_statistics
 from client.training import StepSettings, check_rows_are_users, prepare_histories, train_round
@@ -177,8 +177,8 @@ def answer(site: Site, request: Request, *, until: float = math.inf) -> Update |
             ledger.recover()  # not before: a copy from an old backup must write nothing
             if time.time() > until:
                 _log.warning(
-                    "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine was "
-                    "too slow for the plan's round_deadline, or stood still, or its clock is ahead",
+                    "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine "
+                    "was too slow for the plan's round_deadline, or stood still, or its clock is ahead",
                     site.name,
                     request.round,
                 )
@@ -200,6 +200,9 @@ def answer(site: Site, request: Request, *, until: float = math.inf) -> Update |
             return Refusal(Reason.BUDGET)
         except AfterCloseError:
             return Refusal(Reason.CLOSED)
+        except LedgerDiskError as error:
+            _log.error("site %s refuses a request: %s", site.name, error)
+            return Refusal(Reason.FAILED)
         except (SecondReservationError, ReceiptError, LedgerError) as error:
             _log.warning("site %s refuses a request: %s", site.name, error)
             return Refusal(Reason.POLICY)

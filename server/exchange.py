@@ -32,6 +32,17 @@ _log = logging.getLogger("fedtide.server")
 _SHORTEST_POLL, _LONGEST_POLL = 0.01, 0.2
 """Seconds between two looks for replies: quick within a process, and easy on a server that sites are far from."""
 
+_NODE_ERRORS = {
+    2: "its ClientApp refused the bundle or failed: logs/site.log there says why",
+    5: "it is not connected: its administrator runs `fedtide site up`, and `fedtide site check` where that fails",
+    8: "its ClientApp was killed: its administrator looks whether memory ran out, and runs `fedtide site check`",
+}
+_OTHER_NODE_ERROR = "its administrator runs `fedtide site check`, and reads logs/supernode.log"
+_MISSING = (
+    "no answer in time: where that happens again, its administrator runs `fedtide site check`, or the plan gets a "
+    "longer server.round_deadline or server.grace"
+)
+
 
 @dataclass
 class RoundRecord:
@@ -142,7 +153,11 @@ def ask_sites(
             if reply.has_error():
                 record.left_out.append({"node": str(node), "reason": "node_error", "code": reply.error.code})
                 _log.warning(
-                    "round %d: %s is left out: node_error %d", exchange.round, names[node], reply.error.code
+                    "round %d: %s is left out: node_error %d: %s",
+                    exchange.round,
+                    names[node],
+                    reply.error.code,
+                    _NODE_ERRORS.get(reply.error.code, _OTHER_NODE_ERROR),
                 )
                 continue
             record.bytes_up += payload_bytes(reply.content)
@@ -173,7 +188,7 @@ def ask_sites(
             pause = min(2 * pause, _LONGEST_POLL)
     record.missing = len(asked)
     for node, _ in asked.values():
-        _log.warning("round %d: %s is left out: missing", exchange.round, names[node])
+        _log.warning("round %d: %s is left out: missing: %s", exchange.round, names[node], _MISSING)
     return admitted
 
 

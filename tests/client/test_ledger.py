@@ -19,6 +19,7 @@ from client.ledger_errors import (
     ForeignProcessError,
     LedgerBusyError,
     LedgerDamagedError,
+    LedgerDiskError,
     LedgerError,
     LedgerExistsError,
     LedgerMissingError,
@@ -382,6 +383,27 @@ def test_a_writer_that_waits_too_long_is_told_so(ledger: Ledger, folder: Path) -
             reserve(other, 1)
         ledger._db.rollback()
         reserve(other, 1)
+
+
+def test_a_full_disk_is_said_and_neither_spends_nor_gives_back(ledger: Ledger) -> None:
+    open_, before = reserve(ledger, 1), ledger.status()
+    (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(LedgerDiskError, match="disk is full or fails: free space"):
+        ledger.release(open_, b"x" * 100_000)
+    for round_ in range(2, 200):
+        try:
+            reserve(ledger, round_)
+        except LedgerDiskError:
+            break
+    else:
+        pytest.fail("the disk never was full")
+    ledger._db.execute("PRAGMA max_page_count = 100000")
+    found = ledger.status()
+    assert found.charges[0] == before.charges[0]
+    assert found.spent == sum(charge.reserve.charge for charge in found.charges)
+    ledger.release(open_, b"x" * 100_000)
+    ledger.verify()
 
 
 def test_a_commit_that_fails_leaves_nothing_behind(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,9 @@ def lose_histories(site: Site) -> None:
     site.histories_folder.rename(site.histories_folder.with_name("elsewhere"))
 
 
-def test_a_request_that_has_expired_spends_nothing_and_one_that_has_not_is_answered(site: Site, ask: Ask) -> None:
+def test_a_request_that_has_expired_spends_nothing_and_one_that_has_not_is_answered(
+    site: Site, ask: Ask
+) -> None:
     assert answer(site, ask(), until=time.time() - 0.01) == Refusal(Reason.EXPIRED)
     assert outcomes(site) == []
     assert isinstance(answer(site, ask(), until=time.time() + 60), Update)
