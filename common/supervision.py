@@ -17,6 +17,7 @@ _SETTLED = 60.0
 """A process that lived this long, seconds, was well: the next one is started without much ado."""
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 _LOG_KEPT = 10_000_000
+_KILLED = " (killed: look whether memory ran out)"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -93,8 +94,8 @@ class Supervised:
             wait = self._wait = _FIRST_WAIT if lived > _SETTLED else self._wait
             self._next, self._wait = now + wait, min(wait * 2, _LONGEST_WAIT)
             self._logger.warning(
-                "%s ended with code %s after %.0f s; it is started again in %.0f s; see %s",
-                self.name, self.code, lived, wait, self.log,
+                "%s ended with code %s%s after %.0f s; it is started again in %.0f s; see %s",
+                self.name, self.code, _KILLED if self.code == -signal.SIGKILL else "", lived, wait, self.log,
             )  # fmt: skip
             self._end_group(signal.SIGKILL)  # what it had started must not outlive it
         if now < self._next:

@@ -22,7 +22,7 @@ from common.privacy.mechanisms import event_to_fields
 from common.privacy.receipts import Receipt, check_receipt
 from common.privacy.receipts import Request as Asked
 from common.sums import METRICS, POPULARITY, TRANSITIONS, PairLayout
-from common.wire import MESSAGE_TYPES, Request, payload_bytes, request_to_records, state_from_bytes
+from common.wire import MESSAGE_TYPES, Reason, Request, payload_bytes, request_to_records, state_from_bytes
 from server.admission import Admitted, Expectation, LeftOut, admit
 from server.registry import Registry, RegistryError
 from server.runs import RunError, RunFolder, append_line
@@ -38,6 +38,7 @@ _NODE_ERRORS = {
     8: "its ClientApp was killed: its administrator looks whether memory ran out, and runs `fedtide site check`",
 }
 _OTHER_NODE_ERROR = "its administrator runs `fedtide site check`, and reads logs/supernode.log"
+_AT_SITE = ": why stands in the site's own logs/site.log"
 _MISSING = (
     "no answer in time: where that happens again, its administrator runs `fedtide site check`, or the plan gets a "
     "longer server.round_deadline or server.grace"
@@ -172,10 +173,11 @@ def ask_sites(
             if isinstance(verdict, LeftOut):
                 record.left_out.append({"node": str(node), **asdict(verdict)})
                 _log.warning(
-                    "round %d: %s is left out: %s",
+                    "round %d: %s is left out: %s%s",
                     exchange.round,
                     verdict.site or names[node],
                     verdict.reason,
+                    _AT_SITE if verdict.reason in set(Reason) else "",
                 )
                 continue
             admitted.append(verdict)
