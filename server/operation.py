@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from common.supervision import Supervised, wait_until
+from server.bundle_guard import write_commands
 from server.certificates import check_certificates
 from server.deployment import Deployment, DeploymentError, open_locked
 from server.monitoring import serve_metrics
@@ -74,13 +76,15 @@ def operate(server: Deployment, *, on_ready: Callable[[], None] = lambda: None) 
 
 def _operate(server: Deployment, end: threading.Event, on_ready: Callable[[], None]) -> None:
     environment = server.environment()
+    guarded = os.pathsep.join([str(write_commands(server)), environment["PATH"]])
     superlink, superexec = (
         Supervised(
-            name, command, environment=environment, folder=server.folder, log=server.logs / f"{name}.log", logger=_log
+            name, command, environment={**environment, "PATH": path}, folder=server.folder,
+            log=server.logs / f"{name}.log", logger=_log,
         )
-        for name, command in (
-            ("superlink", server.superlink_command()),
-            ("superexec", server.superexec_command()),
+        for name, path, command in (
+            ("superlink", environment["PATH"], server.superlink_command()),
+            ("superexec", guarded, server.superexec_command()),
         )
     )  # fmt: skip
     metrics = serve_metrics(server)
