@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from simulations.faults import at_start, mid_run
-from simulations.faults.place import deployed
+from simulations.faults.place import FaultError, deployed
 from simulations.faults.rows import Row, judged
 
 FAULTS = {fault.name: fault for fault in (*at_start.FAULTS, *mid_run.FAULTS)}
@@ -60,9 +60,12 @@ def _run(folder: Path, chosen: list[str], results: Path, console: Console) -> No
     with deployed(folder) as place:
         for name in chosen:
             if name == ATTACKER:
-                from simulations.faults.attacker import attack
+                from simulations.faults.attacker import Tried, attack
 
-                tried = attack(place)
+                try:
+                    tried = attack(place)
+                except FaultError as error:
+                    tried = [Tried("", "the tries themselves", str(error), False)]
                 kept = {"holds": all(each.holds for each in tried), "tried": [asdict(each) for each in tried]}
                 for each in tried:
                     console.print(

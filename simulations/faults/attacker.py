@@ -19,7 +19,7 @@ from simulations.faults.place import NETWORK, SITES, VICTIM, FaultError, Place
 from simulations.faults.rows import ended_well
 
 NOBODY = 65534
-FROMNETWORK, ON_MACHINE = "another machine", "another account on the server's machine"
+FROM_NETWORK, ON_MACHINE = "another machine", "another account on the server's machine"
 
 
 @dataclass
@@ -49,14 +49,29 @@ def attack(place: Place) -> list[Tried]:
     (open_ / "known.json").write_text(json.dumps(_known(place, open_ / "ca.crt")))
     for file in open_.iterdir():
         file.chmod(0o644)
-    found = [Tried(FROMNETWORK, *each) for each in _as_nobody(place, open_, "network")]
+    found = [Tried(FROM_NETWORK, *each) for each in _as_nobody(place, open_, "network")]
     ended_well(place, run)
     faults = judge(place, "attack", before, SITES, SITES)
     wrong = "; ".join(fault for each in faults.values() for fault in each)
     found.append(Tried("", "the run beside all this", wrong or "whole, and every check holds", not wrong))
     found += [Tried(ON_MACHINE, *each) for each in _as_nobody(place, open_, "machine")]
     shutil.rmtree(open_)
+    found.append(Tried(ON_MACHINE, *_taken_out(place)))
     return found
+
+
+def _taken_out(place: Place) -> tuple[str, str, bool]:
+    """Whether the server knows just its sites' nodes again, whatever was registered behind its back."""
+    from server.deployment import Deployment
+    from server.nodes import known_nodes, pending_changes
+
+    what, server = "stay registered with that node key", Deployment.load(place.server)
+    try:
+        place.until(lambda: not any(pending_changes(server)), "the stranger's node taken out", 0.5)
+    except FaultError as error:
+        return what, str(error), False
+    gone = sum(not node.registered for node in known_nodes(server))
+    return what, f"the server took out {gone} node that is no site's", True
 
 
 def _as_nobody(place: Place, folder: Path, where: str) -> list[tuple[str, str, bool]]:

@@ -153,7 +153,7 @@ def _as_a_node(known: dict[str, Any]) -> Iterator[Tried]:
             f"read a site's update, its id known ({number + 1})",
             *_heard(stub.PullObject, update, headers(public)),
         )
-    push = fleet_pb2.PushMessagesRequest(node=node, run_id=run)
+    push = fleet_pb2.PushMessagesRequest(node=node)
     yield "push a message as a site", *_heard(stub.PushMessages, push, headers(public))
     beat = heartbeat_pb2.SendNodeHeartbeatRequest(node=node, heartbeat_interval=30.0)
     yield "send a heartbeat as a site", *_heard(stub.SendNodeHeartbeat, beat, headers(public))
@@ -231,6 +231,14 @@ def _control(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
 
     said, allowed = flwr("ls", "it")
     yield "list the runs", "it may" if allowed else " ".join(said.split())[-100:], not allowed
+    key = folder / "key.pub"
+    key.write_text(_new_key())
+    said, allowed = flwr("supernode", "register", str(key), "it", "--name", "stranger")
+    yield (
+        "register a node key of its own",
+        "it may" if allowed else " ".join(said.split())[-100:],
+        not allowed,
+    )
     said, allowed = flwr("run", str(app), "it")
     yield (
         "start a run with an app of its own",
@@ -243,6 +251,14 @@ def _control(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
     ran = proof.exists()
     said = f"it ran, as user id {proof.read_text()}" if ran else f"it did not run within {_SECONDS:g} s"
     yield "have its app's code run on the server's machine", said, not ran
+
+
+def _new_key() -> str:
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() + "\n"
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from client.ledger import Ledger
 from common.phases import Phase
 from server.aggregation import aggregation
 from server.runs import RunFolder
-from simulations.faults.place import Place
+from simulations.faults.place import VICTIM, Place
 
 LOST, UNCHARGED, TWICE, OTHERS_WENT_ON, MESSAGE = (
     "nothing lost",
@@ -144,16 +144,15 @@ def left_behind(run: RunFolder, others: Sequence[str], before: Mark) -> list[str
     return faults
 
 
-def commands_agree(place: Place, run: RunFolder, sites: Sequence[str]) -> list[str]:
-    """What `fedtide audit receipts` and `fedtide site verify` find."""
+def commands_agree(place: Place, run: RunFolder) -> list[str]:
+    """What `fedtide audit receipts` finds, and `fedtide site verify` at the victim."""
     faults = []
     done = place.fedtide("audit", "receipts", run.path, "--registry", place.server / "registry")
     if done.returncode:
         faults.append(f"the audit of the receipts: {(done.stdout + done.stderr).strip()[-300:]}")
-    for site in sites:
-        done = place.fedtide("site", "verify", place.folder / site, "--json")
-        if done.returncode:
-            faults.append(f"`fedtide site verify` of {site}: {(done.stdout + done.stderr).strip()[-300:]}")
+    done = place.fedtide("site", "verify", place.folder / VICTIM, "--json")
+    if done.returncode:
+        faults.append(f"`fedtide site verify`: {(done.stdout + done.stderr).strip()[-300:]}")
     return faults
 
 
@@ -168,7 +167,7 @@ def judge(
     return {
         OTHERS_WENT_ON: left_behind(run, others, before),
         LOST: lost(run, ledgers, before),
-        UNCHARGED: uncharged(run, ledgers, before) + commands_agree(place, run, sites),
+        UNCHARGED: uncharged(run, ledgers, before) + commands_agree(place, run),
         TWICE: applied_twice(run, ledgers),
     }
 

@@ -115,7 +115,7 @@ def network_cut(place: Place) -> Shown:
     note = f"{VICTIM} was in {len(lines)} of 5 rounds" if folder else ""
     messages = [
         _server_log(place, "network", f"{VICTIM} is left out"),
-        found(site.said(), "lost|not connected"),
+        found(site.said(), "does not answer any more.*site check"),
     ]
     return Shown("network", before, messages, OTHERS, note)
 
