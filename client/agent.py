@@ -36,6 +36,7 @@ LOGS, COMMANDS, SITE_LOG, SECRET = "logs", "bin", "site.log", "superexec.secret"
 _TICK = 0.25
 _HINT_SECONDS = 30.0
 _CONNECTED, _TAKEN = "SuperNode ID:", "address already in use"
+_FAILED, _SUCCEEDED = "Connection attempt failed, retrying", "Connection successful after"
 _LONGEST_TAIL = 200_000
 
 _HINTS = {
@@ -251,19 +252,30 @@ class _Link:
     def __init__(self, supernode: Supervised, address: str, on_connected: Callable[[], None]) -> None:
         self._supernode, self._address, self._on_connected = supernode, address, on_connected
         self._place = _size(supernode.log)
-        self._connected = self._lost = False
+        self._connected = self._lost = self._cut = False
         self._hinted = time.monotonic()
 
     def look(self) -> str:
         """Says when a connection stands, and what keeps it from standing; returns `_TAKEN` where a port does."""
         alive = self._supernode.pid is not None
         if alive and self._lost:  # started again
-            self._place, self._connected, self._lost = _size(self._supernode.log), False, False
+            self._place = _size(self._supernode.log)
+            self._connected = self._lost = self._cut = False
         text = _text(self._supernode.log, self._place)
         if alive and not self._connected and _CONNECTED in text:
             self._connected = True
             _log.info("connected to %s", self._address)
             self._on_connected()
+        elif alive and self._connected and self._cut != (text.rfind(_FAILED) > text.rfind(_SUCCEEDED)):
+            self._cut = not self._cut
+            if self._cut:
+                _log.warning(
+                    "the server on %s does not answer any more: it is asked until it does, and nothing is lost; "
+                    "`fedtide site check` tests the way to it",
+                    self._address,
+                )
+            else:
+                _log.info("connected to %s again", self._address)
         elif not alive and not self._lost:
             self._lost = True
             _log.warning("the supernode ended: %s", hint(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from client.agent import AgentError, free_port, hint
+from client.agent import AgentError, _Link, free_port, hint
 from client.check import Finding, check_site
 from client.connection import Connection
 from client.ledger import Ledger
 from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, reach
 from client.site import Site
 from common.events.catalog import Catalog
+from common.supervision import Supervised
 from tests.client.test_connection import authority, init
 from tests.tiny import tiny_language_model
 
@@ -228,3 +230,39 @@ def test_flowers_words_become_a_way_out() -> None:
     assert "NTP" in hint("details = 'Invalid timestamp'")
     assert "ca.crt" in hint("SSL_ERROR_SSL: CERTIFICATE_VERIFY_FAILED")
     assert "site check" in hint("")
+
+
+def test_a_server_that_stops_answering_is_said_once_and_its_return_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "supernode.log"
+    log.write_text("old: Connection attempt failed, retrying in 1.00 seconds\n")
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    supernode = Supervised(
+        "supernode",
+        command,
+        environment=os.environ,
+        folder=tmp_path,
+        log=log,
+        logger=logging.getLogger("fedtide.site"),
+    )
+    link = _Link(supernode, "127.0.0.1:9092", lambda: None)
+    supernode.start()
+    try:
+        with caplog.at_level(logging.INFO, "fedtide.site"):
+            for line in (
+                "SuperNode ID: 5",
+                "Connection attempt failed, retrying in 1.00 seconds",
+                "Connection attempt failed, retrying in 2.00 seconds",
+                "Connection successful after 3.00 seconds and 2 tries.",
+            ):
+                with log.open("a") as file:
+                    file.write(line + "\n")
+                link.look()
+                link.look()
+    finally:
+        supernode.stop()
+    said = [record.getMessage() for record in caplog.records]
+    assert [each.partition(":")[0].partition(" ")[0] for each in said] == ["connected", "the", "connected"]
+    assert "does not answer any more" in said[1]
+    assert said[2].endswith("again")
