@@ -24,6 +24,9 @@ from typing import Any
 CONNECTION = "fedtide"
 """The name under which Flower's own commands find the server: in flwr/config.toml."""
 
+_UNAVAILABLE = "Connection to the SuperLink is unavailable"
+"""Flower's words where SuperLink is down, or is being started again."""
+
 FLEET_PORT, CONTROL_PORT, METRICS_PORT = 9092, 9093, 9464
 
 _HOST = re.compile(
@@ -252,6 +255,11 @@ class Deployment:
         if not self.running():
             raise NotRunningError(
                 f"the server is not running: start it with `fedtide server up {self.folder}`"
+            )
+        if _UNAVAILABLE in " ".join(reason.split()) or not self.answers():
+            raise NotRunningError(
+                f"the server is up, but does not answer on {self.control}: `fedtide server up` starts it again where "
+                f"it died, so wait a minute; then see {self.logs}"
             )
         raise DeploymentError(f"Flower refused `flwr {' '.join(arguments[:2])}`: {reason}")
 

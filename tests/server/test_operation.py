@@ -25,7 +25,7 @@ from common.privacy.entries import Entry
 from common.privacy.mechanisms import GaussianSum
 from server.certificates import new_server_certificate
 from server.cli import app
-from server.deployment import Deployment, DeploymentError, open_locked
+from server.deployment import Deployment, DeploymentError, NotRunningError, open_locked
 from server.nodes import enrolled_keys, keep_node_key, known_nodes, pending_changes
 from server.operation import check_startable
 from server.overview import overview
@@ -206,6 +206,14 @@ def test_a_superlink_that_ends_at_once_is_said_with_its_log(server: Deployment) 
     assert f"read {server.logs}/superlink.log" in str(done.exception)
     with open_locked(server.folder / "up.lock") as free:
         assert free
+
+
+def test_a_superlink_that_is_down_in_a_server_that_is_up_is_to_be_waited_for(server: Deployment) -> None:
+    server.write_connection()
+    with open_locked(server.folder / "up.lock") as mine:
+        assert mine
+        with pytest.raises(NotRunningError, match="wait a minute"):
+            server.flower("ls")
 
 
 def test_two_sites_cannot_share_a_node_key_and_a_failed_enrolment_leaves_nothing(
