@@ -1,8 +1,9 @@
 """`fedtide site up`: a site at work in the foreground, until it is told to end.
 
-Three processes under supervision, each in its own process group: the resident worker, the SuperNode that talks to the
-server, and the executor that starts one guarded ClientApp a message. The executor shows the SuperNode a secret, so
-that no other program of this machine can take its tasks. All that the site says stands in logs/site.log, and is shown.
+Four processes under supervision, each in its own process group: the resident worker, the SuperNode that talks to the
+server, the executor that asks for one guarded ClientApp a message, and the starter that forks it. The executor shows
+the SuperNode a secret, so that no other program of this machine can take its tasks. All that the site says stands in
+logs/site.log, and is shown.
 """
 
 from __future__ import annotations
@@ -174,10 +175,10 @@ class Agent:
     def _run(self, end: threading.Event, said: _Said, on_connected: Callable[[], None]) -> None:
         _log.info("site %s: bundles allowed here: %s", self.site.name, ", ".join(self.bundles))
         _log.info("metrics for Prometheus: http://127.0.0.1:%d/metrics", self.metrics_port)
-        worker, flower = self._worker(), self._flower()
+        worker, starter, flower = self._worker(), self._starter(), self._flower()
         link = _Link(flower[0], self.connection.address, on_connected)
         try:
-            for each in (worker, *flower):
+            for each in (worker, starter, *flower):
                 each.start()
             while not end.wait(_TICK):
                 if link.look() == _TAKEN:
@@ -187,14 +188,14 @@ class Agent:
                     link = _Link(flower[0], self.connection.address, on_connected)
                     for each in flower:
                         each.start()
-                for each in (worker, *flower):
+                for each in (worker, starter, *flower):
                     if each.tend():
                         _log.info("%s is started again", each.name)
                 said.show()
         finally:
             _log.info("ending")
             said.show()
-            for each in (*reversed(flower), worker):
+            for each in (*reversed(flower), starter, worker):
                 each.stop()
             _log.info("down")
 
@@ -212,6 +213,10 @@ class Agent:
         command = [sys.executable, "-m", "client.worker", str(self.folder)]
         options = ["--metrics-port", str(self.metrics_port), "--log", str(self.logs / SITE_LOG)]
         return self._supervised("worker", [*command, *options])
+
+    def _starter(self) -> Supervised:
+        command = [sys.executable, "-m", "client.starter", str(self.folder), str(self.logs / SITE_LOG)]
+        return self._supervised("starter", command, FLWR_HOME=str(self.folder / "flwr"))
 
     def _flower(self) -> tuple[Supervised, Supervised]:
         """SuperNode and executor, on a free port of loopback."""

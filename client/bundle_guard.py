@@ -21,7 +21,7 @@ REFUSED = ("flwr-serverapp", "flwr-simulation", "flwr-agentapp", "flwr-model", "
 _SCRIPT = """#!{python}
 import sys
 
-from client.bundle_guard import {function}
+from {module} import {function}
 
 sys.exit({function}({arguments}))
 """
@@ -42,11 +42,13 @@ def write_commands(folder: Path, site: Path, log: Path) -> None:
         log: gets a line of JSON for each refusal.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
-    commands = {GUARDED: ("guarded_clientapp", f"{str(site)!r}, {str(log)!r}")}
-    commands |= {name: ("refused_command", f"{name!r}, {str(log)!r}") for name in REFUSED}
-    for name, (function, arguments) in commands.items():
+    commands = {GUARDED: ("client.starter", "quick_clientapp", f"{str(site)!r}, {str(log)!r}")}
+    commands |= {name: (__name__, "refused_command", f"{name!r}, {str(log)!r}") for name in REFUSED}
+    for name, (module, function, arguments) in commands.items():
         file = folder / name
-        file.write_text(_SCRIPT.format(python=sys.executable, function=function, arguments=arguments))
+        file.write_text(
+            _SCRIPT.format(python=sys.executable, module=module, function=function, arguments=arguments)
+        )
         file.chmod(0o700)
 
 

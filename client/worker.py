@@ -52,14 +52,16 @@ def _address(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def _send(connection: socket.socket, data: bytes) -> None:
+def send(connection: socket.socket, data: bytes) -> None:
+    """Sends one message."""
     if len(data) > LARGEST:
         raise WorkerError(f"a message of {len(data)} bytes is too long")
     connection.sendall(_LENGTH.pack(len(data)))
     connection.sendall(data)
 
 
-def _receive(connection: socket.socket) -> bytes:
+def receive(connection: socket.socket) -> bytes:
+    """Receives one message. Raises `WorkerError` where the other side breaks off."""
     (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
     if length > LARGEST:
         raise WorkerError("a message is too long")
@@ -94,7 +96,15 @@ def ask(path: Path, data: bytes, *, patience: float = _PATIENCE) -> bytes:
     return answer
 
 
-def _asked(path: Path, data: bytes, end: float) -> bytes:
+def connect(path: Path, end: float) -> socket.socket:
+    """A connection to what listens at a path, and is the same user's.
+
+    Args:
+        end: until when it may be awaited, by the monotonic clock.
+
+    Raises:
+        WorkerError: nobody listens, or another user does.
+    """
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -108,17 +118,22 @@ def _asked(path: Path, data: bytes, end: float) -> bytes:
                     "no worker listens: `fedtide site up` starts it, and its log says why it ended"
                 ) from error
             time.sleep(0.1)
-    with connection:
-        if _peer(connection) != os.getuid():
-            raise WorkerError("the worker runs as another user")
+    if peer(connection) != os.getuid():
+        connection.close()
+        raise WorkerError("the worker runs as another user")
+    return connection
+
+
+def _asked(path: Path, data: bytes, end: float) -> bytes:
+    with connect(path, end) as connection:
         try:
-            _send(connection, data)
-            return _receive(connection)
+            send(connection, data)
+            return receive(connection)
         except OSError as error:
             raise WorkerError("the worker broke off") from error
 
 
-def _peer(connection: socket.socket) -> int:
+def peer(connection: socket.socket) -> int:
     """The user id of who is at the other end, as the kernel says."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[1])
@@ -146,12 +161,12 @@ def serve_one(listening: socket.socket, answer: Callable[[bytes], bytes]) -> Non
     """Answers one connection. Of another user it reads nothing; a peer that goes away is no fault of the worker."""
     connection, _ = listening.accept()
     with connection:
-        if _peer(connection) != os.getuid():
+        if peer(connection) != os.getuid():
             _log.error("another user asked the worker: refused")
             return
         connection.settimeout(_PATIENCE)
         try:
-            _send(connection, answer(_receive(connection)))
+            send(connection, answer(receive(connection)))
         except (OSError, WorkerError) as error:
             _log.warning("a request was not answered: %s", error)
         except Exception as error:  # its text may depend on data

@@ -21,7 +21,8 @@ _KILLED = " (killed: look whether memory ran out)"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Has this process get SIGTERM when the one that started it is gone."""
     _libc.prctl(_PARENT_DEATH, signal.SIGTERM)
 
 
@@ -73,7 +74,7 @@ class Supervised:
                 stdout=descriptor,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 (one call into libc, which takes no lock)
+                preexec_fn=end_with_parent,  # noqa: PLW1509 (one call into libc, which takes no lock)
             )
         finally:
             os.close(descriptor)

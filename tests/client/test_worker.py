@@ -240,8 +240,8 @@ def test_another_users_worker_and_another_users_request_are_refused(
     thread.start()
     assert ask(tmp_path / SOCKET, b"hello") == b"yes"
     thread.join()
-    real = worker._peer
-    monkeypatch.setattr(worker, "_peer", lambda connection: real(connection) + 1)
+    real = worker.peer
+    monkeypatch.setattr(worker, "peer", lambda connection: real(connection) + 1)
     with pytest.raises(WorkerError, match="another user"):
         ask(tmp_path / SOCKET, b"secret")
     with caplog.at_level(logging.ERROR, "fedtide.site"):
@@ -312,4 +312,4 @@ def test_metrics_tell_rounds_refusals_and_budget_and_no_exact_time(tmp_path: Pat
 def test_the_sockets_user_is_the_kernels_word(tmp_path: Path) -> None:
     left, right = socket.socketpair(socket.AF_UNIX)
     with left, right:
-        assert worker._peer(left) == os.getuid()
+        assert worker.peer(left) == os.getuid()
