@@ -19,7 +19,7 @@ Wants=network-online.target
 Type=simple
 User={user}
 Environment="FEDTIDE_HOME={home}"
-ExecStart="{command}" site up --log-json "{folder}"
+ExecStart="{run_command}" site up --log-json "{run_folder}"
 Restart=always
 RestartSec=10
 KillMode=mixed
@@ -70,5 +70,9 @@ def write_units(folder: Path, final: Path) -> None:
         "command": Path(sys.executable).with_name("fedtide"),
         "version": version("fedtide"),
     }
-    (where / UNIT).write_text(_UNIT.format(**facts), encoding="utf-8")
-    (where / COMPOSE).write_text(_COMPOSE.format(**facts), encoding="utf-8")
+    # systemd takes % for a specifier, and in a command $ for a variable; compose takes $ for one everywhere.
+    unit = {name: str(fact).replace("%", "%%") for name, fact in facts.items()}
+    run = {f"run_{name}": fact.replace("$", "$$") for name, fact in unit.items()}
+    compose = {name: str(fact).replace("$", "$$") for name, fact in facts.items()}
+    (where / UNIT).write_text(_UNIT.format(**unit, **run), encoding="utf-8")
+    (where / COMPOSE).write_text(_COMPOSE.format(**compose), encoding="utf-8")
