@@ -188,11 +188,11 @@ def _tasks(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
     secret.write_bytes(os.urandom(32))
     secret.chmod(0o600)
     command = [
-        str(Path(sys.executable).parent / "flower-superexec"),
+        *_flower("flower-superexec"),
         *("--runtime-api-address", f"127.0.0.1:{known['control']}", "--root-certificates", known["ca"]),
         *("--superexec-auth-secret-file", str(secret)),
     ]
-    environment = {**os.environ, "FLWR_HOME": str(folder / "executor"), "HOME": str(folder)}
+    environment = {**_environment(folder), "FLWR_HOME": str(folder / "executor")}
     try:
         done = subprocess.run(
             command, env=environment, cwd=folder, capture_output=True, text=True, timeout=30, check=False
@@ -216,15 +216,11 @@ def _control(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
         f'[superlink]\ndefault = "it"\n\n[superlink.it]\naddress = "127.0.0.1:{known["control"]}"\n'
         f'root-certificates = "{known["ca"]}"\n'
     )
-    environment = {**os.environ, "FLWR_HOME": str(home), "HOME": str(folder)} | {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
+    environment = {**_environment(folder), "FLWR_HOME": str(home)}
 
     def flwr(*arguments: str) -> tuple[str, bool]:
         done = subprocess.run(
-            [str(Path(sys.executable).parent / "flwr"), *arguments, "--format", "json"],
+            [*_flower("flwr"), *arguments, "--format", "json"],
             env=environment, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False,
         )  # fmt: skip
         return done.stdout + done.stderr, '"success": true' in done.stdout
@@ -251,6 +247,23 @@ def _control(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
     ran = proof.exists()
     said = f"it ran, as user id {proof.read_text()}" if ran else f"it did not run within {_SECONDS:g} s"
     yield "have its app's code run on the server's machine", said, not ran
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HOME": str(folder),
+        "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def _flower(name: str) -> list[str]:
+    """One of Flower's commands, by the interpreter itself: a link to it may lie where this user cannot look."""
+    run = f"from importlib.metadata import entry_points as e; e(group='console_scripts')[{name!r}].load()()"
+    return ["/proc/self/exe", "-c", run]
 
 
 def _new_key() -> str:
