@@ -250,10 +250,10 @@ def _of_metrics(federation: Federation, plan: Plan) -> list[Expectation]:
 
 def plan_toml(plan: Plan) -> str:
     """The plan as TOML that `read_plan` reads back; what is None is left out."""
-    values = plan.model_dump(mode="json")
+    values = plan.model_dump(mode="json", exclude_none=True)
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if not isinstance(value, dict)]
     for section, fields in values.items():
         if isinstance(fields, dict):
             lines += ["", f"[{section}]"]
-            lines += [f"{name} = {json.dumps(value)}" for name, value in fields.items() if value is not None]
+            lines += [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
     return "\n".join(lines) + "\n"

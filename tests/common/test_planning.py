@@ -64,8 +64,9 @@ def test_more_users_buy_more_of_everything() -> None:
 
 def test_a_plan_written_as_toml_is_the_plan_read(tmp_path: Path) -> None:
     plan = propose(TEN).plan
-    (tmp_path / "plan.toml").write_text(plan_toml(plan))
-    assert read_plan(tmp_path / "plan.toml") == plan
+    for each in (plan, plan.for_catalog("a" * 64)):
+        (tmp_path / "plan.toml").write_text(plan_toml(each))
+        assert read_plan(tmp_path / "plan.toml") == each
 
 
 def test_the_command_writes_a_plan_and_says_what_to_expect(tmp_path: Path) -> None:
