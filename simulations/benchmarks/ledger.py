@@ -226,17 +226,29 @@ def measure(folder: Path, *, rounds: int, entries: int) -> list[Row]:
 
 def as_markdown(rows: list[Row], command: str) -> str:
     """A section for the page of benchmarks."""
-    lines = [
-        "## The ledger",
-        "",
-        f"`{command}`, {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, {utc_day()}.",
-        "",
-        "| what | measured | target | |",
-        "|---|---|---|---|",
-    ]
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, {utc_day()}"
+    return "\n".join(["## The ledger", "", f"`{command}`, {machine}.", "", *as_table(rows), ""])
+
+
+def as_table(rows: list[Row]) -> list[str]:
+    """The lines of a table."""
     words = {True: "met", False: "**missed**", None: ""}
-    lines += [f"| {row.what} | {row.value} | {row.target or ''} | {words[row.met]} |" for row in rows]
-    return "\n".join([*lines, ""])
+    lines = [f"| {row.what} | {row.value} | {row.target or ''} | {words[row.met]} |" for row in rows]
+    return ["| what | measured | target | |", "|---|---|---|---|", *lines]
+
+
+def add_to_document(section: str) -> None:
+    """Puts a section on the page, in the place of the one that has its heading, or at the end."""
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else "# Benchmarks\n"
+    begin, *others = before.rstrip().split("\n## ")
+    heading, body = section.splitlines()[0].removeprefix("## "), section.rstrip().removeprefix("## ")
+    headings = [each.splitlines()[0] for each in others]
+    if heading in headings:
+        others[headings.index(heading)] = body + "\n"
+    else:
+        others = [*(f"{each.rstrip()}\n" for each in others), body]
+    DOCUMENT.write_text("\n## ".join([begin, *others]).rstrip() + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -254,9 +266,7 @@ def main() -> None:
     section = as_markdown(rows, "python -m simulations.benchmarks.ledger")
     print(section)
     if not arguments.no_document:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else "# Benchmarks\n"
-        DOCUMENT.write_text(f"{before.rstrip()}\n\n{section}", encoding="utf-8")
+        add_to_document(section)
 
 
 if __name__ == "__main__":

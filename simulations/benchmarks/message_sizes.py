@@ -1,0 +1,124 @@
+"""What goes over the wire: `python -m simulations.benchmarks.message_sizes` adds a table to docs/benchmarks.md.
+
+The request and the reply of a round of private fine-tuning, with a ledger's own receipt, as Flower serialises them;
+the model reads MovieLens-100K's catalog with all-MiniLM-L6-v2. Nothing is trained: an update is as large as the
+parameters, whatever it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+from flwr.app import RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from client.ledger import Ledger, utc_day
+from common.assets import home, language_model
+from common.config import Plan, make_plan
+from common.models.build import build_model, item_texts
+from common.phases import Phase
+from common.privacy.anchors import Countersignature
+from common.wire import Request, State, Update, answer_to_records, request_to_records, state_to_bytes
+from server.registry import Registry
+from simulations.benchmarks.ledger import DOCUMENT, Row, add_to_document, as_table
+from simulations.datasets import load_movielens_100k
+
+_NONCE = "ab" * 16
+_MOST = 0.02
+
+
+def bytes_of(content: RecordDict) -> int:
+    """Bytes of all objects that Flower sends for a message's content."""
+    return sum(len(each.deflate()) for each in get_all_nested_objects(content).values())
+
+
+def round_bytes(plan: Plan, state: State, folder: Path) -> tuple[int, int]:
+    """What one round brings to one site, and what it sends: in the second round, when there is an anchor.
+
+    Args:
+        plan: calibrated.
+        folder: gets a ledger and a registry.
+    """
+    ledger_folder, registry = folder / "ledger", Registry(folder / "registry")
+    Ledger.create(ledger_folder, epsilon=500, delta=1e-5, typical_plan=plan.events()).disconnect()
+    anchor: Countersignature | None = None
+    with Ledger.open(ledger_folder) as ledger:
+        registry.enroll("bench", ledger.entries()[0])
+        for number in (1, 2):
+            request = Request(
+                run="20260101-000000-bench",
+                round=number,
+                attempt=1,
+                nonce=_NONCE,
+                plan=plan.model_dump_json(),
+                state=state,
+                anchor=None if anchor is None else anchor.to_bytes(),
+            )
+            if anchor is not None:
+                ledger.anchor(anchor)
+            stated = plan.stated(Phase.UPDATE)
+            reservation = ledger.reserve(
+                run=request.run,
+                round=number,
+                attempt=1,
+                event=plan.round_event(),
+                plan_hash=plan.digest(),
+                model_hash=request.model_digest,
+                nonce=_NONCE,
+                clip_norm=stated.clip_norm,
+                normaliser=stated.normaliser,
+                learning_rate=stated.learning_rate,
+            )
+            receipt = ledger.release(
+                reservation, state_to_bytes(state), anchored_seq=0 if anchor is None else anchor.seq
+            )
+            anchor = registry.accept(registry.chain(ledger.key_id).extended(receipt.entries))
+    down = bytes_of(request_to_records(request))
+    return down, bytes_of(answer_to_records(Update(state, receipt.to_bytes())))
+
+
+def measure(mode: str) -> tuple[int, int, int]:
+    """Bytes down, bytes up, bytes of the language model's own file."""
+    data = load_movielens_100k()
+    plan = make_plan({"name": "bench", "model": {"mode": mode}, "privacy": {"noise_multiplier": 60.0}})
+    plan = plan.for_catalog(data.catalog.digest())
+    model_folder = language_model(plan.model.encoder)
+    texts = item_texts(data.catalog.texts, data.catalog.categories)
+    built = build_model(plan.model, texts, model_folder, cache=home() / "item-vectors")
+    with tempfile.TemporaryDirectory() as folder:
+        down, up = round_bytes(plan, built.model.trainable_state(), Path(folder))
+    return down, up, (model_folder / "model.safetensors").stat().st_size
+
+
+def main() -> None:
+    """Prints the table, and adds it to the page unless told not to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
+    arguments = parser.parse_args()
+    rows = []
+    for mode in ("lora", "vectors"):
+        down, up, whole = measure(mode)
+        share = (down + up) / whole
+        rows += [
+            Row(f"{mode}: down and up, one site and round", f"{down / 1000:,.0f} + {up / 1000:,.0f} kB"),
+            Row(
+                f"{mode}: share of the language model's {whole / 1e6:.1f} MB",
+                f"{share:.2%}",
+                "< 2 %",
+                share < _MOST,
+            ),
+        ]
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, {utc_day()}"
+    command = "python -m simulations.benchmarks.message_sizes"
+    section = "\n".join(["## Bytes of a round", "", f"`{command}`, {machine}.", "", *as_table(rows), ""])
+    print(section)
+    if not arguments.no_document:
+        add_to_document(section)
+
+
+if __name__ == "__main__":
+    main()
