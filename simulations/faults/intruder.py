@@ -195,11 +195,11 @@ def _tasks(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
     environment = {**_environment(folder), "FLWR_HOME": str(folder / "executor")}
     try:
         done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=30, check=False
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=90, check=False
         )
         said, refused = " ".join((done.stderr + done.stdout).split())[-120:], done.returncode != 0
     except subprocess.TimeoutExpired:
-        said, refused = "it went on asking for 30 s", False
+        said, refused = "it went on asking for 90 s; what it was answered is in superlink.log", False
     yield "take the server's tasks with an own SuperExec and secret", said, refused
 
 
