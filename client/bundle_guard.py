@@ -11,12 +11,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 GUARDED = "flwr-clientapp"
 REFUSED = ("flwr-serverapp", "flwr-simulation", "flwr-agentapp", "flwr-model", "flwr-connector")
 """What else Flower's executor starts when a server asks for it (its TASK_TYPE_TO_COMMAND): refused at a site."""
+
+FIRST_WAIT = 0.1
+"""Seconds until a part of a message is asked for again, where it is on its way still; twice as long each time."""
 
 _SCRIPT = """#!{python}
 import sys
@@ -104,6 +108,8 @@ def guarded_clientapp(site: str, log: str) -> int:
         if not hasattr(flower, name):
             raise RuntimeError(f"this version of Flower has no {name}: install flwr 1.39")
         setattr(flower, name, own)
+    whole = flower.pull_and_inflate_object_from_tree
+    flower.pull_and_inflate_object_from_tree = partial(whole, initial_backoff=FIRST_WAIT)
     flwr_clientapp()
     return 0
 

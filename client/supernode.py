@@ -1,15 +1,19 @@
-"""Flower's SuperNode, but for two things.
+"""Flower's SuperNode, but for three things.
 
 It does not tell the server how long the site's work took: a step's time depends on how many users were drawn, and the
 contract lets no wall time leave a site. That the server sees when a reply arrives is another matter
-(docs/sharp-edges.md). And while a run goes on it looks for messages more often than each three seconds.
+(docs/sharp-edges.md). And while a run goes on it looks for messages more often than each three seconds,
+and asks soon again for a part of a message that the server does not have yet.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from client.bundle_guard import FIRST_WAIT
 
 _OFTEN, _FOR = 0.5, 60.0
 """Seconds between two looks for messages, for so long after the last one came."""
@@ -54,6 +58,7 @@ def main() -> None:
     from flwr.supernode.cli import flower_supernode
 
     connection.PushMessagesRequest = without_runtime(connection.PushMessagesRequest)
+    flower.pull_objects = partial(flower.pull_objects, initial_backoff=FIRST_WAIT)
     looking = Looking(flower._pull_and_store_message)
     flower._pull_and_store_message, flower.time = looking.look, looking
     flower_supernode()

@@ -68,7 +68,7 @@ def test_flowers_own_process_asks_the_guard_and_loads_the_installed_app(
     marker = tmp_path / "it-ran"
     evil = fab(f"\nopen({str(marker)!r}, 'w')\n".encode())
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
-    for name in ("install_from_fab", "get_load_client_app_fn"):
+    for name in ("install_from_fab", "get_load_client_app_fn", "pull_and_inflate_object_from_tree"):
         monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))  # restored at the end
     monkeypatch.setattr(flower_cli, "flwr_clientapp", lambda: None)
     guarded_clientapp(str(tmp_path), str(tmp_path / "site.log"))
