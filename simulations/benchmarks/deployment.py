@@ -53,10 +53,13 @@ class Round:
 
 
 def rounds_of(lines: list[dict[str, Any]]) -> list[Round]:
-    """The rounds that a trace tells of, but for the first, which warms up, and the last, which nothing follows."""
+    """The rounds that a trace tells of, without the last, which nothing follows, and the first two, which warm up.
+
+    The first is one of statistics; in the second each worker builds the model.
+    """
     asked = sorted((each for each in lines if each["what"] == "ask_sites"), key=lambda each: each["began"])
     found = []
-    for now, following in pairwise(asked[1:]):
+    for now, following in pairwise(asked[2:]):
         within = [each for each in lines if now["began"] <= each["began"] <= now["ended"] and each is not now]
         sites = {each["folder"] for each in within}
         last = max(sites, key=lambda site: _one(within, site, "_push_messages")["ended"])
@@ -158,7 +161,7 @@ def as_markdown(rounds: list[Round], load: tuple[float, float]) -> str:
         "## Rounds between organisations",
         "",
         f"`python -m simulations.benchmarks.deployment`, {os.cpu_count()} cores ({platform.machine()}), "
-        f"{platform.system()}, {utc_day()}; {len(rounds)} rounds after one that warms up. Server and sites share the "
+        f"{platform.system()}, {utc_day()}; {len(rounds)} rounds after two that warm up. Server and sites share the "
         f"machine; its load (one minute's) was {load[0]:.1f} before and {load[1]:.1f} after, where 1 a core is full: "
         "what is CPU took longer by as much. Parts along the site that answered last:",
         "",
