@@ -157,7 +157,7 @@ def _about(rows: dict[Key, Row]) -> str:
         float("nan"),
     )
     return (
-        f"{users} users judged; up to {seeds} seeds, ± is the standard deviation over them. The standard error over "
+        f"{users} users judged; up to {seeds} seeds, ± is the standard deviation over a row's (one seed has none). The standard error over "
         f"users is larger: about {error:.4f}."
     )
 
