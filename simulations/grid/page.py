@@ -157,8 +157,8 @@ def _about(rows: dict[Key, Row]) -> str:
         float("nan"),
     )
     return (
-        f"{users} users judged; up to {seeds} seeds, ± is the standard deviation over a row's (one seed has none). The standard error over "
-        f"users is larger: about {error:.4f}."
+        f"{users} users judged; up to {seeds} seeds, ± is the standard deviation over a row's. The standard error "
+        f"over users is larger: about {error:.4f}."
     )
 
 
@@ -180,7 +180,7 @@ def write_page(folder: Path, output: Path, seconds: float, *, say: Callable[[str
         f"{time.strftime('%Y-%m-%d')} ({platform.machine()}, Python {platform.python_version()}, torch "
         f"{version('torch')}, Opacus {version('opacus')}, dp-accounting {version('dp-accounting')}).",
         "",
-        "NDCG@10 on the test split, ranking against the full catalog, seen items masked, ties at mid-rank. Each user "
+        "NDCG@10 on the test split, ranking against the full catalog, seen items masked, ties at mid-rank. Each user of "
         f'each site has the epsilon of the column at delta {DELTA:g} over the whole training. "one" is one site that '
         'holds everybody; "ten" are ten sites whose releases are private each by itself (MovieLens-100K by ZIP code, '
         'Online Retail by a hash of the customer). "No privacy" over one site is AdamW beside exact statistics; over '

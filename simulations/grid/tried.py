@@ -20,8 +20,8 @@ TRIED = """Tried on validation data before any test figure of this table was see
 - popularity and content only have no settings.
 
 Seen after the test, and not acted on: on Online Retail the rows without privacy lie below those at epsilon 20 over one
-site. Exact counts were given the weight that MovieLens-100K's validation chose, and no threshold; choosing both on Online
-Retail's own validation would be the first thing to try, as with gru4rec and sasrec, which had one setting each.
+site. Exact counts were given the weight that MovieLens-100K's validation chose, and no threshold; choosing both on
+Online Retail's own validation would be the first thing to try.
 
 `lstm-lm` reads 20 events and takes 6 steps, as each step runs a language model; it has one seed, and on Online Retail
 one budget."""
