@@ -181,8 +181,8 @@ def write_page(folder: Path, output: Path, seconds: float, *, say: Callable[[str
         f"{version('torch')}, Opacus {version('opacus')}, dp-accounting {version('dp-accounting')}).",
         "",
         "NDCG@10 on the test split, ranking against the full catalog, seen items masked, ties at mid-rank. Each user "
-        f'of each site has the epsilon of the column at delta {DELTA:g} over the whole training. "one" is one site that '
-        'holds everybody; "ten" are ten sites whose releases are private each by itself (MovieLens-100K by ZIP code, '
+        f'of each site has the epsilon of the column at delta {DELTA:g} over the whole training. "one" is one site '
+        'that holds everybody; "ten" are ten sites whose releases are private each by itself (MovieLens-100K by ZIP, '
         'Online Retail by a hash of the customer). "No privacy" over one site is AdamW beside exact statistics; over '
         "ten, the private recipe with exact sums and no noise, users still sampled and clipped. A – was not run.",
     ]
