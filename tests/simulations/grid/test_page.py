@@ -1,6 +1,7 @@
 """The page says what the cells hold: means over seeds, who is better, and what was not run."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,9 +55,8 @@ def test_the_page_says_what_the_cells_hold(tmp_path: Path) -> None:
     assert " ± " in row
     # Chosen on validation, although the other family has the better test figure.
     assert "recommend (the best family on validation), epsilon 8, ten sites against content only" in text
-    assert "content only: NDCG@10 +0.2" in text
-    assert "better" in text
-    assert "**25% below it**" in text or "**24% below it**" in text or "**26% below it**" in text
+    assert re.search(r"content only: NDCG@10 \+0\.(19|20)\d\d ± .*: better\.", text)
+    assert re.search(r"\*\*2[456]% below it\*\*", text)
     assert "What was tried before" in text
 
 
