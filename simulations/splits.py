@@ -173,17 +173,27 @@ def until(histories: Histories, moment: int) -> Histories:
     Args:
         moment: seconds since 1970-01-01 UTC.
     """
-    rows = np.repeat(np.arange(len(histories)), histories.lengths)
-    before = histories.times < moment
-    lengths = np.bincount(rows[before], minlength=len(histories))
+    return first_events(histories, _events_before(histories, moment))
+
+
+def first_events(histories: Histories, kept: npt.NDArray[np.int64]) -> Histories:
+    """Each user's first `kept` [users] events."""
+    place = np.arange(histories.events) - np.repeat(histories.offsets[:-1], histories.lengths)
+    stays = place < np.repeat(kept, histories.lengths)
     return replace(
         histories,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        items=histories.items[before],
-        times=histories.times[before],
-        kinds=histories.kinds[before],
-        values=histories.values[before],
+        offsets=np.concatenate([[0], np.cumsum(kept)]).astype(np.int64),
+        items=histories.items[stays],
+        times=histories.times[stays],
+        kinds=histories.kinds[stays],
+        values=histories.values[stays],
     )
+
+
+def _events_before(histories: Histories, moment: int) -> npt.NDArray[np.int64]:
+    """[users] how many events each user has before a moment; histories are in the order of time."""
+    rows = np.repeat(np.arange(len(histories)), histories.lengths)
+    return np.bincount(rows[histories.times < moment], minlength=len(histories))
 
 
 def up_to_first_after(histories: Histories, moment: int) -> Histories:
@@ -192,21 +202,9 @@ def up_to_first_after(histories: Histories, moment: int) -> Histories:
     Users with fewer than two events before, or none after, are left out: a model cannot be judged by them. With
     `HeldOut`, the test is then each user's first event after the moment, and no model has seen any later one.
     """
-    rows = np.repeat(np.arange(len(histories)), histories.lengths)
-    before = np.bincount(rows[histories.times < moment], minlength=len(histories))
+    before = _events_before(histories, moment)
     judged = np.flatnonzero((before >= 2) & (before < histories.lengths))
-    chosen = histories.select(judged)
-    kept = before[judged] + 1
-    place = np.arange(len(chosen.items)) - np.repeat(chosen.offsets[:-1], chosen.lengths)
-    stays = place < np.repeat(kept, chosen.lengths)
-    return replace(
-        chosen,
-        offsets=np.concatenate([[0], np.cumsum(kept)]).astype(np.int64),
-        items=chosen.items[stays],
-        times=chosen.times[stays],
-        kinds=chosen.kinds[stays],
-        values=chosen.values[stays],
-    )
+    return first_events(histories.select(judged), before[judged] + 1)
 
 
 def moment_after(histories: Histories, share: float) -> int:

@@ -9,7 +9,7 @@ same invoice as the event before). Ranking is against the full catalog, seen ite
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.events.histories import Histories
 from common.models.batches import HistoryBatch
+from simulations.splits import first_events
 
 TOP = 10
 Protocol = Literal["leave-one-out", "last-invoice"]
@@ -95,20 +96,6 @@ def _last_starts(
         last[row] = begins[-1] if len(begins) else 0
         before[row] = begins[-2] if len(begins) > 1 else 0
     return last, before
-
-
-def first_events(whole: Histories, kept: npt.NDArray[np.int64]) -> Histories:
-    """Each user's first `kept` [users] events."""
-    place = np.arange(whole.events) - np.repeat(whole.offsets[:-1], whole.lengths)
-    stays = place < np.repeat(kept, whole.lengths)
-    return replace(
-        whole,
-        offsets=np.concatenate([[0], np.cumsum(kept)]).astype(np.int64),
-        items=whole.items[stays],
-        times=whole.times[stays],
-        kinds=whole.kinds[stays],
-        values=whole.values[stays],
-    )
 
 
 def _question(whole: Histories, first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> Question:

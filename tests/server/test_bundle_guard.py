@@ -38,12 +38,12 @@ def test_folders_elsewhere_are_refused(server: Deployment) -> None:
     good = {"run-dir": str(server.runs / "a.incomplete"), "registry-dir": str(server.registry)}
     check_folders(good, server)
     for change in (
-        {"run-dir": "/tmp/a.incomplete"},
+        {"run-dir": "/elsewhere/a.incomplete"},
         {"run-dir": str(server.runs / ".." / "a")},
         {"run-dir": str(server.runs / "..")},
         {"run-dir": ""},
         {"registry-dir": ""},
-        {"registry-dir": "/tmp/registry"},
+        {"registry-dir": "/elsewhere/registry"},
     ):
         with pytest.raises(RunRefusedError, match="this server's are in"):
             check_folders({**good, **change}, server)
