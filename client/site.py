@@ -157,12 +157,11 @@ def answer(site: Site, request: Request, *, until: float = math.inf) -> Update |
         stated = plan.stated(request.phase)
         try:  # no user's data is looked at here, so the error's text may be logged
             catalog = Catalog.load(site.catalog)
-            try:
-                plan.check_catalog(catalog.digest())
-            except PlanError as error:
-                _log.warning("site %s refuses a plan: %s", site.name, error)
-                return Refusal(Reason.PLAN)
+            plan.check_catalog(catalog.digest())
             model = _ready_model(site, plan, request, catalog)
+        except PlanError as error:
+            _log.warning("site %s refuses a plan: %s", site.name, error)
+            return Refusal(Reason.PLAN)
         except Exception as error:
             _log.warning("site %s refuses a model: %s", site.name, error)
             return Refusal(Reason.MODEL)

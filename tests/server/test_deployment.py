@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from simulations.faults.place import below, command_of
 from tests.server.test_operation import free_ports
 from tests.tiny import USERS, tiny_files, tiny_language_model, tiny_plan
 
@@ -85,29 +86,6 @@ class Place:
                 process.kill()
                 codes.append(process.wait())
         return codes
-
-
-def below(pid: int) -> set[int]:
-    """All processes below one."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found, last = {pid}, 0
-    while len(found) > last:
-        last = len(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found - {pid}
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
 
 
 @contextmanager
