@@ -22,6 +22,11 @@ class EvidenceError(ValueError):
     """A file of evidence cannot be read; the message names it and what to do."""
 
 
+def own_versions() -> dict[str, str]:
+    """Of Python and of the packages that a figure may depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One question and its answer.
@@ -66,7 +71,7 @@ class Evidence:
     limits: Sequence[str] = ()
     seconds: float = 0.0
     made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    versions: Mapping[str, str] = field(default_factory=lambda: own_versions())
+    versions: Mapping[str, str] = field(default_factory=own_versions)
 
     @property
     def holds(self) -> bool:
@@ -85,11 +90,6 @@ class Evidence:
         file.parent.mkdir(exist_ok=True)
         write_whole(file, json.dumps(self.as_json(), indent=2).encode())
         return file
-
-
-def own_versions() -> dict[str, str]:
-    """Of Python and of the packages that a figure may depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def read_evidence(file: Path) -> Evidence:
