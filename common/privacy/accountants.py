@@ -118,6 +118,19 @@ def epsilon_pld(events: Sequence[Event], delta: float, *, discretisation: float 
     return _epsilon_pld(groups, delta, _interval(groups) if discretisation is None else discretisation)
 
 
+def privacy_profile(events: Sequence[Event], epsilons: Sequence[float]) -> list[float]:
+    """Delta at each epsilon, by the PLD: the whole curve of which `epsilon_pld` is one point, from above.
+
+    Delta at epsilon 0 is the total variation: nobody who sees what was released and guesses, at even odds,
+    whether one user was there is right more often than (1 + delta(0)) / 2.
+    """
+    groups = _groups(events)
+    if not groups:
+        return [0.0] * len(epsilons)
+    composed = _composed_pld(groups, _interval(groups))
+    return [min(1.0, float(composed.get_delta_for_epsilon(epsilon))) for epsilon in epsilons]
+
+
 def _interval(groups: tuple[Group, ...]) -> float:
     """The interval for these events: DISCRETISATION, or finer by tens until below a typical step's loss.
 

@@ -21,6 +21,8 @@ from common.privacy.accountants import (
     epsilon_prv,
     epsilon_rdp,
     epsilon_rdp_google,
+    gaussian_delta,
+    privacy_profile,
     published_epsilon,
 )
 from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian, UnknownMechanismError
@@ -507,3 +509,14 @@ def test_events_without_any_privacy_to_speak_of_do_not_fill_the_memory() -> None
     assert epsilon_pld([dp_sgd(0.2, 0.3, 200)], 1e-5) < 2 * LARGEST_EPSILON
     with pytest.raises(ContradictionError, match="no finite epsilon"):
         published_epsilon([dp_sgd(1.0, 0.1, 10_000_000)], 1e-5)
+
+
+def test_the_profile_is_the_exact_curve_from_above_and_epsilon_is_one_point_of_it() -> None:
+    epsilons = [0.0, 0.5, 1.0, 3.0]
+    for epsilon, delta in zip(epsilons, privacy_profile([GaussianSum(1.5)], epsilons), strict=True):
+        exact = gaussian_delta(1.5, epsilon)
+        assert exact <= delta <= exact + 1e-3
+    sampled = [dp_sgd(0.1, 0.8, 50)]
+    [delta] = privacy_profile(sampled, [epsilon_pld(sampled, 1e-5)])
+    assert delta == pytest.approx(1e-5, rel=1e-3)
+    assert privacy_profile([], [0.0, 1.0]) == [0.0, 0.0]
