@@ -256,9 +256,11 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
             )
         return None
     model = site_model(plan, catalog, offline=site.offline, language_models=site.limits.language_models)
+    model.hold_adapters(False)  # one model serves all rounds of a warm site
     model.load_trainable({name: tensor.to(device_of(plan)) for name, tensor in request.state.items()})
     model.set_released(priors)
     if request.phase is Phase.UPDATE:
+        model.hold_adapters(plan.holds_adapters(request.round))
         check_rows_are_users(model)
     return model
 

@@ -198,6 +198,9 @@ class TrainingPlan(_Frozen):
     )
     steps_per_round: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 10
     learning_rate: Annotated[float, Field(gt=0)] = 2.0
+    head_rounds: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="lora: so many first rounds train what is above the adapters alone"
+    )
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
     average_last: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -282,6 +285,21 @@ class Plan(_Frozen):
             raise ValueError(
                 f"metrics and pretraining are for the task next-item, not {self.model.task}: set metrics.share and "
                 "pretraining.histories to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_get_rounds(self) -> Plan:
+        held, rounds = self.training.head_rounds, self.training.rounds
+        if held and self.model.mode != "lora":
+            raise ValueError(
+                f"training.head_rounds is {held}, but there are adapters in mode lora alone: set it to 0, or "
+                "model.mode to lora"
+            )
+        if held and held >= rounds:
+            raise ValueError(
+                f"training.head_rounds is {held}, but training.rounds is {rounds}, so the adapters would never be "
+                "trained: lower it, or set model.mode to vectors"
             )
         return self
 
@@ -420,6 +438,11 @@ class Plan(_Frozen):
         if found is None or found.phase is not phase:
             raise PlanError(f"the plan has no round {number} of {phase}")
         return found
+
+    def holds_adapters(self, number: int) -> bool:
+        """Whether a round of fine-tuning leaves the adapters as they are."""
+        updates = [each.round for each in self.schedule() if each.phase is Phase.UPDATE]
+        return number in updates[: self.training.head_rounds]
 
     def stated(self, phase: Phase) -> Stated:
         """What a reservation of this phase states beside its event."""

@@ -16,6 +16,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.config import Plan
+from common.models.lora import is_adapter
 from common.phases import Exchange, Phase
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import event_to_fields
@@ -94,7 +95,10 @@ def expected_shapes(plan: Plan, request: Request, catalog: int) -> dict[str, tup
             return {TRANSITIONS: (PairLayout(size, plan.statistics.symmetric).places,)}
         case Phase.METRICS:
             return {METRICS: (3,)}
-    return {name: tuple(tensor.shape) for name, tensor in request.state.items()}
+    held = plan.holds_adapters(request.round)
+    return {
+        name: tuple(tensor.shape) for name, tensor in request.state.items() if not (held and is_adapter(name))
+    }
 
 
 def ask_sites(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import Plan
+from common.config import Plan, TrainingPlan
 from common.phases import Exchange, Phase
 from common.sums import POPULARITY
 from common.wire import State
@@ -78,6 +78,21 @@ class Progress:
                 )
             return self.state
         return average_of_rounds(self.history, plan)
+
+
+def stepped(
+    state: State, velocity: State, mean: State, plan: TrainingPlan
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and momentum after a round; what its mean does not name (adapters that are held) stays as it is."""
+    velocity = {
+        name: plan.server_momentum * value + mean[name] if name in mean else value
+        for name, value in velocity.items()
+    }
+    state = {
+        name: value + plan.server_learning_rate * velocity[name] if name in mean else value
+        for name, value in state.items()
+    }
+    return state, velocity
 
 
 def average_of_rounds(history: list[State], plan: Plan) -> State:

@@ -23,7 +23,7 @@ from server.admission import Admitted
 from server.aggregation import aggregation, check_aggregation, fewest_updates
 from server.exchange import RoundRecord, ask_sites, wait_for_nodes
 from server.metrics import estimate
-from server.progress import Progress
+from server.progress import Progress, stepped
 from server.registry import Registry
 from server.runs import RunFolder, append_line
 
@@ -146,11 +146,7 @@ def _aggregate(
     record.aggregated = True
     record.update_norm = float(sum(value.double().square().sum() for value in mean.values()) ** 0.5)
     if exchange.phase is Phase.UPDATE:
-        momentum, rate = plan.training.server_momentum, plan.training.server_learning_rate
-        progress.velocity = {name: momentum * progress.velocity[name] + value for name, value in mean.items()}
-        progress.state = {
-            name: value + rate * progress.velocity[name] for name, value in progress.state.items()
-        }
+        progress.state, progress.velocity = stepped(progress.state, progress.velocity, mean, plan.training)
         progress.history.append(progress.state)
         run.save_velocity(exchange.round, progress.velocity)
     elif exchange.phase.content == "statistics":

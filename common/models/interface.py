@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.models.batches import HistoryBatch
+from common.models.lora import LoraLinear
 from common.models.priors import Priors
 
 
@@ -58,6 +59,12 @@ class InterestModel(nn.Module, ABC):
         Raises:
             ValueError: the model has another task.
         """
+
+    def hold_adapters(self, held: bool) -> None:
+        """Whether training leaves the language model's adapters as they are: they are then not in `trainable`."""
+        for module in self.modules():
+            if isinstance(module, LoraLinear):
+                module.hold(held)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves and that an update carries, by name, in a fixed order."""

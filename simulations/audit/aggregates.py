@@ -13,9 +13,9 @@ from torch import Tensor
 from common.config import Plan
 from common.phases import Phase
 from common.sums import SITES
-from common.wire import state_from_bytes
+from common.wire import State, state_from_bytes
 from server.aggregation import aggregation
-from server.progress import average_of_rounds
+from server.progress import average_of_rounds, stepped
 from server.runs import RunFolder
 from simulations.audit.findings import Findings
 
@@ -26,7 +26,7 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
     """Recomputes every aggregated round and the final model; notes lies, raises nothing."""
     keys = {site.site: site.key_id for site in findings.sites}
     phases = {exchange.round: exchange.phase for exchange in plan.schedule()}
-    velocity: dict[str, Tensor] = {}
+    velocity: State = {}
     history: list[Mapping[str, Tensor]] = []
     number = 0
     try:
@@ -53,7 +53,9 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
                 return
             mean = aggregation(plan.server)(updates)
             if phases[number] is Phase.UPDATE:
-                state = _stepped(run, plan, number, mean, velocity)
+                before = run.sent_state(number - 1)
+                velocity = velocity or {name: torch.zeros_like(value) for name, value in before.items()}
+                state, velocity = stepped(before, velocity, mean, plan.training)
                 if not _close(state, run.round_state(number)):
                     findings.lie(
                         f"round {number}", "wrong_aggregate", "the checkpoint is not its updates' sum"
@@ -77,17 +79,6 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
         findings.lie(
             place, "cannot_recompute", f"the files to recompute it cannot be read ({type(error).__name__})"
         )
-
-
-def _stepped(
-    run: RunFolder, plan: Plan, number: int, mean: Mapping[str, Tensor], velocity: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    before = run.sent_state(number - 1)
-    for name, value in mean.items():
-        earlier = velocity.get(name, torch.zeros_like(value))
-        velocity[name] = plan.training.server_momentum * earlier + value
-    rate = plan.training.server_learning_rate
-    return {name: value + rate * velocity[name] for name, value in before.items()}
 
 
 def _close(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:

@@ -28,8 +28,9 @@ from common.phases import Phase, StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
 from common.sums import POPULARITY, SITES, TRANSITIONS
 from common.wire import Request, State
+from server.aggregation import mean
 from server.pretraining import pretrain
-from server.progress import average_of_rounds
+from server.progress import average_of_rounds, stepped
 
 Watch = Callable[[str, InterestModel], None]
 """Called with the name of a phase and the model after it."""
@@ -83,14 +84,17 @@ def learn(
     settings, batches = StepSettings.of(plan), [batch_of(site, plan.model.max_events) for site in sites]
     state = model.trainable_state()
     history: list[State] = []
-    for _ in range(plan.training.rounds):
+    velocity = {name: torch.zeros_like(value) for name, value in state.items()}
+    for number in range(plan.training.rounds):
         updates = []
         for batch in batches:
+            model.hold_adapters(False)
             model.load_trainable(state)
+            model.hold_adapters(number < plan.training.head_rounds)
             updates.append(train_round(model, batch, settings, sampler=sampler, noise=noise))
-        rate = plan.training.server_learning_rate / len(sites)
-        state = {name: value + rate * sum(each[name] for each in updates) for name, value in state.items()}
+        state, velocity = stepped(state, velocity, mean(updates), plan.training)
         history.append(state)
+    model.hold_adapters(False)
     model.load_trainable(average_of_rounds(history, plan))
     if released:
         model.set_released(priors)

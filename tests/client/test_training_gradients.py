@@ -130,7 +130,7 @@ def test_rows_are_users_with_adapters(architecture: str, train_down: bool) -> No
     adapters = [name for name in model.trainable() if name.startswith("encoder.")]
     per_layer = 1 if architecture == "gpt2" else 2  # GPT-2 has query, key and value in one projection
     assert len(adapters) == 2 * per_layer * (2 if train_down else 1)
-    assert all(".up." in name or (train_down and ".down." in name) for name in adapters)
+    assert all(".lora_up." in name or (train_down and ".lora_down." in name) for name in adapters)
     assert_rows_are_users(model, HistoryBatch(*histories(RAGGED)), room=2e-5)
     check_rows_are_users(model)
 

@@ -188,7 +188,7 @@ def test_no_dropout_is_left_whatever_mode_the_model_is_in(architecture: str) -> 
 def test_adapters_start_the_same_at_every_site_and_differ_by_seed() -> None:
     lm = tiny_language_model("bert")
     downs = [
-        next(m.down.weight for m in encoder_of(lm, seed=seed).modules() if isinstance(m, LoraLinear))
+        next(m.lora_down.weight for m in encoder_of(lm, seed=seed).modules() if isinstance(m, LoraLinear))
         for seed in (1, 1, 2)
     ]
     assert torch.equal(downs[0], downs[1])
