@@ -5,16 +5,21 @@ Every tool writes the same shape, so that the report, a script and a later reade
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 FOLDER = "audit"
+TOOLS = ("conformance", "noise", "canary", "attack")
+"""Tools that leave a file; other files in the folder are theirs, and no evidence."""
+
+_RECORD = ("plan.json", "receipts.jsonl")
 _PACKAGES = ("fedtide", "torch", "opacus", "dp-accounting", "numpy", "scipy", "flwr")
 
 
@@ -25,6 +30,15 @@ class EvidenceError(ValueError):
 def own_versions() -> dict[str, str]:
     """Of Python and of the packages that a figure may depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def record_digest(run: Path) -> str:
+    """sha256 over a run's plan and receipts: evidence that names another one is about something else."""
+    digest = hashlib.sha256(b"fedtide/evidence/1\n")
+    for name in _RECORD:
+        data = (run / name).read_bytes() if (run / name).is_file() else b""
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,7 @@ class Evidence:
         series: figures for charts; the tool's module says of what shape.
         limits: what this tool cannot show, one sentence each.
         seconds: wall time.
+        record: `record_digest` of the run that it was written for; `write` fills it in.
     """
 
     tool: str
@@ -72,6 +87,7 @@ class Evidence:
     seconds: float = 0.0
     made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=own_versions)
+    record: str = field(default="", compare=False)
 
     @property
     def holds(self) -> bool:
@@ -88,7 +104,8 @@ class Evidence:
 
         file = run / FOLDER / f"{self.tool}.json"
         file.parent.mkdir(exist_ok=True)
-        write_whole(file, json.dumps(self.as_json(), indent=2).encode())
+        found = replace(self, record=record_digest(run))
+        write_whole(file, json.dumps(found.as_json(), indent=2).encode())
         return file
 
 
@@ -111,4 +128,5 @@ def read_evidence(file: Path) -> Evidence:
 
 def evidence_of(run: Path) -> dict[str, Evidence]:
     """Tool -> what it found, of the tools that were run on this run's folder."""
-    return {file.stem: read_evidence(file) for file in sorted((run / FOLDER).glob("*.json"))}
+    files = {tool: run / FOLDER / f"{tool}.json" for tool in TOOLS}
+    return {tool: read_evidence(file) for tool, file in files.items() if file.is_file()}
