@@ -1,4 +1,4 @@
-"""Head first, then adapters: in the first rounds no site releases anything about the adapters, and nobody moves them."""
+"""Head first, then adapters: in the first rounds no site releases anything about adapters, and nobody moves them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def test_an_adapter_that_a_site_moves_before_its_time_is_not_admitted(
     training = {"rounds": 2, "steps_per_round": 1, "head_rounds": 1}
     run = tiny_run(tmp_path, plan=PLAN | {"training": training}).run
     first, second = run.records()
-    assert first["admitted"] == [] and len(second["admitted"]) == 4
+    assert first["admitted"] == []
+    assert len(second["admitted"]) == 4
     assert {each["reason"] for each in first["left_out"]} == {"wrong_tensors"}
 
 
