@@ -4,7 +4,7 @@ Each of `canaries` was included by a fair coin of its own; an auditor who sees t
 whether it was. Steinke, Nasr & Jagielski 2023 (arXiv 2305.08846) bound how often guesses can be right under (epsilon,
 delta)-DP; Mahloujifar, Melis & Chaudhuri 2024 (arXiv 2410.22235) do it for a whole trade-off curve, and so see more.
 Neither assumes anything of the mechanism or of independent scores; both hold for a number of guesses fixed before
-the run. Trade-off curves are made by dp-accounting, independently of `common/privacy/accountants.py`.
+the run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr, ndtri
 from scipy.stats import beta as beta_distribution
 from scipy.stats import binom
+
+from common.privacy.accountants import epsilon_pld, privacy_profile
+from common.privacy.mechanisms import SMALLEST_NOISE_MULTIPLIER, PoissonSubsampledGaussian
 
 Floats = npt.NDArray[np.float64]
 Curve = Callable[[Floats], Floats]
@@ -131,31 +134,10 @@ def curve_of(epsilons: Floats, deltas: Floats) -> Curve:
 
 
 def sampled_curve(sampling_rate: float, noise_multiplier: float, steps: int) -> Curve:
-    """Of DP-SGD's Poisson-sampled Gaussian sums, by dp-accounting's PLD (pessimistic, add or remove one)."""
-    epsilons = np.concatenate([np.arange(0, 2, 0.01), np.arange(2, 30, 0.05)])
-    return curve_of(epsilons, sampled_deltas(sampling_rate, noise_multiplier, steps, epsilons))
-
-
-def sampled_deltas(sampling_rate: float, noise_multiplier: float, steps: int, epsilons: Floats) -> Floats:
-    """delta(epsilon) of DP-SGD at each epsilon, by dp-accounting's PLD."""
-    return np.asarray(_pld(sampling_rate, noise_multiplier, steps).get_delta_for_epsilon(epsilons))
-
-
-def sampled_epsilon(sampling_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
-    """epsilon(delta) of the same."""
-    found = _pld(sampling_rate, noise_multiplier, steps).get_epsilon_for_delta(delta)
-    return max(0.0, float(found))
-
-
-def _pld(sampling_rate: float, noise_multiplier: float, steps: int):  # type: ignore[no-untyped-def]
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
-
-    if sampling_rate == 1:  # sums without sampling compose to one
-        noise_multiplier, steps = noise_multiplier / math.sqrt(steps), 1
-    one = from_gaussian_mechanism(
-        noise_multiplier, value_discretization_interval=1e-3, sampling_prob=sampling_rate
-    )
-    return one.self_compose(steps) if steps > 1 else one
+    """Of DP-SGD's Poisson-sampled Gaussian sums, by the PLD: from above, so that it refutes no more than it may."""
+    epsilons = np.concatenate([np.arange(0, 3, 0.05), np.arange(3, 10, 0.25), np.arange(10, 30)])
+    event = PoissonSubsampledGaussian(sampling_rate, noise_multiplier, steps)
+    return curve_of(epsilons, np.array(privacy_profile([event], epsilons.tolist())))
 
 
 def f_dp_refuted(guesses: Guesses, curve: Curve, level: float) -> bool:
@@ -217,14 +199,14 @@ def f_dp_bound_sampled(
         low, high = high, high * 1.5
         if high > 20 * noise_multiplier:
             return 0.0
-    while low == high or refuted(low):
-        low, high = low / 1.5, low
-        if low < 0.1:
-            break
-    while high / low > 1.005:
+    if low == high:
+        low = high / 1.5
+        while low > SMALLEST_NOISE_MULTIPLIER and refuted(low):
+            low, high = low / 1.5, low
+    while high / low > 1.02:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if refuted(middle) else (middle, high)
-    return sampled_epsilon(sampling_rate, high, steps, delta)
+    return epsilon_pld([PoissonSubsampledGaussian(sampling_rate, high, steps)], delta)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
+from common.privacy.accountants import epsilon_pld
 from common.privacy.calibration import calibrate_gaussian
+from common.privacy.mechanisms import PoissonSubsampledGaussian
 from simulations.audit.one_run import (
     Floats,
     Guesses,
@@ -24,7 +26,6 @@ from simulations.audit.one_run import (
     gaussian_epsilon,
     guess_extremes,
     sampled_curve,
-    sampled_epsilon,
     steinke_bound,
     steinke_p,
 )
@@ -143,8 +144,11 @@ def sampled_scores(rate: float, noise: float, steps: int, repetitions: int, seed
 
 def test_under_poisson_sampling_the_claimed_curve_stands_and_a_tenth_of_the_noise_does_not() -> None:
     rate, noise, steps = 0.5, 3.0, 8
-    claim, curve = sampled_epsilon(rate, noise, steps, DELTA), sampled_curve(rate, noise, steps)
-    for guesses in sampled_scores(rate, noise, steps, 3):
+    claim, curve = (
+        epsilon_pld([PoissonSubsampledGaussian(rate, noise, steps)], DELTA),
+        sampled_curve(rate, noise, steps),
+    )
+    for guesses in sampled_scores(rate, noise, steps, 2):
         assert not f_dp_refuted(guesses, curve, 0.01)
         assert 0 <= f_dp_bound_sampled(guesses, rate, noise, steps, DELTA, 0.05) < claim
     (lying,) = sampled_scores(rate, noise / 10, steps, 1)
