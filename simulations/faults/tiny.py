@@ -13,7 +13,7 @@ USERS, ITEMS, USERS_AT_LEAST = 60, 30, 40
 STEPS = 120
 """Of a round: long enough for something to break in it."""
 
-_WORDS = (
+WORDS = (
     *("red", "blue", "green", "black", "white", "silver", "golden", "small", "large", "quiet"),
     *("river", "mountain", "city", "garden", "winter", "summer", "night", "morning", "ocean", "desert"),
 )
@@ -27,7 +27,7 @@ def write_language_model(folder: Path) -> Path:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {word: place for place, word in enumerate((*_SPECIAL, *_WORDS, *_KINDS, ".", ","))}
+    vocabulary = {word: place for place, word in enumerate((*_SPECIAL, *WORDS, *_KINDS, ".", ","))}
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab=vocabulary, do_lower_case=True).save_pretrained(folder)
     config = BertConfig(
@@ -48,7 +48,7 @@ def write_data(folder: Path) -> tuple[Path, Path]:
     """Writes a made-up log and its public catalog."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = np.random.default_rng(3)
-    texts = [" ".join(chance.choice(_WORDS, size=3, replace=False)) for _ in range(ITEMS)]
+    texts = [" ".join(chance.choice(WORDS, size=3, replace=False)) for _ in range(ITEMS)]
     catalog, log = folder / "catalog.csv", folder / "log.csv"
     rows = [f"i{item},{texts[item]},{_KINDS[item % len(_KINDS)]}" for item in range(ITEMS)]
     catalog.write_text("\n".join(["item,text,categories", *rows]) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""The code under test, as the tests see it: a trainer, two releases of sums, a reply, and their generators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from client.site import Site, answer
+from client.statistics import release_metrics, release_statistics
+from client.training import StepSettings, train_round
+from common.config import Plan
+from common.events.histories import Histories
+from common.models.batches import HistoryBatch
+from common.models.interface import InterestModel
+from common.phases import StatisticsPlan
+from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
+from common.wire import Request, answer_to_records
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+
+
+class Trainer(Protocol):
+    """What `client.training.train_round` is."""
+
+    def __call__(
+        self,
+        model: InterestModel,
+        histories: HistoryBatch,
+        settings: StepSettings,
+        *,
+        sampler: UserSampler,
+        noise: GaussianNoise,
+    ) -> dict[str, Tensor]:
+        """The update of one round."""
+        ...
+
+
+StatisticsRelease = Callable[[Histories, int, StatisticsPlan, Request, GaussianNoise], dict[str, Tensor]]
+MetricsRelease = Callable[
+    [InterestModel, Histories, npt.NDArray[np.int64], Plan, GaussianNoise], dict[str, Tensor]
+]
+Reply = Callable[[Site, Request], "RecordDict"]
+
+
+def site_reply(site: Site, request: Request) -> RecordDict:
+    """What a site sends back, as it goes on the wire."""
+    return answer_to_records(answer(site, request))
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is tested; a site's own unless told.
+
+    Attributes:
+        sampler, noise: make the generators that a site makes for each round.
+    """
+
+    trainer: Trainer = train_round
+    statistics: StatisticsRelease = release_statistics
+    metrics: MetricsRelease = release_metrics
+    reply: Reply = site_reply
+    sampler: Callable[[], UserSampler] = SecurePoissonSampler
+    noise: Callable[[], GaussianNoise] = SecureGaussian
+
+
+class Everyone:
+    """A sampler for paired runs: every user takes part."""
+
+    def sample(self, users: int, rate: float) -> npt.NDArray[np.bool_]:
+        """All of them."""
+        return np.ones(users, dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A sampler for paired runs: the users of a mask take part."""
+
+    mask: npt.NDArray[np.bool_]
+
+    def sample(self, users: int, rate: float) -> npt.NDArray[np.bool_]:
+        """Those of the mask."""
+        return self.mask
+
+
+class Silence:
+    """No noise, so that what a step made of its users can be read."""
+
+    def normal(self, size: int) -> npt.NDArray[np.float64]:
+        """Zeros."""
+        return np.zeros(size)
+
+
+class SameAgain:
+    """One stream of fresh normals, the same for each run of a pair after `rewind`."""
+
+    def __init__(self) -> None:
+        """Nothing is drawn yet."""
+        self._drawn: list[npt.NDArray[np.float64]] = []
+        self._next = 0
+
+    def rewind(self) -> SameAgain:
+        """From the beginning."""
+        self._next = 0
+        return self
+
+    def normal(self, size: int) -> npt.NDArray[np.float64]:
+        """As in the first run."""
+        if self._next == len(self._drawn):
+            self._drawn.append(SecureGaussian().normal(size))
+        self._next += 1
+        return self._drawn[self._next - 1].copy()

@@ -1,0 +1,138 @@
+"""One user more or less: paired runs under one stream of noise, which cancels, so nothing here is left to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from client.training import StepSettings, check_rows_are_users, per_user_gradients
+from common.privacy.noise import UserSampler
+from simulations.audit.conformance.checking import Vector, at_most
+from simulations.audit.conformance.code import Chosen, Code, Everyone, SameAgain
+from simulations.audit.conformance.subjects import LOUD, Subject, in_steps, one_step, some_users
+from simulations.audit.evidence import Check
+
+OTHERS = (0, 1, 5, 40)
+"""Beside how many users the one comes and goes."""
+
+MANY = 40
+"""Beside so many, the loud one alone is tried."""
+
+LOUDEST = 16.0
+"""The loud user's gradient before clipping, in units of C."""
+
+ROOM = 1e-3
+"""For float32 parameters; the noise is drawn so much wider than stated to cover such rounding."""
+
+ROW_ROOM = 2e-3
+"""How far, in units of C, what a user adds among others may lie from what the same user adds alone."""
+
+
+@dataclass
+class Pairs:
+    """Runs of a subject's step that share their noise."""
+
+    subject: Subject
+    code: Code
+    settings: StepSettings
+
+    def __post_init__(self) -> None:
+        self._noise = SameAgain()
+
+    def step(self, rows: Sequence[Sequence[int]], sampler: UserSampler | None = None) -> Vector:
+        """What a step on these users releases, in units of C."""
+        update = self.code.trainer(
+            self.subject.rewound(),
+            self.subject.batch(rows),
+            self.settings,
+            sampler=sampler or Everyone(),
+            noise=self._noise.rewind(),
+        )
+        return in_steps(update, self.settings)
+
+
+def sensitivity(subject: Subject, code: Code) -> list[Check]:
+    """How far one user more moves what is released: `sensitivity`, `own row`, `absent user`."""
+    loud = float(subject.loudness([LOUD])[0])
+    pairs = Pairs(subject, code, one_step(loud / LOUDEST))
+    newcomers = {"loud": LOUD, "quiet": [4, 5], "long": some_users(3, subject.items, seed=5)[2]}
+    nobody = pairs.step([])
+    alone = {name: pairs.step([user]) - nobody for name, user in newcomers.items()}
+    moved, strange = [float(np.linalg.norm(own)) for own in alone.values()], [0.0]
+    for others in OTHERS[1:]:
+        rows = some_users(others, subject.items)
+        without = pairs.step(rows)
+        for name, user in newcomers.items() if others < MANY else [("loud", LOUD)]:
+            place = others // 2
+            change = pairs.step([*rows[:place], user, *rows[place:]]) - without
+            moved.append(float(np.linalg.norm(change)))
+            strange.append(float(np.linalg.norm(change - alone[name])))
+    return [
+        _moved(subject, max(moved), float(np.linalg.norm(alone["loud"])), loud > 0),
+        at_most(
+            "own row",
+            subject.name,
+            max(strange),
+            ROW_ROOM,
+            f"Among other users, a user adds what the same user adds alone: off by {max(strange):.2g} C at most.",
+        ),
+        _absent(pairs),
+    ]
+
+
+def _moved(subject: Subject, most: float, loud: float, heard: bool) -> Check:
+    says = (
+        f"One user more moves a step by {most:.4f} C at most, beside {', '.join(map(str, OTHERS))} others; "
+        f"the loudest user's gradient is {LOUDEST:g} C before clipping."
+    )
+    check = at_most("sensitivity", subject.name, most, 1 + ROOM, says)
+    if heard and loud >= 1 - ROOM:
+        return check
+    quiet = f"The loud user moves a step by {loud:.4f} C alone, so the bound was not reached, and nothing is shown."
+    return replace(check, holds=False, says=quiet)
+
+
+def _absent(pairs: Pairs) -> Check:
+    """A user whom the sampler left out moves nothing, and a part of the users is drawn as the sampler says."""
+    rows = some_users(9, pairs.subject.items)
+    mask = np.array([True, False, True, True, False, True, False, True, True])
+    some = pairs.step(rows, Chosen(mask))
+    more = pairs.step([*rows, LOUD], Chosen(np.append(mask, False)))
+    moved = float(np.abs(more - some).max())
+    same_as = pairs.step([row for row, taken in zip(rows, mask, strict=True) if taken])
+    off = float(np.linalg.norm(some - same_as))
+    return at_most(
+        "absent user",
+        pairs.subject.name,
+        max(moved, off),
+        ROW_ROOM,
+        f"A user who was not drawn moves a step by {moved:.2g} C, and only those drawn take part.",
+    )
+
+
+def rows_are_users(subject: Subject) -> list[Check]:
+    """Every trainable parameter has one row a user, that user's own gradient: compared with a loop over users."""
+    model = subject.rewound()
+    check_rows_are_users(model)
+    batch = model.prepare(subject.batch([*some_users(5, subject.items), LOUD]))
+    with per_user_gradients(model) as gradients:
+        together = torch.cat([rows.flatten(1) for rows in gradients(batch)], dim=1)
+    worst = 0.0
+    parameters = list(model.trainable().values())
+    for user in range(len(batch)):
+        loss = model.per_user_loss(batch.rows(torch.tensor([user], device=subject.device))).sum()
+        own = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+        room = float(own.norm().clamp(min=1e-3))
+        worst = max(worst, float((together[user] - own).norm()) / room)
+    return [
+        at_most(
+            "rows are users",
+            subject.name,
+            worst,
+            ROW_ROOM,
+            f"{len(parameters)} parameters have one row a user, which is that user's gradient alone.",
+        )
+    ]

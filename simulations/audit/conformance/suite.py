@@ -1,0 +1,157 @@
+"""The whole of `fedtide audit conformance`: which checks are asked of what, and what they cannot show."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.models.names import FAMILIES
+from simulations.audit.conformance.checking import LEVEL, attempted
+from simulations.audit.conformance.code import Code
+from simulations.audit.conformance.controls import controls
+from simulations.audit.conformance.noise import forked_noise, noise_checks
+from simulations.audit.conformance.reply import reply_checks
+from simulations.audit.conformance.sampling import USERS, forked_sampling, sampling
+from simulations.audit.conformance.sensitivity import LOUDEST, OTHERS, rows_are_users, sensitivity
+from simulations.audit.conformance.subjects import ITEMS, MODES, Subject, a_subject, devices
+from simulations.audit.conformance.sums import sum_checks
+from simulations.audit.evidence import Check, Evidence
+
+WIDE_CATALOG, WIDE_ROUNDS, ROUNDS = 3000, 16, 6
+STATISTICAL = (
+    "noise level",
+    "noise with users",
+    "normal",
+    "new noise",
+    "forked noise",
+    "sampling",
+    "independent users",
+    "independent steps",
+    "sum noise",
+)
+"""Checks that honest code fails with chance LEVEL at most; the others it never fails."""
+
+LIMITS = (
+    "Made-up users and tiny models are put to the test: it refutes, it does not prove.",
+    "It shows what the code at hand does, not that this code ran: a site that lies can run other code.",
+    "Times of steps and of answers are not looked at.",
+    "Generators are tested for width, shape, repetition and correlation, not for being unpredictable.",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to test.
+
+    Attributes:
+        families, modes, devices: each with each.
+        model: more fields of each model's plan.
+        with_controls: whether broken variants are put through the same checks.
+        quick: only one subject for what does not depend on the family.
+    """
+
+    families: Sequence[str] = tuple(FAMILIES)
+    modes: Sequence[str] = MODES
+    devices: Sequence[str] | None = None
+    model: tuple[tuple[str, Any], ...] = ()
+    with_controls: bool = True
+
+
+Ask = tuple[str, str, Callable[[], Sequence[Check]]]
+
+
+def conformance(
+    options: Options, code: Code, *, command: str = "", on_step: Callable[[int, int], None] | None = None
+) -> Evidence:
+    """All checks of some code.
+
+    Args:
+        on_step: told how many of how many questions are answered.
+    """
+    began, checks = time.monotonic(), list[Check]()
+    with tempfile.TemporaryDirectory(prefix="fedtide-conformance-") as name, _one_thread():
+        questions = list(_questions(options, code, Path(name)))
+        for number, (what, of, ask) in enumerate(questions, start=1):
+            checks += attempted(what, of, ask)
+            if on_step is not None:
+                on_step(number, len(questions))
+    by_chance = sum(check.name in STATISTICAL and not check.control for check in checks)
+    return Evidence(
+        tool="conformance",
+        command=command,
+        checks=checks,
+        parameters={
+            "level": LEVEL,
+            "statistical_checks": by_chance,
+            "false_alarm_of_all": by_chance * LEVEL,
+            "families": list(options.families),
+            "modes": list(options.modes),
+            "devices": list(options.devices or devices()),
+            "others": list(OTHERS),
+            "loudest_user_in_clip_norms": LOUDEST,
+        },
+        limits=LIMITS,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _questions(options: Options, code: Code, folder: Path) -> Iterator[Ask]:
+    more = dict(options.model)
+    for device in options.devices or devices():
+        for family in options.families:
+            for mode in options.modes:
+                place = f"{family}, {mode}, {device}"
+                yield from _of_model(_once(folder, family, mode, device, **more), place, code)
+        yield from _of_device(folder, device, code)
+    yield "nothing else leaves", "reply", lambda: reply_checks(code, folder)
+    if options.with_controls:
+        yield "controls", "controls", lambda: controls(code, folder)
+
+
+def _of_model(subject: Callable[[], Subject], place: str, code: Code) -> Iterator[Ask]:
+    yield "rows are users", place, lambda: rows_are_users(subject())
+    yield "sensitivity", place, lambda: sensitivity(subject(), code)
+    yield "noise level", place, lambda: noise_checks(subject(), code, ROUNDS)
+
+
+def _of_device(folder: Path, device: str, code: Code) -> Iterator[Ask]:
+    """What does not depend on the family, with a model of many coordinates or of separable users."""
+    wide = _once(folder, "recommend", "vectors", device, items=WIDE_CATALOG)
+    separable = _once(folder, "recommend", "vectors", device, items=3 * USERS, off_start=0.0)
+    small = _once(folder, "recommend", "vectors", device, items=ITEMS)
+    yield "noise level", f"{WIDE_CATALOG} items, {device}", lambda: noise_checks(wide(), code, WIDE_ROUNDS)
+    yield "sampling", device, lambda: sampling(separable(), code)
+    if device == "cpu":  # a copy of a process cannot use CUDA
+        yield "forked noise", device, lambda: forked_noise(small(), code)
+        yield "forked sampling", device, lambda: forked_sampling(separable(), code)
+    yield "sum noise", device, lambda: sum_checks(small(), code)
+
+
+def _once(folder: Path, family: str, mode: str, device: str, **more: Any) -> Callable[[], Subject]:
+    """A subject that is built when it is first asked for."""
+    made: list[Subject] = []
+
+    def subject() -> Subject:
+        if not made:
+            made.append(a_subject(folder, family, mode, device, **more))
+        return made[0]
+
+    return subject
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models as small as these are slower on many threads; and no copy of the process may need any."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
