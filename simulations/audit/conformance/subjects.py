@@ -21,7 +21,9 @@ from common.models.names import FAMILIES
 from simulations.faults.tiny import WORDS, write_language_model
 
 ITEMS, EVENTS = 60, 13
-MODES = ("vectors", "lora")
+MODES = ("vectors", "lora", "lora-held")
+"""Of the encoder: frozen vectors, adapters, and adapters that are held while the head above them learns."""
+
 MOVED = 0.3
 """How far trainable parameters lie off their start, where zero layers would hide what is below them."""
 
@@ -36,6 +38,8 @@ _SMALL: dict[str, Any] = {
     "most_tokens": 40,
     "members": tuple(name for name in FAMILIES if name != "ensemble"),
 }
+_TOLD: dict[str, Any] = {**ModelPlan().model_dump(), **_SMALL, "items": ITEMS}
+"""What a subject's name leaves out."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,20 @@ def a_subject(
         more: fields of the model's plan.
     """
     place = language_model(folder)
-    plan = ModelPlan(**{**_SMALL, "family": family, "mode": mode, "encoder": str(place), **more})
+    encoder = {"mode": mode.removesuffix("-held"), "encoder": str(place)}
+    plan = ModelPlan(**{**_SMALL, "family": family, **encoder, **more})
     model = build_model(plan, texts(items), place, categories=[[WORDS[i % 3]] for i in range(items)]).model
     model = model.to(device)
+    model.hold_adapters(mode.endswith("-held"))
     generator = torch.Generator().manual_seed(2)
     start = {
         name: (p.detach().cpu() + off_start * torch.randn(p.shape, generator=generator)).to(device)
         for name, p in model.trainable().items()
     }
-    task = f", {plan.task}" if plan.task != "next-item" else ""
-    return Subject(f"{family}{task}, {mode}, {device}", model, start, items, torch.device(device))
+    told = "".join(
+        f", {name} {value}" for name, value in {"items": items, **more}.items() if value != _TOLD.get(name)
+    )
+    return Subject(f"{family}, {mode}, {device}{told}", model, start, items, torch.device(device))
 
 
 def some_users(users: int, items: int = ITEMS, *, longest: int = EVENTS, seed: int = 3) -> list[list[int]]:

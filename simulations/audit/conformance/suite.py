@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from simulations.audit.conformance.noise import forked_noise, noise_checks
 from simulations.audit.conformance.reply import reply_checks
 from simulations.audit.conformance.sampling import USERS, forked_sampling, sampling
 from simulations.audit.conformance.sensitivity import LOUDEST, OTHERS, rows_are_users, sensitivity
-from simulations.audit.conformance.subjects import ITEMS, MODES, Subject, a_subject, devices
+from simulations.audit.conformance.subjects import MODES, Subject, a_subject, devices
 from simulations.audit.conformance.sums import sum_checks
 from simulations.audit.evidence import Check, Evidence
 
@@ -50,15 +50,14 @@ class Options:
 
     Attributes:
         families, modes, devices: each with each.
-        model: more fields of each model's plan.
+        model: fields of a run's model plan, to be tested beside them; sizes are those of all subjects.
         with_controls: whether broken variants are put through the same checks.
-        quick: only one subject for what does not depend on the family.
     """
 
     families: Sequence[str] = tuple(FAMILIES)
     modes: Sequence[str] = MODES
     devices: Sequence[str] | None = None
-    model: tuple[tuple[str, Any], ...] = ()
+    model: Mapping[str, Any] | None = None
     with_controls: bool = True
 
 
@@ -101,12 +100,13 @@ def conformance(
 
 
 def _questions(options: Options, code: Code, folder: Path) -> Iterator[Ask]:
-    more = dict(options.model)
     for device in options.devices or devices():
-        for family in options.families:
-            for mode in options.modes:
-                place = f"{family}, {mode}, {device}"
-                yield from _of_model(_once(folder, family, mode, device, **more), place, code)
+        models = [{"family": family, "mode": mode} for family in options.families for mode in options.modes]
+        if options.model is not None and options.model not in models:
+            models.append(dict(options.model))
+        for model in models:
+            place = f"{model['family']}, {model['mode']}, {device}"
+            yield from _of_model(_once(folder, device=device, **model), place, code)
         yield from _of_device(folder, device, code)
     yield "nothing else leaves", "reply", lambda: reply_checks(code, folder)
     if options.with_controls:
@@ -121,9 +121,9 @@ def _of_model(subject: Callable[[], Subject], place: str, code: Code) -> Iterato
 
 def _of_device(folder: Path, device: str, code: Code) -> Iterator[Ask]:
     """What does not depend on the family, with a model of many coordinates or of separable users."""
+    small = _once(folder, "recommend", "vectors", device)
     wide = _once(folder, "recommend", "vectors", device, items=WIDE_CATALOG)
     separable = _once(folder, "recommend", "vectors", device, items=3 * USERS, off_start=0.0)
-    small = _once(folder, "recommend", "vectors", device, items=ITEMS)
     yield "noise level", f"{WIDE_CATALOG} items, {device}", lambda: noise_checks(wide(), code, WIDE_ROUNDS)
     yield "sampling", device, lambda: sampling(separable(), code)
     if device == "cpu":  # a copy of a process cannot use CUDA
