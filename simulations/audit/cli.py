@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulations.audit.conformance.cli import conformance
+
 if TYPE_CHECKING:
     from simulations.audit.findings import Findings, SiteFinding
 
@@ -24,6 +26,9 @@ app = typer.Typer(
 @app.callback()
 def _root() -> None:
     """Check what a run says about privacy."""
+
+
+app.command()(conformance)
 
 
 @app.command()
