@@ -97,6 +97,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
         "server.registry": ("RegistryError",),
         "server.recommending": ("HistoryError",),
         "server.runs": ("RunError",),
+        "simulations.audit.canary_plan": ("CanaryError",),
     }
     found: list[type[BaseException]] = [UserError]
     for module, classes in names.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulations.audit.canary_cli import canary
 from simulations.audit.conformance.cli import conformance
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def _root() -> None:
     """Check what a run says about privacy."""
 
 
+app.command()(canary)
 app.command()(conformance)
 
 

@@ -199,10 +199,10 @@ def f_dp_bound_sampled(
         low, high = high, high * 1.5
         if high > 20 * noise_multiplier:
             return 0.0
-    if low == high:
-        low = high / 1.5
-        while low > SMALLEST_NOISE_MULTIPLIER and refuted(low):
-            low, high = low / 1.5, low
+    while low == high or refuted(low):
+        if low == SMALLEST_NOISE_MULTIPLIER:
+            break
+        low, high = max(low / 1.5, SMALLEST_NOISE_MULTIPLIER), low
     while high / low > 1.02:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if refuted(middle) else (middle, high)
