@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulations.audit import report_cli
 from simulations.audit.canary_cli import canary
 from simulations.audit.conformance.cli import conformance
 
@@ -31,6 +32,8 @@ def _root() -> None:
 
 app.command()(canary)
 app.command()(conformance)
+app.command()(report_cli.report)
+app.command()(report_cli.full)
 
 
 @app.command()

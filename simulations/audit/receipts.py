@@ -57,7 +57,7 @@ def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
     run = _run_folder(path)
     plan = run.plan()
     findings = Findings(run=run.name)
-    reader = RegistryReader(registry or _registry_in(run))
+    reader = RegistryReader(registry or registry_of(run))
     chains = _chains(reader, findings)
     lines = _lines(run, findings)
     _check_catalog(run, plan, findings)
@@ -97,7 +97,8 @@ def _run_folder(path: Path) -> RunFolder:
     return RunFolder(path.resolve())
 
 
-def _registry_in(run: RunFolder) -> Path:
+def registry_of(run: RunFolder) -> Path:
+    """The registry that lies in a run's folder. Raises `RunError` where there is none."""
     for folder in (run.path / "sites" / "registry", run.path / "registry"):
         if (folder / "registry.sqlite").is_file():
             return folder
