@@ -38,7 +38,8 @@ def site_model(
         language_models: name in a plan -> folder of this site, where it has one of its own.
     """
     encoder = (language_models or {}).get(plan.model.encoder) or plan.model.encoder
-    key = (plan.model.model_dump_json() + encoder, catalog.digest())
+    witness = plan.privacy.witness_places
+    key = (f"{plan.model.model_dump_json()} {witness} {encoder}", catalog.digest())
     if key not in _MODELS:
         while len(_MODELS) >= _MODELS_KEPT:
             _MODELS.popitem(last=False)
@@ -48,6 +49,7 @@ def site_model(
             language_model(encoder, offline=offline),
             cache=home() / "item-vectors",
             categories=catalog.categories,
+            witness_places=witness,
         )
         _MODELS[key] = built.model.to(device_of(plan))
     _MODELS.move_to_end(key)

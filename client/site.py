@@ -250,6 +250,7 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
         statistics = plan.statistics
         pairs = PairLayout(statistics.most_items(len(catalog)), statistics.symmetric)
         places = len(catalog) if request.phase is Phase.POPULARITY else pairs.places
+        places += plan.privacy.witness_places
         if places > LARGEST_DIMENSION:
             raise ValueError(
                 f"a sum of {places} places is asked for, but the noise vouches for {LARGEST_DIMENSION}"
@@ -276,7 +277,8 @@ def _release(
         held_out = last[:, 0].astype(np.int64)
     noise = SecureGaussian()
     if model is None:
-        return release_statistics(histories, len(catalog), plan.statistics, request, noise)
+        places = plan.privacy.witness_places
+        return release_statistics(histories, len(catalog), plan.statistics, request, noise, places)
     if held_out is not None and request.phase is Phase.METRICS:
         return release_metrics(model, histories, held_out, plan, noise)
 

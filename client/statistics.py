@@ -26,6 +26,7 @@ from common.phases import Phase, StatisticsPlan
 from common.privacy.noise import GaussianNoise, private_sum
 from common.sums import CONTRIBUTION_NORM, METRICS, POPULARITY, TRANSITIONS, PairLayout, top_items
 from common.wire import Request
+from common.witness import witness_name
 
 Contribution = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 """One user's part of a sum: (places, values), no place twice, of L2 norm at most 1."""
@@ -117,27 +118,45 @@ def noised(total: Tensor, noise_multiplier: float, noise: GaussianNoise) -> Tens
     return private_sum(total, clip_norm=CONTRIBUTION_NORM, noise_multiplier=noise_multiplier, noise=noise)
 
 
-def release_statistics(
-    histories: Histories, catalog: int, plan: StatisticsPlan, request: Request, noise: GaussianNoise
+def with_witness(
+    name: str, total: Tensor, noise_multiplier: float, noise: GaussianNoise, places: int
 ) -> dict[str, Tensor]:
-    """The noisy sum that a request of phase popularity or transitions asks for, by its name.
+    """A noisy sum by its name, and its witness: places beyond its end, which no contribution reaches.
+
+    One mechanism over both, with one draw of noise: what the witness shows is the noise of the sum.
+    """
+    found = noised(torch.nn.functional.pad(total, (0, places)), noise_multiplier, noise)
+    state = {name: found[: len(total)].clone()}
+    return state | {witness_name(name): found[len(total) :].clone()} if places else state
+
+
+def release_statistics(
+    histories: Histories,
+    catalog: int,
+    plan: StatisticsPlan,
+    request: Request,
+    noise: GaussianNoise,
+    witness_places: int = 0,
+) -> dict[str, Tensor]:
+    """The noisy sum that a request of phase popularity or transitions asks for, by its name, and its witness.
 
     Args:
         catalog: number of items.
         request: names the phase; transitions are counted among the top items of what it says was released.
+        witness_places: of the plan's privacy section.
 
     Raises:
         ValueError: the plan is not calibrated, the catalog too large or too small, or another phase.
     """
     if request.phase is Phase.POPULARITY and plan.popularity_noise_multiplier is not None:
         total = popularity_sum(histories, catalog, plan.max_events)
-        return {POPULARITY: noised(total, plan.popularity_noise_multiplier, noise)}
+        return with_witness(POPULARITY, total, plan.popularity_noise_multiplier, noise, witness_places)
     if request.phase is Phase.TRANSITIONS and plan.transition_noise_multiplier is not None:
         top = top_items(request.released[POPULARITY], plan.most_items(catalog))
         total = transition_sum(
             histories, top, catalog, plan.max_events, symmetric=plan.symmetric, gaps=plan.gaps
         )
-        return {TRANSITIONS: noised(total, plan.transition_noise_multiplier, noise)}
+        return with_witness(TRANSITIONS, total, plan.transition_noise_multiplier, noise, witness_places)
     raise ValueError(f"{request.phase} is no statistic of this plan")
 
 
@@ -179,4 +198,4 @@ def release_metrics(
         hits.append((found <= plan.metrics.top).astype(np.float64))
         gains.append(ndcg(found, plan.metrics.top))
     total = metric_sum(np.concatenate(hits), np.concatenate(gains))
-    return {METRICS: noised(total, plan.metrics.noise_multiplier, noise)}
+    return with_witness(METRICS, total, plan.metrics.noise_multiplier, noise, plan.privacy.witness_places)

@@ -9,6 +9,7 @@ here: whoever calls has reserved the cost first.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from common.config import Plan
 from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
 from common.privacy.noise import LARGEST_DIMENSION, GaussianNoise, UserSampler, private_sum
+from common.witness import WITNESS
 
 VOUCHED_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear,)
 """Layers whose per-user gradients are tested against a loop over users. Others are refused at the start."""
@@ -84,7 +86,12 @@ def check_layers(model: nn.Module) -> None:
         UnvouchedLayerError: names the layer and its type.
     """
     seen: dict[int, str] = {}
-    coordinates = 0
+    witness = getattr(model, WITNESS, None)
+    coordinates = 0 if witness is None else witness.numel()
+    if witness is not None and witness.requires_grad:
+        raise UnvouchedLayerError(
+            "the witness would be trained, but holds noise alone: leave its requires_grad at False"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UnvouchedLayerError(
@@ -147,6 +154,9 @@ def per_user_gradients(model: InterestModel) -> Iterator[Callable[[HistoryBatch]
             losses.sum().backward()
         rows: list[Tensor] = []
         for name, parameter in model.trainable().items():
+            if parameter is model.witness:  # zero whatever the loss does: no user reaches it
+                rows.append(parameter.new_zeros(users, *parameter.shape))
+                continue
             sample = parameter.grad_sample  # type: ignore[attr-defined]
             if not isinstance(sample, Tensor) or sample.shape != (users, *parameter.shape):
                 found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
@@ -172,7 +182,8 @@ def check_rows_are_users(model: InterestModel) -> None:
 
     Per-user gradients of four users in one batch are compared with plain autograd over each of them alone, at
     parameters moved off their start (where a zero layer would hide much). No real data is looked at, the
-    parameters come back unchanged, and what was shown for a model once is not shown again.
+    parameters come back unchanged, and what was shown for a model once is not shown again. The witness, which
+    no user may reach, is shown to play no part in any loss.
 
     Args:
         model: its loss must be a function of its inputs: one that draws at random fails here.
@@ -184,6 +195,7 @@ def check_rows_are_users(model: InterestModel) -> None:
     trainable = model.trainable()
     if _SHOWN.get(model) == tuple(trainable):
         return
+    learned = {name: parameter for name, parameter in trainable.items() if parameter is not model.witness}
     device = next(iter(trainable.values())).device
     start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     generator = torch.Generator().manual_seed(0)
@@ -192,12 +204,14 @@ def check_rows_are_users(model: InterestModel) -> None:
             for parameter in trainable.values():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(device))
         batch = model.prepare(_made_up_histories(model, device))
+        _check_witness(model, batch)
         with per_user_gradients(model) as gradients:
-            together = gradients(batch)
+            samples = zip(trainable, gradients(batch), strict=True)
+            together = [sample for name, sample in samples if name in learned]
         alone: list[tuple[Tensor, ...]] = []
         for user in range(len(batch)):
             loss = model.per_user_loss(batch.rows(torch.tensor([user], device=device)))
-            alone.append(torch.autograd.grad(loss.sum(), list(trainable.values())))
+            alone.append(torch.autograd.grad(loss.sum(), list(learned.values())))
     except RowsAreNotUsersError as error:
         raise UnvouchedLayerError(f"the model's rows are not users: {error}") from error
     finally:
@@ -206,7 +220,7 @@ def check_rows_are_users(model: InterestModel) -> None:
                 parameter.copy_(start[name])
     for user, own in enumerate(alone):
         whole = torch.cat([gradient.flatten() for gradient in own]).norm()
-        for name, row, gradient in zip(trainable, (sample[user] for sample in together), own, strict=True):
+        for name, row, gradient in zip(learned, (sample[user] for sample in together), own, strict=True):
             room = 1e-3 * torch.maximum(gradient.norm(), 1e-2 * whole)
             if not bool((row - gradient).norm() <= room):  # also where either is not finite
                 raise UnvouchedLayerError(
@@ -214,6 +228,34 @@ def check_rows_are_users(model: InterestModel) -> None:
                     "depend on that user, the catalog and the parameters only, and may not draw at random"
                 )
     _SHOWN[model] = tuple(trainable)
+
+
+def _check_witness(model: InterestModel, batch: HistoryBatch) -> None:
+    """Shows that losses do not read the witness: it gets no gradient, and what is no number spoils none of them.
+
+    The caller puts the witness back.
+
+    Raises:
+        UnvouchedLayerError: a loss does.
+    """
+    if model.witness is None:
+        return
+    with torch.no_grad():
+        model.witness.fill_(math.nan)
+    try:
+        model.witness.requires_grad_(True)
+        losses = model.per_user_loss(batch)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            losses.sum(), [model.witness], allow_unused=True
+        )
+    finally:
+        model.witness.requires_grad_(False)
+        with torch.no_grad():
+            model.witness.zero_()
+    if found[0] is not None or not bool(losses.isfinite().all()):
+        raise UnvouchedLayerError(
+            "a user's loss reads the witness, which must hold noise alone: take model.witness out of the loss"
+        )
 
 
 def _made_up_histories(model: InterestModel, device: torch.device) -> HistoryBatch:

@@ -166,6 +166,8 @@ class PrivacyPlan(_Frozen):
         sampling_rate: q, each user's chance to take part in a step.
         users_per_site: a public lower bound of every site's number of users; sums are divided by q times this.
         noise_multiplier: sigma; calibrated from the promise where it is left out.
+        witness_places: coordinates of every release that no user can reach: they carry its noise alone, so that
+            anyone who holds the release can check the noise level. 0: none, and nobody can.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=100)] = 8.0
@@ -174,6 +176,7 @@ class PrivacyPlan(_Frozen):
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
     users_per_site: Annotated[int, Field(ge=1)] = 50
     noise_multiplier: Annotated[float, Field(ge=SMALLEST_NOISE_MULTIPLIER, le=1e6)] | None = None
+    witness_places: Annotated[int, Field(ge=0, le=4096)] = 256
 
     @model_validator(mode="after")
     def _delta_for_users(self) -> PrivacyPlan:
@@ -346,12 +349,17 @@ class Plan(_Frozen):
         if statistics.transition_share and statistics.top_items is None:
             sites = self.server.expected_sites or self.server.minimum_sites
             deviation = (statistics.transition_noise_multiplier or 1.0) * sites**0.5
-            count = items_for_noise(sites * privacy.users_per_site, deviation, symmetric=statistics.symmetric)
+            count = items_for_noise(
+                sites * privacy.users_per_site,
+                deviation,
+                symmetric=statistics.symmetric,
+                witness_places=privacy.witness_places,
+            )
             statistics = statistics.model_copy(update={"top_items": count})
         if statistics.top_items is not None:
             from common.sums import most_items
 
-            most = most_items(statistics.symmetric)
+            most = most_items(statistics.symmetric, privacy.witness_places)
             if statistics.top_items > most:
                 raise PlanError(
                     f"statistics.top_items is {statistics.top_items}, but one release holds the pairs of {most} "

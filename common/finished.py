@@ -56,6 +56,7 @@ def load_finished(folder: Path, *, offline: bool = False) -> FinishedModel:
         language_model(plan.model.encoder, offline=offline),
         cache=home() / "item-vectors",
         categories=catalog.categories,
+        witness_places=plan.privacy.witness_places,
     )
     built.model.load_trainable(state_from_bytes(parameters.read_bytes()))
     sums = state_from_bytes(released.read_bytes()) if released.is_file() else {}

@@ -140,7 +140,7 @@ def noise_of_promise(epsilon: float, delta: float) -> float:
     return noise
 
 
-def items_for_noise(users: int, deviation: float, *, symmetric: bool) -> int:
+def items_for_noise(users: int, deviation: float, *, symmetric: bool, witness_places: int = 0) -> int:
     """Among how many items transitions are worth asking for, from public numbers alone.
 
     The pairs of M items share the users' weight (a unit vector each), so the mean weight of a pair falls as
@@ -150,7 +150,7 @@ def items_for_noise(users: int, deviation: float, *, symmetric: bool) -> int:
     from common.sums import most_items  # not at the top: plans are read on machines that never load torch
 
     count = math.floor(ITEMS_FACTOR * math.sqrt(users / deviation))
-    return max(2, min(count, most_items(symmetric)))
+    return max(2, min(count, most_items(symmetric, witness_places)))
 
 
 ITEMS_FACTOR = 8.0

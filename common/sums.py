@@ -73,10 +73,10 @@ class PairLayout:
         return full
 
 
-def most_items(symmetric: bool) -> int:
-    """The most items whose pairs still fit one release (`LARGEST_DIMENSION`)."""
+def most_items(symmetric: bool, witness_places: int = 0) -> int:
+    """The most items whose pairs still fit one release (`LARGEST_DIMENSION`), beside its witness."""
     size = 2
-    while PairLayout(size + 1, symmetric).places <= LARGEST_DIMENSION:
+    while PairLayout(size + 1, symmetric).places + witness_places <= LARGEST_DIMENSION:
         size += 1
     return size
 

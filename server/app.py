@@ -113,7 +113,12 @@ def _pretraining(run: RunFolder) -> Pretrain | None:
         texts = item_texts(catalog.texts, catalog.categories)
         folder = language_model(plan.model.encoder)
         built = build_model(
-            plan.model, texts, folder, cache=home() / "item-vectors", categories=catalog.categories
+            plan.model,
+            texts,
+            folder,
+            cache=home() / "item-vectors",
+            categories=catalog.categories,
+            witness_places=plan.privacy.witness_places,
         )
         built.model.load_trainable(run.round_state(0))
         priors = make_priors(released, plan.statistics, len(catalog))

@@ -24,6 +24,7 @@ from common.privacy.receipts import Receipt, check_receipt
 from common.privacy.receipts import Request as Asked
 from common.sums import METRICS, POPULARITY, TRANSITIONS, PairLayout
 from common.wire import MESSAGE_TYPES, Reason, Request, payload_bytes, request_to_records, state_from_bytes
+from common.witness import witness_name
 from server.admission import Admitted, Expectation, LeftOut, admit
 from server.registry import Registry, RegistryError
 from server.runs import RunError, RunFolder, append_line
@@ -89,16 +90,24 @@ def expected_shapes(plan: Plan, request: Request, catalog: int) -> dict[str, tup
     """
     match request.phase:
         case Phase.POPULARITY:
-            return {POPULARITY: (catalog,)}
+            return _with_witness(POPULARITY, catalog, plan)
         case Phase.TRANSITIONS:
             size = plan.statistics.most_items(catalog)
-            return {TRANSITIONS: (PairLayout(size, plan.statistics.symmetric).places,)}
+            return _with_witness(TRANSITIONS, PairLayout(size, plan.statistics.symmetric).places, plan)
         case Phase.METRICS:
-            return {METRICS: (3,)}
+            return _with_witness(METRICS, 3, plan)
     held = plan.holds_adapters(request.round)
     return {
         name: tuple(tensor.shape) for name, tensor in request.state.items() if not (held and is_adapter(name))
     }
+
+
+def _with_witness(name: str, places: int, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """A sum's shape, and its witness'."""
+    shapes: dict[str, tuple[int, ...]] = {name: (places,)}
+    if plan.privacy.witness_places:
+        shapes[witness_name(name)] = (plan.privacy.witness_places,)
+    return shapes
 
 
 def ask_sites(

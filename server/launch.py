@@ -133,6 +133,7 @@ def begin_run(
         language_model(plan.model.encoder, offline=offline),
         cache=home() / "item-vectors",
         categories=catalog.categories,
+        witness_places=plan.privacy.witness_places,
     )
     run = RunFolder.create(server.runs, plan, catalog)
     run.save_round(0, built.model.trainable_state())

@@ -19,6 +19,7 @@ from common.config import Plan
 from common.phases import Exchange, Phase
 from common.sums import METRICS, POPULARITY, SITES
 from common.wire import Request, State
+from common.witness import without_witness
 from server.admission import Admitted
 from server.aggregation import aggregation, check_aggregation, fewest_updates
 from server.exchange import RoundRecord, ask_sites, wait_for_nodes
@@ -150,7 +151,7 @@ def _aggregate(
         progress.history.append(progress.state)
         run.save_velocity(exchange.round, progress.velocity)
     elif exchange.phase.content == "statistics":
-        for name, value in mean.items():
+        for name, value in without_witness(mean).items():
             sites = torch.tensor([float(len(admitted))])
             progress.released |= {name: value * len(admitted), name + SITES: sites}
         run.save_released(exchange.round, progress.released)

@@ -104,6 +104,7 @@ def simulate(
         language_model(plan.model.encoder, offline=options.offline),
         cache=home() / "item-vectors",
         categories=dataset.catalog.categories,
+        witness_places=plan.privacy.witness_places,
     )
     run = RunFolder.create(options.runs.resolve(), plan, dataset.catalog)
     watcher.on_phase("setting up the sites")

@@ -87,6 +87,7 @@ def build_model(
     *,
     cache: Path | None = None,
     categories: Sequence[Sequence[str]] | None = None,
+    witness_places: int = 0,
 ) -> BuiltModel:
     """The model of a plan at its seeded start.
 
@@ -95,6 +96,7 @@ def build_model(
         folder: of the language model.
         cache: where item vectors are kept, by content; None to compute them anew.
         categories: [items] names of each item's categories; the task `next-category` needs them.
+        witness_places: coordinates that carry noise alone, as the plan's privacy section says.
 
     Raises:
         LanguageModelError: the language model cannot be read, or not in this mode.
@@ -120,4 +122,5 @@ def build_model(
         model: InterestModel = named(FAMILIES, plan.family).of(
             Ingredients(public.vectors, task, lm, public.projection, encoder, plan)
         )
+    model.set_witness(witness_places)
     return BuiltModel(model=model, vectors=public.vectors, projection=public.projection, language_model=lm)

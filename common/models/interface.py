@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.models.batches import HistoryBatch
 from common.models.lora import LoraLinear
 from common.models.priors import Priors
+from common.witness import WITNESS
 
 
 class InterestModel(nn.Module, ABC):
@@ -22,6 +23,21 @@ class InterestModel(nn.Module, ABC):
     """
 
     released: Priors | None = None
+    witness: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter(WITNESS, None)
+
+    def set_witness(self, places: int) -> None:
+        """Gives the model so many coordinates that no loss reads and no gradient reaches; 0 takes them away.
+
+        They travel in every update and get its noise, and nothing else: see `common/witness.py`.
+        """
+        tensor = next(itertools.chain(self.buffers(), self.parameters()), None)
+        device = None if tensor is None else tensor.device
+        zeros = torch.zeros(places, device=device)
+        self.witness = nn.Parameter(zeros, requires_grad=False) if places else None
 
     def set_released(self, priors: Priors | None) -> None:
         """Sets the priors from released statistics, on the model's own device."""
@@ -67,8 +83,11 @@ class InterestModel(nn.Module, ABC):
                 module.hold(held)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that training moves and that an update carries, by name, in a fixed order."""
-        return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
+        """The parameters that training moves and that an update carries, by name, in a fixed order.
+
+        The witness is one of them, though it needs no gradient: noise alone moves it.
+        """
+        return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad or name == WITNESS}
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Copies of the trainable parameters, on the CPU."""

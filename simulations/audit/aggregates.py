@@ -14,6 +14,7 @@ from common.config import Plan
 from common.phases import Phase
 from common.sums import SITES
 from common.wire import State, state_from_bytes
+from common.witness import without_witness
 from server.aggregation import aggregation
 from server.progress import average_of_rounds, stepped
 from server.runs import RunFolder
@@ -52,6 +53,7 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
                 findings.lie(f"round {number}", "missing_update", "an aggregated site is not enrolled")
                 return
             mean = aggregation(plan.server)(updates)
+            sums = without_witness(mean)
             if phases[number] is Phase.UPDATE:
                 before = run.sent_state(number - 1)
                 velocity = velocity or {name: torch.zeros_like(value) for name, value in before.items()}
@@ -63,8 +65,8 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
                 history.append(run.round_state(number))
             elif phases[number].content == "statistics":
                 released = run.released_state(number)
-                wanted = {name: value * len(names) for name, value in mean.items()}
-                wanted |= {name + SITES: torch.tensor([float(len(names))]) for name in mean}
+                wanted = {name: value * len(names) for name, value in sums.items()}
+                wanted |= {name + SITES: torch.tensor([float(len(names))]) for name in sums}
                 if not _close(wanted, {name: released[name] for name in wanted if name in released}):
                     findings.lie(
                         f"round {number}", "wrong_aggregate", "the statistics are not their releases' sum"

@@ -78,7 +78,8 @@ def encode(folder: Path, items: int, width: int) -> dict[str, float]:
     plan = make_plan({"name": "catalog", "model": {"encoder": str(language_model)}})
     seconds["made up"] = clock.lap()
     texts = item_texts(catalog.texts, catalog.categories)
-    built = build_model(plan.model, texts, language_model, cache=_cache(folder))
+    witness = plan.privacy.witness_places
+    built = build_model(plan.model, texts, language_model, cache=_cache(folder), witness_places=witness)
     seconds["encoded"] = clock.lap()
     run = RunFolder.create(folder, plan, catalog)
     run.save_model(built.model.trainable_state())

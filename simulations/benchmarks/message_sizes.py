@@ -88,7 +88,13 @@ def measure(mode: str) -> tuple[int, int, int]:
     plan = plan.for_catalog(data.catalog.digest())
     model_folder = language_model(plan.model.encoder)
     texts = item_texts(data.catalog.texts, data.catalog.categories)
-    built = build_model(plan.model, texts, model_folder, cache=home() / "item-vectors")
+    built = build_model(
+        plan.model,
+        texts,
+        model_folder,
+        cache=home() / "item-vectors",
+        witness_places=plan.privacy.witness_places,
+    )
     with tempfile.TemporaryDirectory() as folder:
         down, up = round_bytes(plan, built.model.trainable_state(), Path(folder))
     return down, up, (model_folder / "model.safetensors").stat().st_size

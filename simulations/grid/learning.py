@@ -62,6 +62,7 @@ def learn(
     """
     noise, sampler = noise or SecureGaussian(), sampler or SecurePoissonSampler()
     model, items = copy.deepcopy(built.model), len(built.vectors)
+    model.set_witness(plan.privacy.witness_places)
     if open:
         plan, noise = _without_noise(plan, items), NoNoise()
         released = _exact(sites, plan, items)
@@ -136,8 +137,9 @@ def _released(sites: Sequence[Histories], plan: Plan, items: int, noise: Gaussia
     ):
         if share:
             asked = Request("grid", 1, 1, "0", "", {}, phase=phase, released=released)
+            places = plan.privacy.witness_places
             total: Tensor = sum(  # type: ignore[assignment]
-                release_statistics(site, items, plan.statistics, asked, noise)[name] for site in sites
+                release_statistics(site, items, plan.statistics, asked, noise, places)[name] for site in sites
             )
             released = released | {name: total, name + SITES: torch.tensor([float(len(sites))])}
     return released
