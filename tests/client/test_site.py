@@ -96,7 +96,9 @@ def site(tmp_path: Path, plan: Plan) -> Site:
 def start(plan: Plan) -> dict[str, torch.Tensor]:
     """What the server broadcasts at first."""
     texts = item_texts(CATALOG.texts, CATALOG.categories)
-    return build_model(plan.model, texts, Path(plan.model.encoder)).model.trainable_state()
+    witness = plan.privacy.witness_places
+    built = build_model(plan.model, texts, Path(plan.model.encoder), witness_places=witness)
+    return built.model.trainable_state()
 
 
 @pytest.fixture

@@ -64,7 +64,9 @@ def request_(shared: Path) -> Request:
         training={"rounds": 9, "steps_per_round": 2},
     )
     texts = item_texts(CATALOG.texts, CATALOG.categories)
-    state = build_model(plan.model, texts, Path(plan.model.encoder)).model.trainable_state()
+    witness = plan.privacy.witness_places
+    built = build_model(plan.model, texts, Path(plan.model.encoder), witness_places=witness)
+    state = built.model.trainable_state()
     return Request(run="run-a", round=1, attempt=1, nonce=NONCE, plan=plan.model_dump_json(), state=state)
 
 
