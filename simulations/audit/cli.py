@@ -12,6 +12,7 @@ import typer
 from simulations.audit import report_cli
 from simulations.audit.canary_cli import canary
 from simulations.audit.conformance.cli import conformance
+from simulations.audit.noise_cli import noise
 
 if TYPE_CHECKING:
     from simulations.audit.findings import Findings, SiteFinding
@@ -32,6 +33,7 @@ def _root() -> None:
 
 app.command()(canary)
 app.command()(conformance)
+app.command()(noise)
 app.command()(report_cli.report)
 app.command()(report_cli.full)
 

@@ -1,0 +1,233 @@
+"""The questions that `fedtide audit noise` asks of a run's witnesses, and their answers.
+
+The level is shared equally by the questions, and within each by what it is asked of (Bonferroni): releases, sites,
+pairs of releases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from simulations.audit import noise_statistics as test
+from simulations.audit.evidence import Check
+from simulations.audit.witnesses import Release, by_site
+
+QUESTIONS = (
+    "level",
+    "level-by-site",
+    "level-of-all",
+    "drift",
+    "shape",
+    "outlier",
+    "repeat",
+    "shared",
+    "rest",
+)
+"""What is asked. Each gets an equal part of the level."""
+
+FLOOR = 0.5
+"""An update of several steps must hold at least this share of its noise outside the witness (see `_rest`)."""
+
+
+def judge(releases: Sequence[Release], *, level: float) -> list[Check]:
+    """Asks every question.
+
+    Args:
+        releases: in the order of rounds; at least one.
+        level: of false alarms, of all questions together.
+    """
+    share, sites = level / len(QUESTIONS), by_site(releases)
+    checks = [
+        *_levels(sites, len(releases), share),
+        *_shapes(sites, share),
+        *_repeats(sites, share),
+        *_shared(sites, share),
+        *_rest(sites, len(releases), share),
+    ]
+    order = {name: place for place, name in enumerate(QUESTIONS)}
+    return sorted(checks, key=lambda check: order[check.name])
+
+
+def _levels(sites: Mapping[str, list[Release]], releases: int, share: float) -> list[Check]:
+    checks = []
+    for site, own in sites.items():
+        low, high = test.level_limits(own[0].z.size, share / releases)
+        worst = max(own, key=lambda each: abs(math.log(max(test.ratio(each.z), 1e-9))))
+        odd = [each for each in own if test.level_probability(each.z) < share / releases]
+        said = (
+            f"{len(odd)} of {len(own)} releases have another noise level than claimed; the furthest is round "
+            f"{worst.round} with {test.ratio(worst.z):.3f} of it"
+            if odd
+            else f"the noise of each of {len(own)} releases is as claimed; the furthest is round {worst.round} with "
+            f"{test.ratio(worst.z):.3f} of it"
+        )
+        within = f"each between {low:.3f} and {high:.3f} of the claimed"
+        checks.append(Check("level", site, test.ratio(worst.z), within, not odd, said))
+        checks += [_pooled("level-by-site", site, own, share / len(sites)), _drift(site, own, share, sites)]
+    everything = [each for own in sites.values() for each in own]
+    return [*checks, _pooled("level-of-all", "all sites", everything, share)]
+
+
+def _pooled(name: str, subject: str, releases: Sequence[Release], probability: float) -> Check:
+    z = np.concatenate([each.z for each in releases])
+    low, high = test.level_limits(z.size, probability)
+    holds = test.level_probability(z) >= probability
+    found = test.ratio(z)
+    word = "as claimed" if holds else "not what is claimed" if found < 1 else "more than is claimed"
+    said = f"over {len(releases)} releases the noise is {word}: {found:.4f} of it"
+    return Check(name, subject, found, f"between {low:.4f} and {high:.4f} of the claimed", holds, said)
+
+
+def _drift(site: str, own: Sequence[Release], share: float, sites: Mapping[str, object]) -> Check:
+    limit = drift_limit(len(sites), share)
+    evidence = drift_of(own)
+    holds = bool((evidence <= limit).all())
+    said = (
+        "no sign that the noise changed in the course of the rounds"
+        if holds
+        else "the noise is not what is claimed since about or before round "
+        f"{own[int(np.argmax(evidence > limit))].round}, where the evidence crossed the limit"
+    )
+    return Check("drift", site, float(evidence.max()), f"evidence at most {limit:.3g}", holds, said)
+
+
+def drift_limit(sites: int, share: float) -> float:
+    """What the evidence of drift in either direction, at any of so many sites, exceeds with this probability."""
+    return 2 * sites / share
+
+
+def drift_of(own: Sequence[Release]) -> test.Array:
+    """[rounds] evidence of drift at one site, in the direction that has more."""
+    rounds = [each.z for each in own]
+    evidence: test.Array = np.maximum(
+        test.drift_evidence(rounds, test.DRIFT), test.drift_evidence(rounds, 1 / test.DRIFT)
+    )
+    return evidence
+
+
+def _shapes(sites: Mapping[str, list[Release]], share: float) -> list[Check]:
+    checks = []
+    for site, own in sites.items():
+        z, probability = np.concatenate([each.z for each in own]), share / len(sites)
+        distance, found = test.shape_probability(z)
+        said = (
+            "the noise is Gaussian"
+            if found >= probability
+            else "the noise is not the Gaussian that is claimed"
+        )
+        bound = f"distance at most {test.shape_limit(z.size, probability):.4f}"
+        checks.append(Check("shape", site, distance, bound, found >= probability, said))
+        largest = float(np.abs(z).max())
+        holds = test.outlier_probability(largest, z.size) >= probability
+        where = max(own, key=lambda each: float(np.abs(each.z).max())).round
+        said = (
+            "no place of a witness stands out"
+            if holds
+            else f"in round {where} a place of the witness holds what no noise makes: something else was written there"
+        )
+        bound = f"at most {test.outlier_limit(z.size, probability):.2f} standard deviations"
+        checks.append(Check("outlier", site, largest, bound, holds, said))
+    return checks
+
+
+def _repeats(sites: Mapping[str, list[Release]], share: float) -> list[Check]:
+    total = sum(len(own) for own in sites.values())
+    pairs, checks = total * (total - 1) // 2, []
+    for site, own in sites.items():
+        found = test.most_alike(np.stack([each.z for each in own]))
+        if found is not None:
+            places = (f"round {own[found.first].round}", f"round {own[found.second].round}")
+            checks.append(_repeat(site, found, places, own[0].z.size, share / pairs))
+    found, everything = between(sites)
+    if found is not None:
+        first, second = everything[found.first], everything[found.second]
+        places = (f"{first.site}, round {first.round}", f"{second.site}, round {second.round}")
+        checks.append(_repeat("between sites", found, places, first.z.size, share / pairs))
+    return checks
+
+
+def between(sites: Mapping[str, Sequence[Release]]) -> tuple[test.Pair | None, list[Release]]:
+    """The most alike releases of different sites, and the list that the pair's places are of."""
+    everything = [each for own in sites.values() for each in own]
+    if len(sites) < 2:
+        return None, everything
+    groups = [place for place, own in enumerate(sites.values()) for _ in own]
+    return test.most_alike(np.stack([each.z for each in everything]), groups), everything
+
+
+def _repeat(
+    subject: str, pair: test.Pair, places: tuple[str, str], numbers: int, probability: float
+) -> Check:
+    holds = test.correlation_probability(pair.correlation, numbers) >= probability
+    said = (
+        "no two releases have noise in common"
+        if holds
+        else f"{places[0]} and {places[1]} have noise in common (correlation {pair.correlation:.2f}): a seed or a "
+        "generator's state was used twice"
+    )
+    bound = f"correlation at most {test.correlation_limit(numbers, probability):.3f}"
+    return Check("repeat", subject, abs(pair.correlation), bound, holds, said)
+
+
+def _shared(sites: Mapping[str, list[Release]], share: float) -> list[Check]:
+    """Noise that adds up over a site's rounds or over a round's sites, though no pair shows it."""
+    groups = {site: own for site, own in sites.items() if len(own) > 1}
+    rounds: dict[int, list[Release]] = defaultdict(list)
+    for own in sites.values():
+        for each in own:
+            rounds[each.round].append(each)
+    across = {f"round {number}": each for number, each in sorted(rounds.items()) if len(each) > 1}
+    asked, checks = len(groups) + len(across), []
+    worst: tuple[float, Check] | None = None
+    for subject, members in (groups | across).items():
+        found, probability = test.shared_part(np.stack([each.z for each in members]))
+        holds = probability >= share / asked
+        low, high = test.shared_limits(len(members), members[0].z.size, share / asked)
+        over = "rounds" if subject in groups else "sites"
+        said = (
+            f"the noise of different {over} is independent"
+            if holds
+            else f"the noise of different {over} {'adds up' if found > 1 else 'cancels'}: it is not drawn anew"
+        )
+        check = Check("shared", subject, found, f"between {low:.3f} and {high:.3f}", holds, said)
+        if subject in groups or not holds:
+            checks.append(check)
+        elif worst is None or probability < worst[0]:
+            worst = probability, check
+    return checks if worst is None else [*checks, worst[1]]
+
+
+def _rest(sites: Mapping[str, list[Release]], releases: int, share: float) -> list[Check]:
+    """Whether the noise can be outside the witness, too: a release without it would be far too small.
+
+    Exact where a release is one sum, as what users add is independent of its noise. In an update of several steps a
+    later step answers the noise of earlier ones and may undo a part of it, so there the floor is `FLOOR`, which
+    has no rate of false alarms.
+    """
+    checks = []
+    for site, own in sites.items():
+        odd = [
+            each
+            for each in own
+            if each.rest_count
+            and test.too_little(each.rest_squares / (FLOOR**2 if each.steps > 1 else 1.0), each.rest_count)
+            < share / releases
+        ]
+        ratios = {each.round: each.rest_ratio for each in own if each.rest_count}
+        if not ratios:
+            continue
+        where = min(ratios, key=lambda number: ratios[number])
+        said = (
+            f"{len(odd)} of {len(own)} releases are smaller outside the witness than their noise alone; the smallest "
+            f"is round {where} with {ratios[where]:.3f} of it"
+            if odd
+            else f"outside the witness no release is smaller than noise makes it; the smallest is round {where} with "
+            f"{ratios[where]:.3f} of it"
+        )
+        bound = f"at least the claimed noise; {FLOOR:g} of it after several steps"
+        checks.append(Check("rest", site, ratios[where], bound, not odd, said))
+    return checks
