@@ -56,7 +56,10 @@ def reply_checks(code: Code, folder: Path, only: Sequence[Phase] = PHASES) -> li
     with tempfile.TemporaryDirectory(dir=folder) as name, _own_home(Path(name) / "home"):
         plan, catalog = _plan(folder), _catalog()
         state = build_model(
-            plan.model, item_texts(catalog.texts, catalog.categories), Path(plan.model.encoder)
+            plan.model,
+            item_texts(catalog.texts, catalog.categories),
+            Path(plan.model.encoder),
+            witness_places=plan.privacy.witness_places,
         ).model.trainable_state()
         found = []
         for number, exchange in enumerate(plan.schedule(), start=1):

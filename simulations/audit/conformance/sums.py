@@ -78,6 +78,7 @@ def a_plan() -> Plan:
                 "top_items": TOP,
             },
             "metrics": {"share": 0.1, "noise_multiplier": SIGMA, "top": 20},
+            "privacy": {"witness_places": 0},  # the sums alone
         }
     )
 
