@@ -7,19 +7,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
+from simulations.audit.canary_cli import canary
+from simulations.audit.conformance.cli import conformance
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+REGISTERED = "canary.registered.json"
 
-def run_tools(run: Path, console: Console) -> None:
-    """Runs conformance, noise, canary and attack on a run; each writes its evidence when it is done."""
+
+def run_tools(run: Path, console: Console) -> list[str]:
+    """Runs every tool on a run; each shows its table and writes its evidence when it is done.
+
+    Returns:
+        The tools that could not be run to their end. One that finds something is not among them: that is for the
+        report to tell.
+    """
+    stopped = []
     for name, tool in tools().items():
-        console.print(f"{name}: running", highlight=False)
+        console.rule(name, align="left")
         start = time.monotonic()
-        tool(run)
-        console.print(f"{name}: done in {time.monotonic() - start:.0f} s", highlight=False)
+        try:
+            tool(run)
+        except typer.Exit:
+            pass  # it found something, and has written so
+        except Exception as error:  # the other tools still have something to say
+            stopped.append(name)
+            line = f"{name} stopped ({type(error).__name__}): {error}"
+            console.print(" ".join(line.split()), markup=False, highlight=False)
+        console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
+    return stopped
 
 
-def tools() -> dict[str, Callable[[Path], object]]:
+def tools() -> dict[str, Callable[[Path], None]]:
     """Tool -> what runs it on a run and writes its evidence there."""
-    return {}
+    from simulations.audit.evidence import FOLDER
+
+    return {
+        "conformance": lambda run: conformance(run=run),
+        "canary": lambda run: canary(run, again=(run / FOLDER / REGISTERED).is_file()),
+    }

@@ -139,7 +139,7 @@ def build_report(path: Path, registry: Path | None = None) -> Report:
 
 
 def _verdict(findings: Findings, found: list[Ledger], plan: Plan, tools: list[Tool], whole: bool) -> Verdict:
-    _check_promise(findings, plan)
+    check_promise(findings, plan)
     if findings.lies or any(tool.state == FAILED for tool in tools):
         return Verdict.BROKEN
     charged = findings.epsilon is not None and len(found) == len(findings.sites)
@@ -148,7 +148,7 @@ def _verdict(findings: Findings, found: list[Ledger], plan: Plan, tools: list[To
     return Verdict.OPEN
 
 
-def _check_promise(findings: Findings, plan: Plan) -> None:
+def check_promise(findings: Findings, plan: Plan) -> None:
     """A record may be sound, and its epsilon yet be above what the plan promised: burnt rounds, other noise."""
     for site in findings.sites:
         if site.figures is not None and site.figures.pld > plan.privacy.epsilon + 1e-6:

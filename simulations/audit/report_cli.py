@@ -48,8 +48,8 @@ def full(
 ) -> None:
     """Run every tool of the audit on a run, then make the report.
 
-    Evidence of each tool is kept in the run's folder as soon as it is there, so what was interrupted can be gone
-    on with. Exit code 1 if anything does not hold.
+    Each tool's evidence is kept in the run's folder as soon as it is there. Exit code 1 if anything does not hold,
+    or a tool could not be run to its end.
     """  # fmt: skip
     from rich.console import Console
 
@@ -59,11 +59,13 @@ def full(
     console = Console()
     _quiet()
     build_report(run, registry)  # a folder that holds no run is refused before anything takes its time
-    run_tools(run, console)
+    stopped = run_tools(run, console)
     with console.status("recomputing the record"):
         found = build_report(run, registry)
         write(found, output, json)
     finish(found, output, console)
+    if stopped:
+        raise typer.Exit(1)
 
 
 def write(found: Report, output: Path, as_json: Path | None) -> None:
