@@ -17,6 +17,7 @@ demo: $(READY)
 	$(BIN)/fedtide simulate --name demo
 
 test: $(READY)
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || echo "no browser here: the auditor's page is not looked at in one (apt-get install chromium)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: $(READY)
