@@ -1,0 +1,79 @@
+"""Runs' folders as `fedtide audit noise` reads them, whose updates a given trainer made: no server, no ledger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client.training import StepSettings, train_round
+from common.config import Plan, make_plan
+from common.privacy.noise import SecureGaussian, SecurePoissonSampler
+from server.runs import RunFolder
+from simulations.audit.witnesses import Release
+from tests.client.training_cases import a_model, batch_of, some_users
+from tests.simulations.audit.liars import Trainer
+
+PLACES = 256
+
+
+def plan_of(rounds: int, **privacy: Any) -> Plan:
+    """Two steps a round, of fifteen users by the public bound."""
+    return make_plan(
+        {
+            "name": "noise",
+            "privacy": {"noise_multiplier": 2.0, "users_per_site": 15, "epsilon": 100.0, **privacy},
+            "training": {"rounds": rounds, "steps_per_round": 2, "learning_rate": 0.5},
+        }
+    )
+
+
+def made_run(
+    folder: Path, trainer: Trainer = train_round, *, sites: int = 2, rounds: int = 4, users: int = 20
+) -> Path:
+    """The folder of a run in which each site trains by itself; what was sent matters to no noise."""
+    plan = plan_of(rounds)
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(plan.to_json())
+    run, model = RunFolder(folder), a_model()
+    model.set_witness(plan.privacy.witness_places)
+    histories = batch_of(some_users(users), 12)
+    names = [f"site-{place}" for place in range(sites)]
+    records, receipts = [], []
+    for number in range(1, rounds + 1):
+        for place, name in enumerate(names):
+            key = f"{place:064x}"[::-1]
+            update = trainer(
+                model,
+                histories,
+                StepSettings.of(plan),
+                sampler=SecurePoissonSampler(),
+                noise=SecureGaussian(),
+            )
+            run.save_update(number, key, update)
+            receipts.append({"round": number, "site": name, "key_id": key})
+        records.append({"round": number, "admitted": names})
+    for file, lines in ((run.rounds_file, records), (run.receipts_file, receipts)):
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def simulated(
+    chance: np.random.Generator, *, sites: int = 3, rounds: int = 6, places: int = 64, factor: float = 1.0
+) -> list[Release]:
+    """Releases of sites whose noise is Gaussian of `factor` of the claimed, witness and rest."""
+    rest = 500
+    return [
+        Release(
+            site=f"site-{site}",
+            round=number,
+            phase="update",
+            z=factor * chance.standard_normal(places),
+            rest_squares=factor**2 * float(chance.chisquare(rest)),
+            rest_count=rest,
+        )
+        for number in range(1, rounds + 1)
+        for site in range(sites)
+    ]
