@@ -169,7 +169,7 @@ def control_chart(series: Mapping[str, Any]) -> Chart:
             color=SKY,
             alpha=0.25,
             linewidth=0,
-            label="limits",
+            label="three standard deviations",
             step="pre",
         )
         inside = [point for point in points if point["low"] <= point["ratio"] <= point["high"]]
@@ -177,7 +177,7 @@ def control_chart(series: Mapping[str, Any]) -> Chart:
         axes.axhline(1, color=INK, linewidth=1)
         for some, colour, marker, label in (
             (inside, BLUE, "o", "one release"),
-            (outside, RED, "X", "outside the limits"),
+            (outside, RED, "X", "outside"),
         ):
             if some:
                 axes.scatter(
@@ -200,7 +200,8 @@ def control_chart(series: Mapping[str, Any]) -> Chart:
         "noise",
         "Noise in every release",
         "Some places of each release carry noise alone, so anyone can measure it: 1 is exactly what the receipt "
-        "says, and honest noise stays inside the band. One point is one release of one site.",
+        "says. One point is one release of one site; honest ones leave the band once in about 370. What decides are "
+        "the checks below.",
         draw,
     )
 

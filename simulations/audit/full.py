@@ -11,6 +11,7 @@ import typer
 
 from simulations.audit.canary_cli import canary
 from simulations.audit.conformance.cli import conformance
+from simulations.audit.noise_cli import noise
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,5 +48,6 @@ def tools() -> dict[str, Callable[[Path], None]]:
 
     return {
         "conformance": lambda run: conformance(run=run),
+        "noise": noise,
         "canary": lambda run: canary(run, again=(run / FOLDER / REGISTERED).is_file()),
     }
