@@ -1,10 +1,10 @@
 """User-level DP-SGD on one site: a plain function of (model, histories, settings, generators).
 
-Opacus gives per-user gradients; the optimiser here clips each user's row in fp32, sums, adds noise from the
-cryptographic generator on a fixed grid and divides by a public constant. Before the first step a model shows on
-made-up users that its rows are users; every step asserts that each trainable parameter has exactly one row a
-user. There is no switch that turns clipping or noise off. Budgets are not kept
-here: whoever calls has reserved the cost first.
+The sum of users' clipped gradients comes from one backward pass (`bookkeeping.py`); it gets noise from the
+cryptographic generator on a fixed grid and is divided by a public constant. Before the first step a model shows on
+made-up users that its rows are users, by Opacus' per-user gradients and by plain autograd over each user alone, and
+that its clipped sum is theirs; every step asserts that each trainable parameter has exactly one row a user. There is
+no switch that turns clipping or noise off. Budgets are not kept here: whoever calls has reserved the cost first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.bookkeeping import RowsAreNotUsersError, clipped_sums
 from common.config import Plan
 from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
@@ -36,10 +37,6 @@ class UnvouchedLayerError(ValueError):
 
 _SHOWN: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 """Models whose rows were shown to be users, with the names of the parameters that were trainable then."""
-
-
-class RowsAreNotUsersError(RuntimeError):
-    """A parameter's per-user gradient does not have one row a user: the step is refused."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +203,9 @@ def check_rows_are_users(model: InterestModel) -> None:
         batch = model.prepare(_made_up_histories(model, device))
         _check_witness(model, batch)
         with per_user_gradients(model) as gradients:
-            samples = zip(trainable, gradients(batch), strict=True)
-            together = [sample for name, sample in samples if name in learned]
+            rows = gradients(batch)
+        together = [sample for name, sample in zip(trainable, rows, strict=True) if name in learned]
+        apart = _apart(model, batch, rows)
         alone: list[tuple[Tensor, ...]] = []
         for user in range(len(batch)):
             loss = model.per_user_loss(batch.rows(torch.tensor([user], device=device)))
@@ -227,7 +225,25 @@ def check_rows_are_users(model: InterestModel) -> None:
                     f"parameter {name} gives a user another gradient in a batch than alone: a user's loss may "
                     "depend on that user, the catalog and the parameters only, and may not draw at random"
                 )
+    if not apart <= 1e-3:  # also where it is not finite
+        raise UnvouchedLayerError(
+            "a batch's clipped sum is not that of its users' gradients: a layer does something beside its product "
+            "with its weight"
+        )
     _SHOWN[model] = tuple(trainable)
+
+
+def _apart(model: InterestModel, batch: HistoryBatch, rows: list[Tensor]) -> float:
+    """How far a step's clipped sum lies from that of Opacus' rows, in C: with every user clipped, or with none."""
+    norms = torch.cat([sample.flatten(1) for sample in rows], dim=1).double().norm(dim=1)
+    norms = norms[norms > 0]
+    if not len(norms):
+        return 0.0
+    with clipped_sums(model) as clipped:
+        return max(
+            float((clipped(batch, clip_norm) - clipped_sum(rows, clip_norm)).norm()) / clip_norm
+            for clip_norm in (0.5 * float(norms.min()), 2.0 * float(norms.max()))
+        )
 
 
 def _check_witness(model: InterestModel, batch: HistoryBatch) -> None:
@@ -333,13 +349,13 @@ def train_round(
     prepared = histories
     if histories.token_states is None:
         prepared = prepare_histories(model, histories, settings.micro_batch)
-    with per_user_gradients(model) as gradients:
+    with clipped_sums(model) as clipped:
         for step in range(settings.steps):
             taken = torch.as_tensor(np.flatnonzero(sampler.sample(len(histories), settings.sampling_rate)))
             total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
             for chunk in taken.to(device).split(settings.micro_batch):
                 if len(chunk):
-                    total += clipped_sum(gradients(prepared.rows(chunk)), settings.clip_norm)
+                    total += clipped(prepared.rows(chunk), settings.clip_norm)
             noised = private_sum(
                 total, clip_norm=settings.clip_norm, noise_multiplier=settings.noise_multiplier, noise=noise
             )
