@@ -102,7 +102,8 @@ def _model_of(run: Path) -> dict[str, Any]:
     if not (run / "plan.json").is_file():
         raise RunError(f"there is no run in {run}: give a run's folder, such as those under runs/")
     model = read_plan(run / "plan.json").model
-    return {name: getattr(model, name) for name in MODELS_OWN}
+    told = {name: getattr(model, name) for name in MODELS_OWN}
+    return told if model.family == "ensemble" else {n: v for n, v in told.items() if n != "members"}
 
 
 @contextmanager

@@ -90,8 +90,9 @@ def changed_trainer(
     settings_of: Callable[[StepSettings, int], StepSettings] = lambda settings, _: settings,
     rows_of: Callable[[HistoryBatch], HistoryBatch] = lambda batch: batch,
     sampler_of: Callable[[UserSampler], UserSampler] = lambda sampler: sampler,
+    update_of: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda update: update,
 ) -> Code:
-    """The code with a trainer that is handed something else than it was asked to work with."""
+    """The code with a trainer that is handed something else than it was asked to work with, or hands out more."""
     real: Trainer = code.trainer
 
     def trainer(
@@ -102,10 +103,8 @@ def changed_trainer(
         sampler: UserSampler,
         noise: GaussianNoise,
     ) -> dict[str, Tensor]:
-        users = len(histories)
-        return real(
-            model, rows_of(histories), settings_of(settings, users), sampler=sampler_of(sampler), noise=noise
-        )
+        given = settings_of(settings, len(histories))
+        return update_of(real(model, rows_of(histories), given, sampler=sampler_of(sampler), noise=noise))
 
     return replace(code, trainer=trainer)
 
@@ -149,6 +148,8 @@ def _of_training(subject: Subject, code: Code) -> Iterator[Control]:
     yield "sensitivity", "each user in two rows", lambda: sensitivity(subject, twice)
     yield "own row", "divided by the number of users", lambda: sensitivity(subject, normalised)
     yield "absent user", "everyone in every step", lambda: sensitivity(subject, everyone)
+    more = changed_trainer(code, update_of=lambda update: {**update, "loss": torch.zeros(1)})
+    yield "update fields", "a loss beside the update", lambda: sensitivity(subject, more)
     yield "rows are users", "a loss that mixes users", lambda: _mixed(subject)
 
 

@@ -6,7 +6,6 @@ step says who was in it. The steps of a round are told apart by the generator of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -78,7 +77,7 @@ def took_part(subject: Subject, code: Code, sampler: UserSampler, steps: int, us
         [
             in_steps(
                 code.trainer(
-                    subject.rewound(), subject.batch([row]), alone, sampler=Everyone(), noise=Silence()
+                    subject.rewound(), subject.batch([row], 3), alone, sampler=Everyone(), noise=Silence()
                 ),
                 alone,
             )
@@ -87,7 +86,7 @@ def took_part(subject: Subject, code: Code, sampler: UserSampler, steps: int, us
     )
     settings = settings_of(steps)
     watch = _Watch(subject.rewound())
-    code.trainer(watch.model, subject.batch(rows), settings, sampler=sampler, noise=watch)
+    code.trainer(watch.model, subject.batch(rows, 3), settings, sampler=sampler, noise=watch)
     watch.note()
     scale = settings.normaliser / settings.learning_rate / settings.clip_norm
     moves = -np.diff(np.stack(watch.stood), axis=0) * scale  # [steps, coordinates]
@@ -122,8 +121,8 @@ def judge(masks: Masks, subject: str) -> list[Check]:
         statistical(
             "independent users",
             subject,
-            *_together(masks, [(i, j) for i in range(masks.shape[1]) for j in range(i)]),
-            f"{RATE**2:g} for each pair",
+            *_together(masks),
+            f"about {RATE**2:g} for each pair",
             "No two users are drawn together more or less often than chance has it.",
         ),
         statistical(
@@ -136,14 +135,20 @@ def judge(masks: Masks, subject: str) -> list[Check]:
     ]
 
 
-def _together(masks: Masks, pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """The share of steps of the pair of users that is furthest from chance, and the p-value over all pairs."""
-    shares, chances = [], []
-    for one, other in pairs:
-        both = int((masks[:, one] & masks[:, other]).sum())
-        shares.append(both / len(masks))
-        chances.append(_binomial(both, len(masks)))
-    return shares[int(np.argmin(chances))], corrected(chances)
+def _together(masks: Masks) -> tuple[float, float]:
+    """The share of steps of the pair of users that is furthest from chance, and the p-value over all pairs.
+
+    Given how often each of the two took part, the number of steps with both is hypergeometric.
+    """
+    from scipy.stats import hypergeom
+
+    steps, counts = len(masks), masks.sum(axis=0)
+    one, other = np.triu_indices(masks.shape[1], k=1)
+    both = (masks.T.astype(int) @ masks.astype(int))[one, other]
+    chance = hypergeom(steps, counts[one], counts[other])
+    p = np.minimum(1.0, 2 * np.minimum(chance.cdf(both), chance.sf(both - 1)))
+    worst = int(np.argmin(p))
+    return float(both[worst] / steps), corrected(list(p))
 
 
 def _again(masks: Masks) -> tuple[float, float]:

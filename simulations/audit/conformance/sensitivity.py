@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from client.training import StepSettings, check_rows_are_users, per_user_gradients
 from common.privacy.noise import UserSampler
@@ -44,18 +45,21 @@ class Pairs:
 
     def step(self, rows: Sequence[Sequence[int]], sampler: UserSampler | None = None) -> Vector:
         """What a step on these users releases, in units of C."""
-        update = self.code.trainer(
+        return in_steps(self.update(rows, sampler), self.settings)
+
+    def update(self, rows: Sequence[Sequence[int]], sampler: UserSampler | None = None) -> dict[str, Tensor]:
+        """The same as it leaves the trainer."""
+        return self.code.trainer(
             self.subject.rewound(),
             self.subject.batch(rows),
             self.settings,
             sampler=sampler or Everyone(),
             noise=self._noise.rewind(),
         )
-        return in_steps(update, self.settings)
 
 
 def sensitivity(subject: Subject, code: Code) -> list[Check]:
-    """How far one user more moves what is released: `sensitivity`, `own row`, `absent user`."""
+    """What one user more moves: `sensitivity`, `own row`, `absent user`; and the form of an update, `update fields`."""
     loud = float(subject.loudness([LOUD])[0])
     pairs = Pairs(subject, code, one_step(loud / LOUDEST))
     newcomers = {"loud": LOUD, "quiet": [4, 5], "long": some_users(3, subject.items, seed=5)[2]}
@@ -80,6 +84,7 @@ def sensitivity(subject: Subject, code: Code) -> list[Check]:
             f"Among other users, a user adds what the same user adds alone: off by {max(strange):.2g} C at most.",
         ),
         _absent(pairs),
+        _fields(pairs),
     ]
 
 
@@ -110,6 +115,22 @@ def _absent(pairs: Pairs) -> Check:
         max(moved, off),
         ROW_ROOM,
         f"A user who was not drawn moves a step by {moved:.2g} C, and only those drawn take part.",
+    )
+
+
+def _fields(pairs: Pairs) -> Check:
+    """An update holds each trainable parameter once, float32 on the CPU, and nothing else."""
+    wanted = {name: (tuple(t.shape), torch.float32, "cpu") for name, t in pairs.subject.start.items()}
+    update = pairs.update(some_users(3, pairs.subject.items))
+    found = {name: (tuple(t.shape), t.dtype, t.device.type) for name, t in update.items()}
+    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return Check(
+        "update fields",
+        pairs.subject.name,
+        float(len(odd)),
+        "0 fields",
+        not odd,
+        f"An update holds {len(found)} tensors; {', '.join(odd[:4]) or 'none'} of them unforeseen.",
     )
 
 

@@ -38,7 +38,7 @@ _SMALL: dict[str, Any] = {
     "most_tokens": 40,
     "members": tuple(name for name in FAMILIES if name != "ensemble"),
 }
-_TOLD: dict[str, Any] = {**ModelPlan().model_dump(), **_SMALL, "items": ITEMS}
+_USUAL: dict[str, Any] = {**ModelPlan().model_dump(), **_SMALL, "items": ITEMS}
 """What a subject's name leaves out."""
 
 
@@ -123,7 +123,7 @@ def a_subject(
         for name, p in model.trainable().items()
     }
     told = "".join(
-        f", {name} {value}" for name, value in {"items": items, **more}.items() if value != _TOLD.get(name)
+        f", {name} {value}" for name, value in {"items": items, **more}.items() if value != _USUAL.get(name)
     )
     return Subject(f"{family}, {mode}, {device}{told}", model, start, items, torch.device(device))
 

@@ -113,7 +113,7 @@ def sums_of(subject: Subject, code: Code) -> list[Sum]:
     return [
         Sum("popularity", statistic(Phase.POPULARITY), POPULARITY, CATALOG, 8),
         Sum("transitions", statistic(Phase.TRANSITIONS), TRANSITIONS, pairs, 8),
-        Sum("metrics", metrics, METRICS, 3, 160, reached=0.5),
+        Sum("metrics", metrics, METRICS, 3, 100, reached=0.5),
     ]
 
 
