@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from client.bookkeeping import clipped_sums, squared_norms
 from client.training import (
     RowsAreNotUsersError,
     UnvouchedLayerError,
@@ -25,6 +26,7 @@ from common.models.interface import InterestModel
 from common.models.item_vectors import item_vectors as embed
 from common.models.language_model import LanguageModel
 from common.models.names import CORES
+from common.models.sequence import Reading
 from common.models.tasks.interest import Interest
 from common.models.tasks.next_category import NextCategory
 from common.models.tasks.task import Task
@@ -65,6 +67,22 @@ def assert_rows_are_users(model: InterestModel, batch: HistoryBatch, *, room: fl
         assert size > 1e-7, f"{name} has no gradient, so the comparison is empty"
         for user, own in enumerate(expected):
             assert float((rows[place][user] - own[place]).norm()) <= room * size, name
+    assert_one_pass_gives_the_rows_sum(model, batch, expected)
+
+
+def assert_one_pass_gives_the_rows_sum(
+    model: InterestModel, batch: HistoryBatch, expected: list[list[Tensor]]
+) -> None:
+    """The clipped sum of a step is that of the loop: with every user clipped, with some, with none."""
+    flat = torch.stack([torch.cat([gradient.flatten() for gradient in user]) for user in expected]).double()
+    norms = flat.norm(dim=1, keepdim=True)
+    with clipped_sums(model) as clipped:
+        for clip_norm in (0.5 * float(norms[norms > 0].min()), float(norms.median()), 2 * float(norms.max())):
+            wanted = (flat * (clip_norm / norms.clamp(min=1e-12)).clamp(max=1)).sum(dim=0)
+            found = clipped(batch, clip_norm)
+            assert float((found - wanted).norm()) <= 1e-4 * clip_norm
+            assert found.dtype == torch.float64
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def lora_model(lm: LanguageModel, texts: list[str], *, train_down: bool, most_tokens: int = 20) -> Recommend:
@@ -159,6 +177,54 @@ def test_micro_batches_give_the_same_sum_through_a_language_model(architecture: 
         for start, users in ((0, 7), (7, 1), (8, 16)):
             parts += clipped_sum(gradients(batch.rows(torch.arange(start, start + users))), CLIP)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 * CLIP)
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 9), (3, 50, 40), (60, 5, 4)], ids=["one place", "Gram", "itself"])
+def test_norms_are_the_same_in_every_way_that_they_are_found(sizes: tuple[int, int, int]) -> None:
+    places, inputs, outputs = sizes
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(5, places, inputs, generator=generator, dtype=torch.float64)
+    g = torch.randn(5, places, outputs, generator=generator, dtype=torch.float64)
+    wanted = torch.einsum("upo,upi->uoi", g, a).flatten(1).square().sum(dim=1)
+    torch.testing.assert_close(squared_norms(a, g), wanted, rtol=1e-12, atol=0)
+
+
+def test_norms_survive_places_that_cancel() -> None:
+    """In float32 the Gram sum of a user whose places nearly cancel is rounding alone, and the clip would be wrong."""
+    generator = torch.Generator().manual_seed(0)
+    a, g = torch.ones(1, 8, 30).double(), torch.randn(1, 8, 40, generator=generator).double()
+    g = g - g.mean(dim=1, keepdim=True) + 1e-5
+    wanted = float((g.transpose(1, 2) @ a).square().sum())
+    assert float(squared_norms(a, g)) == pytest.approx(wanted, rel=1e-5)
+    assert float(squared_norms(a.float(), g.float())) != pytest.approx(wanted, rel=1e-2)
+
+
+def test_a_layer_that_is_called_twice_gives_both_calls_gradient() -> None:
+    class Twice(Recommend):
+        def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
+            found = super().read(vectors, batch)
+            return Reading(found.residual + super().read(0.5 * vectors, batch).residual)
+
+    model = a_model(Twice)
+    moved(model)
+    batch = batch_of(RAGGED, 7)
+    assert_one_pass_gives_the_rows_sum(model, batch, one_at_a_time(model, batch))
+
+
+def test_a_user_whose_gradient_is_not_finite_adds_nothing_in_one_pass() -> None:
+    class Spoilt(Recommend):
+        def per_user_loss(self, batch: HistoryBatch) -> Tensor:
+            spoilt = torch.where(batch.items[:, 0] == RAGGED[1][0], float("inf"), 1.0)
+            return super().per_user_loss(batch) * spoilt
+
+    model, honest = a_model(Spoilt), a_model()
+    moved(model)
+    moved(honest)
+    with clipped_sums(model) as clipped:
+        found = clipped(batch_of(RAGGED, 7), CLIP)
+    with clipped_sums(honest) as clipped:
+        wanted = clipped(batch_of(RAGGED[:1] + RAGGED[2:], 7), CLIP)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * CLIP)
 
 
 def test_no_rows_are_gradients_of_no_users() -> None:
@@ -409,7 +475,7 @@ def test_the_check_passes_and_leaves_the_model_as_it_was_and_runs_once() -> None
     assert all(torch.equal(value, start[name]) for name, value in model.trainable_state().items())
     model.item_prior = None  # another set of parameters is another model
     check_rows_are_users(model)
-    assert calls == 10
+    assert calls == 14
 
 
 def test_hooks_are_gone_after_a_failure() -> None:

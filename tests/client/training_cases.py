@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from client.training import StepSettings, clipped_sum, per_user_gradients
+from client.bookkeeping import clipped_sums
+from client.training import StepSettings
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.interface import InterestModel
@@ -60,10 +61,8 @@ def some_users(users: int, *, longest: int = 12, items: int = ITEMS, seed: int =
 
 def step_sum(model: InterestModel, batch: HistoryBatch, clip_norm: float = CLIP) -> Tensor:
     """The clipped sum of one step over all of a batch."""
-    if len(batch) == 0:
-        return torch.zeros(sum(p.numel() for p in model.trainable().values()), dtype=torch.float64)
-    with per_user_gradients(model) as gradients:
-        return clipped_sum(gradients(model.prepare(batch)), clip_norm)
+    with clipped_sums(model) as clipped:
+        return clipped(model.prepare(batch), clip_norm)
 
 
 class Everyone:
