@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from simulations.audit.evidence import Evidence
+    from simulations.audit.evidence import Check, Evidence
 
 CHART = "noise.svg"
 """Name of the control chart, beside the evidence."""
@@ -53,16 +54,23 @@ def _show(found: Evidence, run: Path, file: Path) -> None:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("question", no_wrap=True)
-    table.add_column("of", overflow="fold")
+    for column in ("question", "of"):
+        table.add_column(column, no_wrap=True)
     table.add_column("found", justify="right", no_wrap=True)
-    table.add_column("bound", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for check in found.checks:
+    table.add_column("bound", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=5)
+    for check in _shown(found.checks):
         measured = "" if check.measured is None else f"{check.measured:.4g}"
-        held = "holds" if check.holds else "DOES NOT HOLD"
-        table.add_row(check.name, escape(check.subject), measured, check.bound, held)
+        bound = "" if check.name == "kept" else check.bound
+        held = "holds" if check.holds else "FAILS"
+        table.add_row(check.name, escape(check.subject), measured, bound, held)
     console.print(table)
+    console.print(
+        "level: noise over claimed noise, by release, site and all; drift: evidence that it changed; shape: distance "
+        "to a Gaussian; outlier: standard deviations; repeat: correlation of any two releases; shared: what adds up "
+        "over rounds or sites; rest: noise outside the witness.",
+        highlight=False,
+    )
     for check in found.checks:
         if not check.holds:
             console.print(f"{check.name}, {check.subject}: {check.says}.", markup=False, highlight=False)
@@ -73,3 +81,21 @@ def _show(found: Evidence, run: Path, file: Path) -> None:
             "a malicious site can noise the witness alone.",
             highlight=False,
         )
+
+
+def _shown(checks: Sequence[Check]) -> list[Check]:
+    """What does not hold, and of what holds one for each question: the one nearest to its bound, as told by size."""
+    from dataclasses import replace
+
+    shown = [check for check in checks if not check.holds]
+    for name in dict.fromkeys(check.name for check in checks):
+        held = [check for check in checks if check.name == name and check.holds]
+        if held:
+            middle = 0.0 if name in ("drift", "shape", "outlier", "repeat") else 1.0
+            furthest = max(held, key=lambda check: abs((check.measured or 0.0) - middle))
+            if name == "rest":
+                furthest = min(held, key=lambda check: check.measured or 0.0)
+            others = len(held) - 1
+            subject = f"{furthest.subject}, +{others}" if others else furthest.subject
+            shown.append(replace(furthest, subject=subject))
+    return shown

@@ -19,6 +19,7 @@ DRIFT = 0.9
 """The drift chart is made to catch noise of this factor of the claimed, or of its inverse."""
 
 _ROWS_AT_ONCE = 512
+_MOST_SHARED = 1e12  # told of vectors that are all the same: JSON knows no infinity
 
 
 def ratio(z: Array) -> float:
@@ -133,7 +134,7 @@ def shared_part(vectors: Array) -> tuple[float, float]:
     together = float(np.square(vectors.sum(axis=0)).sum()) / count
     left = float(np.square(vectors).sum()) - together
     if left <= 1e-12 * together:
-        return (math.inf, 0.0) if together > 0 else (1.0, 1.0)
+        return (_MOST_SHARED, 0.0) if together > 0 else (1.0, 1.0)
     found = (together / numbers) / (left / (numbers * (count - 1)))
     degrees = (numbers, numbers * (count - 1))
     return found, min(1.0, 2 * float(min(stats.f.cdf(found, *degrees), stats.f.sf(found, *degrees))))

@@ -244,7 +244,7 @@ def test_a_liar_makes_the_command_fail_and_names_itself(
     run = made_run(tmp_path / "run", TRAINERS["same seed"], rounds=2)
     code, shown, _ = command(monkeypatch, capsys, run)
     assert code == 1
-    assert "DOES NOT HOLD" in shown
+    assert "FAILS" in shown
     assert "a seed or a" in shown
     assert not read_evidence(run / "audit" / "noise.json").holds
 
