@@ -41,7 +41,7 @@ class Trainer(Protocol):
         ...
 
 
-StatisticsRelease = Callable[[Histories, int, StatisticsPlan, Request, GaussianNoise], dict[str, Tensor]]
+StatisticsRelease = Callable[[Histories, int, StatisticsPlan, Request, GaussianNoise, int], dict[str, Tensor]]
 MetricsRelease = Callable[
     [InterestModel, Histories, npt.NDArray[np.int64], Plan, GaussianNoise], dict[str, Tensor]
 ]

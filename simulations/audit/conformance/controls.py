@@ -22,6 +22,7 @@ from common.models.interface import InterestModel
 from common.phases import Phase, StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian, UserSampler
 from common.wire import Request
+from common.witness import WITNESS
 from simulations.audit.conformance.checking import attempted
 from simulations.audit.conformance.code import Code, Everyone, SameAgain, Silence, Trainer
 from simulations.audit.conformance.noise import forked_noise, noise_checks
@@ -82,6 +83,11 @@ def _coins(normals: Normals) -> Normals:
 def _without_first(normals: Normals) -> Normals:
     """No noise at the first place."""
     return np.where(np.arange(normals.size) == 0, 0.0, normals)
+
+
+def _in_the_witness(update: dict[str, Tensor]) -> dict[str, Tensor]:
+    size = sum(float(change.norm()) for change in update.values())
+    return {**update, WITNESS: update[WITNESS] + size}
 
 
 def changed_trainer(
@@ -149,6 +155,8 @@ def _of_training(subject: Subject, code: Code) -> Iterator[Control]:
     yield "own row", "divided by the number of users", lambda: sensitivity(subject, normalised)
     yield "absent user", "everyone in every step", lambda: sensitivity(subject, everyone)
     more = changed_trainer(code, update_of=lambda update: {**update, "loss": torch.zeros(1)})
+    touched = changed_trainer(code, update_of=_in_the_witness)
+    yield "witness", "the size of the update in the witness", lambda: sensitivity(subject, touched)
     yield "update fields", "a loss beside the update", lambda: sensitivity(subject, more)
     yield "rows are users", "a loss that mixes users", lambda: _mixed(subject)
 
@@ -215,10 +223,15 @@ def _of_sampling(subject: Subject, code: Code) -> Iterator[Control]:
 
 def _of_sums(subject: Subject, code: Code, folder: Path) -> Iterator[Control]:
     def doubled(
-        histories: Histories, catalog: int, plan: StatisticsPlan, request: Request, noise: GaussianNoise
+        histories: Histories,
+        catalog: int,
+        plan: StatisticsPlan,
+        request: Request,
+        noise: GaussianNoise,
+        witness: int,
     ) -> dict[str, Tensor]:
-        released = code.statistics(histories, catalog, plan, request, noise)
-        again = code.statistics(histories, catalog, plan, request, Silence())
+        released = code.statistics(histories, catalog, plan, request, noise, witness)
+        again = code.statistics(histories, catalog, plan, request, Silence(), witness)
         return {name: released[name] + again[name] for name in released}
 
     def leaking(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from client.training import StepSettings, check_rows_are_users, per_user_gradients
 from common.privacy.noise import UserSampler
+from common.witness import WITNESS
 from simulations.audit.conformance.checking import Vector, at_most
 from simulations.audit.conformance.code import Chosen, Code, Everyone, SameAgain
 from simulations.audit.conformance.subjects import LOUD, Subject, in_steps, one_step, some_users
@@ -59,7 +60,7 @@ class Pairs:
 
 
 def sensitivity(subject: Subject, code: Code) -> list[Check]:
-    """What one user more moves: `sensitivity`, `own row`, `absent user`; and the form of an update, `update fields`."""
+    """What one user more moves, by `sensitivity`, `own row`, `absent user`, `witness`; an update's `update fields`."""
     loud = float(subject.loudness([LOUD])[0])
     pairs = Pairs(subject, code, one_step(loud / LOUDEST))
     newcomers = {"loud": LOUD, "quiet": [4, 5], "long": some_users(3, subject.items, seed=5)[2]}
@@ -84,6 +85,7 @@ def sensitivity(subject: Subject, code: Code) -> list[Check]:
             f"Among other users, a user adds what the same user adds alone: off by {max(strange):.2g} C at most.",
         ),
         _absent(pairs),
+        _witness(pairs),
         _fields(pairs),
     ]
 
@@ -118,6 +120,15 @@ def _absent(pairs: Pairs) -> Check:
     )
 
 
+def _witness(pairs: Pairs) -> Check:
+    """The places that are there to show noise alone: no user may reach them."""
+    rows = some_users(5, pairs.subject.items)
+    without, with_one = pairs.update(rows), pairs.update([*rows, LOUD])
+    moved = float((with_one[WITNESS] - without[WITNESS]).abs().max())
+    says = f"A loud user more moves the witness by {moved:.2g}; it is there to show noise alone."
+    return at_most("witness", pairs.subject.name, moved, 0.0, says)
+
+
 def _fields(pairs: Pairs) -> Check:
     """An update holds each trainable parameter once, float32 on the CPU, and nothing else."""
     wanted = {name: (tuple(t.shape), torch.float32, "cpu") for name, t in pairs.subject.start.items()}
@@ -142,7 +153,8 @@ def rows_are_users(subject: Subject) -> list[Check]:
     with per_user_gradients(model) as gradients:
         together = torch.cat([rows.flatten(1) for rows in gradients(batch)], dim=1)
     worst = 0.0
-    parameters = list(model.trainable().values())
+    parameters = [p for name, p in model.trainable().items() if name != WITNESS]
+    together = together[:, : sum(p.numel() for p in parameters)]  # the witness, the last, has no gradient
     for user in range(len(batch)):
         loss = model.per_user_loss(batch.rows(torch.tensor([user], device=subject.device))).sum()
         own = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])

@@ -20,7 +20,7 @@ from common.models.interface import InterestModel
 from common.models.names import FAMILIES
 from simulations.faults.tiny import WORDS, write_language_model
 
-ITEMS, EVENTS = 60, 13
+ITEMS, EVENTS, WITNESS_PLACES = 60, 13, 32
 MODES = ("vectors", "lora", "lora-held")
 """Of the encoder: frozen vectors, adapters, and adapters that are held while the head above them learns."""
 
@@ -114,7 +114,8 @@ def a_subject(
     place = language_model(folder)
     encoder = {"mode": mode.removesuffix("-held"), "encoder": str(place)}
     plan = ModelPlan(**{**_SMALL, "family": family, **encoder, **more})
-    model = build_model(plan, texts(items), place, categories=[[WORDS[i % 3]] for i in range(items)]).model
+    categories = [[WORDS[item % 3]] for item in range(items)]
+    model = build_model(plan, texts(items), place, categories=categories, witness_places=WITNESS_PLACES).model
     model = model.to(device)
     model.hold_adapters(mode.endswith("-held"))
     generator = torch.Generator().manual_seed(2)

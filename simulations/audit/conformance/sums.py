@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,11 +19,12 @@ from common.privacy.noise import INFLATION, GaussianNoise
 from common.privacy.statistics import noise_chi_square
 from common.sums import METRICS, POPULARITY, TRANSITIONS, PairLayout
 from common.wire import Request
+from common.witness import witness_name
 from simulations.audit.conformance.checking import Vector, at_most, attempted, corrected, statistical
 from simulations.audit.conformance.code import Code, SameAgain
 from simulations.audit.conformance.noise import detectable
 from simulations.audit.conformance.sensitivity import OTHERS, ROOM
-from simulations.audit.conformance.subjects import Subject, some_users
+from simulations.audit.conformance.subjects import WITNESS_PLACES, Subject, some_users
 from simulations.audit.evidence import Check
 
 NAMES = ("popularity", "transitions", "metrics")
@@ -39,15 +40,14 @@ class Sum:
 
     Attributes:
         release: [places] what leaves the site for these users' histories.
-        field: the one name that a release may have, with so many `places`.
+        fields: name -> places of what a release holds: the sum, and its witness.
         rounds: how many releases the noise is judged by.
         reached: what the loud user must move it by at least, or the test shows nothing.
     """
 
     name: str
     release: Callable[[Sequence[Sequence[int]], GaussianNoise], dict[str, Tensor]]
-    field: str
-    places: int
+    fields: Mapping[str, int]
     rounds: int
     reached: float = 1 - ROOM
 
@@ -77,8 +77,8 @@ def a_plan() -> Plan:
                 "transition_noise_multiplier": SIGMA,
                 "top_items": TOP,
             },
+            "privacy": {"witness_places": WITNESS_PLACES},
             "metrics": {"share": 0.1, "noise_multiplier": SIGMA, "top": 20},
-            "privacy": {"witness_places": 0},  # the sums alone
         }
     )
 
@@ -86,6 +86,10 @@ def a_plan() -> Plan:
 def sums_of(subject: Subject, code: Code) -> list[Sum]:
     """The three sums; metrics rank with the subject's model."""
     plan = a_plan()
+    witness = plan.privacy.witness_places
+
+    def fields(name: str, places: int) -> Mapping[str, int]:
+        return {name: places, witness_name(name): witness}
 
     def statistic(phase: Phase) -> Callable[[Sequence[Sequence[int]], GaussianNoise], dict[str, Tensor]]:
         released = {POPULARITY: torch.arange(CATALOG, 0, -1, dtype=torch.float32)}
@@ -100,7 +104,7 @@ def sums_of(subject: Subject, code: Code) -> list[Sum]:
             released=released,
         )
         return lambda rows, noise: code.statistics(
-            histories_of(rows), CATALOG, plan.statistics, request, noise
+            histories_of(rows), CATALOG, plan.statistics, request, noise, witness
         )
 
     def metrics(rows: Sequence[Sequence[int]], noise: GaussianNoise) -> dict[str, Tensor]:
@@ -111,9 +115,9 @@ def sums_of(subject: Subject, code: Code) -> list[Sum]:
 
     pairs = PairLayout(TOP, plan.statistics.symmetric).places
     return [
-        Sum("popularity", statistic(Phase.POPULARITY), POPULARITY, CATALOG, 8),
-        Sum("transitions", statistic(Phase.TRANSITIONS), TRANSITIONS, pairs, 8),
-        Sum("metrics", metrics, METRICS, 3, 100, reached=0.5),
+        Sum("popularity", statistic(Phase.POPULARITY), fields(POPULARITY, CATALOG), 8),
+        Sum("transitions", statistic(Phase.TRANSITIONS), fields(TRANSITIONS, pairs), 8),
+        Sum("metrics", metrics, fields(METRICS, 3), 100, reached=0.5),
     ]
 
 
@@ -153,30 +157,45 @@ def _sensitivity(each: Sum) -> list[Check]:
 
 
 def _noise(each: Sum, code: Code) -> list[Check]:
+    """Releases of the same users: what differs between two of them is noise, in every field and at every place."""
     users = some_users(4, TOP)
-    wide = SIGMA * (1 + INFLATION)
     releases = [each.release(users, code.noise()) for _ in range(each.rounds)]
-    names = set().union(*releases)
-    known = names == {each.field} and all(r[each.field].shape == (each.places,) for r in releases)
-    drawn = np.stack([r[each.field].double().numpy() for r in releases])
-    differences = (drawn[0::2] - drawn[1::2]) / math.sqrt(2) / wide  # [pairs of releases, places]
+    forms = [{name: tensor.numel() for name, tensor in release.items()} for release in releases]
+    known = all(form == each.fields for form in forms)
+    parts = [_differences(releases, name) for name in each.fields]
+    if parts[0].shape[1] < len(releases):  # few places: each is judged alone
+        parts += list(parts[0].T)
+    drawn = np.concatenate([_drawn(releases, name) for name in each.fields], axis=1)  # [releases, places]
     constant = int((drawn == drawn[0]).all(axis=0).sum())
-    columns = list(differences.T) if each.places < each.rounds else []
-    p = 0.0 if constant else corrected([noise_chi_square(part, 1.0) for part in (differences, *columns)])
-    ratio = float(np.sqrt(np.mean(np.square(differences))))
-    low, high = detectable(differences.size)
+    p = 0.0 if constant else corrected([noise_chi_square(part, 1.0) for part in parts])
+    whole = np.concatenate([part.ravel() for part in parts[: len(each.fields)]])
+    ratio = float(np.sqrt(np.mean(np.square(whole))))
+    low, high = detectable(whole.size)
     says = (
         f"The noise of two releases of the same users is {ratio:.4f} times as wide as stated; {low:.3f} or "
         f"{high:.3f} would be refused. {constant} places are always the same."
     )
+    names = sorted(set().union(*forms))
     return [
         statistical("sum noise", each.name, ratio, p, "1: as wide as stated, at every place", says),
         Check(
             "sum fields",
             each.name,
             float(len(names)),
-            f"{each.field} alone, of {each.places} numbers",
+            " and ".join(f"{name} of {places} numbers" for name, places in each.fields.items()),
             known,
-            f"The release holds {', '.join(sorted(names))}, and nothing else.",
+            f"The release holds {', '.join(names)}, and nothing else.",
         ),
     ]
+
+
+def _drawn(releases: Sequence[Mapping[str, Tensor]], name: str) -> Vector:
+    """[releases, places] of a field."""
+    return np.stack([release[name].flatten().double().numpy() for release in releases])
+
+
+def _differences(releases: Sequence[Mapping[str, Tensor]], name: str) -> Vector:
+    """[pairs of releases, places] in units of the noise that is claimed."""
+    drawn = _drawn(releases, name)
+    differences: Vector = (drawn[0::2] - drawn[1::2]) / math.sqrt(2) / (SIGMA * (1 + INFLATION))
+    return differences

@@ -276,11 +276,11 @@ def noise_times(factor: float) -> Trainer:
     return draws(lambda noise, _: Changed(noise, lambda normals: factor * normals))
 
 
-def _last_layer_silent(noise: GaussianNoise, model: InterestModel) -> GaussianNoise:
-    last = list(model.trainable().values())[-1].numel()
+def _first_layer_silent(noise: GaussianNoise, model: InterestModel) -> GaussianNoise:
+    first = next(iter(model.trainable().values())).numel()
 
     def change(normals: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        normals[-last:] = 0.0
+        normals[:first] = 0.0
         return normals
 
     return Changed(noise, change)
@@ -372,7 +372,7 @@ _ALL = [
     Liar("noise off", "adds no noise", noise_times(0.0)),
     Liar("a tenth of the noise", "adds noise of sigma / 10", noise_times(0.1)),
     Liar("half the noise", "forgets to multiply the noise by C = 2", noise_times(0.5)),
-    Liar("a silent layer", "leaves one layer without noise", draws(_last_layer_silent)),
+    Liar("a silent layer", "leaves one layer without noise", draws(_first_layer_silent)),
     Liar("clipping off", "clips nobody", adds_up(not_at_all)),
     Liar("clip of the mean", "clips the batch's mean gradient, not each user", adds_up(the_mean)),
     Liar("clip of the sum", "clips the batch's sum, not each user", adds_up(the_sum)),
