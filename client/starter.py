@@ -42,12 +42,25 @@ def quick_clientapp(site: str, log: str) -> int:
             begun = bool(receive(connection))
             if begun:
                 connection.settimeout(None)
-                return _FAILED if not (code := connection.recv(1)) else code[0]
+                if code := connection.recv(1):
+                    return code[0]
+                _say_killed(log)
+                return _FAILED
     except (WorkerError, OSError):
         begun = False
     from client.bundle_guard import guarded_clientapp
 
     return guarded_clientapp(site, log)
+
+
+def _say_killed(log: str) -> None:
+    from common.logs import set_up_logs
+
+    set_up_logs(Path(log).open("a", encoding="utf-8"), json=True)  # noqa: SIM115  # open until this process ends
+    _log.error(
+        "a ClientApp was killed before its answer was sent: look whether memory ran out. What was charged stays "
+        "charged; the site goes on by itself at its next round"
+    )
 
 
 def _run(site: str, log: str, arguments: list[str], connection: socket.socket) -> int:

@@ -81,7 +81,19 @@ def _rounds(grid: Grid, run: RunFolder, registry: Path) -> None:
         run.round_state(0),
         nodes_expected=int(expected) if expected else None,
         pretrain=_pretraining(run),
+        names=lambda: _names(registry),
     )
+
+
+def _names(registry: Path) -> dict[int, str]:
+    """Node -> site, as enrolled; a simulation has none."""
+    from server.deployment import Deployment, DeploymentError
+    from server.nodes import site_names
+
+    try:
+        return site_names(Deployment.load(registry.parent))
+    except DeploymentError:
+        return {}
 
 
 def _reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Message
@@ -120,10 +121,14 @@ def ask_sites(
     run: RunFolder,
     catalog: int,
     kept: Sequence[dict[str, Any]] = (),
+    known: Mapping[int, str] = MappingProxyType({}),
 ) -> list[Admitted]:
     """Sends a round's requests, and admits what comes back until all answered, or quorum and grace, or the deadline.
 
     What a half-done round admitted before a crash is admitted still, and its sites are not asked again.
+
+    Args:
+        known: names of nodes' sites, for the log: the registry knows a node's from its first answer on.
     """
     deadline, quorum = plan.server.round_deadline, plan.server.quorum
     lines = {str(line["key_id"]): line for line in kept}
@@ -135,7 +140,8 @@ def ask_sites(
     answered = {each.receipt.reserve.nonce for each in admitted}
     requests = {node: each for node, each in requests.items() if each.nonce not in answered}
     sites = registry.sites_by_node()
-    names = {node: sites[node].name if node in sites else f"node {node}" for node in requests}
+    names = {node: known.get(node, f"node {node}") for node in requests}
+    names |= {node: site.name for node, site in sites.items() if node in requests}
     _log.info("round %d (%s) begins: %d sites are asked", exchange.round, exchange.phase, len(requests))
     end = time.monotonic() + deadline
     messages = []

@@ -127,6 +127,12 @@ def enrolled_keys(server: Deployment) -> dict[str, str]:
     }
 
 
+def site_names(server: Deployment) -> dict[int, str]:
+    """Id of a node -> its site, of the enrolled sites, whether or not they ever answered."""
+    names = {key: name for name, key in enrolled_keys(server).items()}
+    return {node.node_id: names[node.key] for node in known_nodes(server) if node.key in names}
+
+
 def check_unused(server: Deployment, name: str, key: str) -> None:
     """Raises `DeploymentError` if another site than the named one has this node key."""
     for other, its_key in enrolled_keys(server).items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
@@ -44,6 +44,7 @@ def run_rounds(
     nodes_expected: int | None = None,
     on_round: Callable[[RoundRecord], None] = lambda _: None,
     pretrain: Pretrain | None = None,
+    names: Callable[[], Mapping[int, str]] = dict,
 ) -> State:
     """All rounds of a calibrated plan, from where the run's folder stands.
 
@@ -54,6 +55,7 @@ def run_rounds(
         start: the seeded start of the model's trainable parameters.
         nodes_expected: how many sites to wait for at the beginning; the plan's quorum or minimum where None.
         pretrain: called once, after the statistics and before the first round of private fine-tuning.
+        names: node -> site, where known, for what is said of a site that never answered.
 
     Returns:
         The final parameters: the mean over the last rounds, as the plan says.
@@ -87,7 +89,9 @@ def run_rounds(
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
             kept = run.receipts(exchange.round) if run.nonces(exchange.round) else []
             requests = _requests(plan, run, exchange, progress, nodes, registry)
-            admitted = ask_sites(grid, requests, plan, exchange, registry, record, run, catalog, kept)
+            admitted = ask_sites(
+                grid, requests, plan, exchange, registry, record, run, catalog, kept, names()
+            )
             if len(admitted) >= fewest_updates(plan.server):
                 _aggregate(plan, run, exchange, progress, admitted, record)
             _log.info(

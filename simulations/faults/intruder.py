@@ -1,6 +1,6 @@
 """What a stranger does who has ca.crt, a network path and public knowledge: run as another user, with nothing else.
 
-`python -m simulations.faults.intruder FILE` reads what is known from a JSON file, tries, and prints a list of
+`python -m simulations.faults.intruder FILE` waits for a JSON file with what is known, tries, and prints a list of
 [what, what it came to, whether it was kept out].
 """
 
@@ -38,7 +38,7 @@ fab-include = ["stranger.py"]
 serverapp = "stranger:app"
 clientapp = "stranger:app"
 """
-_SECONDS = 60.0
+_SECONDS, _PATIENCE = 60.0, 600.0
 
 Tried = tuple[str, str, bool]
 
@@ -60,7 +60,8 @@ def _connect(known: dict[str, Any], name: str) -> Tried:
         return what, error.strerror or type(error).__name__, True
 
 
-def _channel(known: dict[str, Any]) -> Any:
+def channel(known: dict[str, Any]) -> Any:
+    """A way to the port that sites reach."""
     import grpc  # type: ignore[import-untyped]
     from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
@@ -74,7 +75,8 @@ def _channel(known: dict[str, Any]) -> Any:
     )
 
 
-def _heard(call: Any, request: Any, headers: Any = ()) -> tuple[str, bool]:
+def answered(call: Any, request: Any, headers: Any = ()) -> tuple[str, bool]:
+    """What a question came to, and whether it was refused, or answered with nothing."""
     import grpc
 
     try:
@@ -89,12 +91,12 @@ def _other_services(known: dict[str, Any]) -> Iterator[Tried]:
     """Control and Runtime methods, on the port that sites reach."""
     from flwr.proto import control_pb2, runtime_pb2
 
-    channel, heard, kept_out = _channel(known), set(), True
+    way, heard, kept_out = channel(known), set(), True
     count = 0
     for module in (control_pb2, runtime_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
-                said, refused = _heard(channel.unary_unary(f"/{service.full_name}/{method.name}"), b"")
+                said, refused = answered(way.unary_unary(f"/{service.full_name}/{method.name}"), b"")
                 heard.add(said)
                 kept_out, count = kept_out and refused, count + 1
     what = f"start a run, register a key, fetch a task: all {count} Control and Runtime methods on the fleet port"
@@ -109,7 +111,7 @@ def _as_a_node(known: dict[str, Any]) -> Iterator[Tried]:
     from flwr.proto.node_pb2 import Node
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-    stub = FleetStub(_channel(known))
+    stub = FleetStub(channel(known))
     own = ec.generate_private_key(ec.SECP384R1())
     public = public_key_to_bytes(own.public_key())
     victim_key, victim, run = bytes.fromhex(known["victim_key"]), known["victim"], known["run"]
@@ -126,44 +128,44 @@ def _as_a_node(known: dict[str, Any]) -> Iterator[Tried]:
     pull = fleet_pb2.PullMessagesRequest(node=node)
     yield (
         "register an own key at the Fleet API",
-        *_heard(stub.RegisterNode, fleet_pb2.RegisterNodeFleetRequest(public_key=public), headers(public)),
+        *answered(stub.RegisterNode, fleet_pb2.RegisterNodeFleetRequest(public_key=public), headers(public)),
     )
     activate = fleet_pb2.ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)
     yield (
         "connect as a node with an own, unregistered key",
-        *_heard(stub.ActivateNode, activate, headers(public)),
+        *answered(stub.ActivateNode, activate, headers(public)),
     )
-    yield "pull a site's messages without a key", *_heard(stub.PullMessages, pull)
-    yield "pull a site's messages with an own key", *_heard(stub.PullMessages, pull, headers(public))
+    yield "pull a site's messages without a key", *answered(stub.PullMessages, pull)
+    yield "pull a site's messages with an own key", *answered(stub.PullMessages, pull, headers(public))
     nobody = fleet_pb2.PullMessagesRequest(node=Node(node_id=0))
-    yield "pull messages as node 0 with an own key", *_heard(stub.PullMessages, nobody, headers(public))
+    yield "pull messages as node 0 with an own key", *answered(stub.PullMessages, nobody, headers(public))
     yield (
         "pull a site's messages with its public key and an own signature",
-        *_heard(stub.PullMessages, pull, headers(victim_key)),
+        *answered(stub.PullMessages, pull, headers(victim_key)),
     )
     fab = fab_pb2.GetFabRequest(node=node, hash_str=known["bundle"], run_id=run)
-    yield "fetch the bundle of a run, its hash known", *_heard(stub.GetFab, fab, headers(public))
+    yield "fetch the bundle of a run, its hash known", *answered(stub.GetFab, fab, headers(public))
     yield (
         "ask about a run",
-        *_heard(stub.GetRun, run_pb2.GetRunRequest(node=node, run_id=run), headers(public)),
+        *answered(stub.GetRun, run_pb2.GetRunRequest(node=node, run_id=run), headers(public)),
     )
     for number, name in enumerate(known["objects"]):
         update = message_pb2.PullObjectRequest(node=node, run_id=run, object_id=name)
         yield (
             f"read a site's update, its id known ({number + 1})",
-            *_heard(stub.PullObject, update, headers(public)),
+            *answered(stub.PullObject, update, headers(public)),
         )
     push = fleet_pb2.PushMessagesRequest(node=node)
-    yield "push a message as a site", *_heard(stub.PushMessages, push, headers(public))
+    yield "push a message as a site", *answered(stub.PushMessages, push, headers(public))
     beat = heartbeat_pb2.SendNodeHeartbeatRequest(node=node, heartbeat_interval=30.0)
-    yield "send a heartbeat as a site", *_heard(stub.SendNodeHeartbeat, beat, headers(public))
+    yield "send a heartbeat as a site", *answered(stub.SendNodeHeartbeat, beat, headers(public))
     stale = [
         (name, bytes.fromhex(value) if name != TIMESTAMP_HEADER else value) for name, value in known["stale"]
     ]
-    yield "replay a site's own signed header of ten minutes ago", *_heard(stub.PullMessages, pull, stale)
+    yield "replay a site's own signed header of ten minutes ago", *answered(stub.PullMessages, pull, stale)
     forged = [(name, value) for name, value in stale if name != TIMESTAMP_HEADER]
     forged.append((TIMESTAMP_HEADER, (datetime.now(UTC) - timedelta(seconds=1)).isoformat()))
-    yield "replay that header under a time of now", *_heard(stub.PullMessages, pull, forged)
+    yield "replay that header under a time of now", *answered(stub.PullMessages, pull, forged)
 
 
 def on_the_machine(known: dict[str, Any]) -> Iterator[Tried]:
@@ -176,31 +178,37 @@ def on_the_machine(known: dict[str, Any]) -> Iterator[Tried]:
             yield f"read the server's {name}", f"{len(found)} read", False
         except OSError as error:
             yield f"read the server's {name}", error.strerror or type(error).__name__, True
+    yield from _tasks(known)
     with tempfile.TemporaryDirectory(prefix="stranger-") as aside:
         folder = Path(aside)
         folder.chmod(0o755)
-        yield from _tasks(known, folder)
         yield from _control(known, folder)
 
 
-def _tasks(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
-    secret = folder / "secret"
-    secret.write_bytes(os.urandom(32))
-    secret.chmod(0o600)
-    command = [
-        *_flower("flower-superexec"),
-        *("--runtime-api-address", f"127.0.0.1:{known['control']}", "--root-certificates", known["ca"]),
-        *("--superexec-auth-secret-file", str(secret)),
-    ]
-    environment = {**_environment(folder), "FLWR_HOME": str(folder / "executor")}
-    try:
-        done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=90, check=False
+def _tasks(known: dict[str, Any]) -> Iterator[Tried]:
+    """What a SuperExec asks for first, signed with no secret, and with an own one."""
+    import httpx
+    from flwr.proto.runtime_pb2 import PullPendingTasksRequest
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    asked = "/flwr.proto.Runtime/PullPendingTasks"
+    own = SuperExecAuthHttpInterceptor(master_secret=os.urandom(32), protected_methods=[asked])
+    for what, signing in (("without a secret", []), ("with a secret of its own", [own])):
+        client = RuntimeHttpClient.from_server_address(
+            server_address=f"127.0.0.1:{known['control']}",
+            insecure=False,
+            root_certificates=Path(known["ca"]).read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), *signing],
         )
-        said, refused = " ".join((done.stderr + done.stdout).split())[-120:], done.returncode != 0
-    except subprocess.TimeoutExpired:
-        said, refused = "it went on asking for 90 s; what it was answered is in superlink.log", False
-    yield "take the server's tasks with an own SuperExec and secret", said, refused
+        try:
+            client.PullPendingTasks(PullPendingTasksRequest())
+            said, refused = "answered", False
+        except httpx.HTTPStatusError as error:
+            said, refused = f"{error.response.status_code} {error.response.reason_phrase}", True
+        finally:
+            client.close()
+        yield f"ask for the server's tasks {what}", said, refused
 
 
 def _control(known: dict[str, Any], folder: Path) -> Iterator[Tried]:
@@ -275,7 +283,14 @@ def _new_key() -> str:
 
 
 def main() -> int:
-    known = json.loads(Path(sys.argv[1]).read_text())
+    # Imported first, so that the tries are quick once they can begin.
+    import grpc  # noqa: F401
+    from flwr.proto import control_pb2, fleet_pb2_grpc, runtime_pb2  # noqa: F401
+
+    file, end = Path(sys.argv[1]), time.monotonic() + _PATIENCE
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    known = json.loads(file.read_text())
     tries = from_network if sys.argv[2] == "network" else on_the_machine
     print(json.dumps(list(tries(known))))
     return 0

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from simulations.faults.judging import Mark, charges, mark
-from simulations.faults.place import OTHERS, SITES, VICTIM, FaultError, Place, Running
+from simulations.faults.place import OTHERS, SITES, VICTIM, FaultError, Place, Running, below
 from simulations.faults.rows import Fault, Shown, ended_well, found, wait_for
 
 _ROUND = 2
@@ -56,13 +56,22 @@ def worker_killed(place: Place) -> Shown:
 
 
 def client_app_killed(place: Place) -> Shown:
-    """The process that Flower starts for a message."""
-    run, before = _in_training(place, "clientapp-killed", 3)
-    os.kill(place.up[VICTIM].part("flwr-clientapp"), signal.SIGKILL)
+    """The ClientApp that the site forks for a message; a round later, what Flower's executor starts for it."""
+    site = place.up[VICTIM]
+    run, before = _in_training(place, "clientapp", 3)
+    forked = below(site.part("client.starter"))
+    if len(forked) != 1:
+        raise FaultError(f"{len(forked)} ClientApps run below {VICTIM}'s starter, not one")
+    os.kill(forked.pop(), signal.SIGKILL)
+    place.until_training(VICTIM, _ROUND + 1)
+    os.kill(site.part("flwr-clientapp"), signal.SIGKILL)
+    before.touched.append((VICTIM, _ROUND + 1))
     ended_well(place, run)
-    return Shown(
-        "clientapp-killed", before, [_server_log(place, "clientapp-killed", f"{VICTIM} is left out")]
-    )
+    said = found((place.folder / VICTIM / "logs" / "site.log").read_text(), "ClientApp was killed.*memory")
+    messages = [f"site: {said}" if said else ""]
+    for number in (_ROUND, _ROUND + 1):
+        messages.append(_server_log(place, "clientapp", f"round {number}: {VICTIM} is left out"))
+    return Shown("clientapp", before, messages)
 
 
 def superlink_killed(place: Place) -> Shown:
@@ -181,7 +190,11 @@ def _fill(file: Path) -> None:
 
 FAULTS = (
     Fault("worker", "a site's worker killed (-9) in a round, as for want of memory", worker_killed),
-    Fault("clientapp", "a site's ClientApp killed (-9) in a round", client_app_killed),
+    Fault(
+        "clientapp",
+        "a site's ClientApp killed (-9) in a round, and again in the next",
+        client_app_killed,
+    ),
     Fault("site", "all of a site killed (-9) in a round, started again 5 s later", site_killed),
     Fault("superlink", "SuperLink killed (-9) in a round", superlink_killed),
     Fault("server", "`server up` killed (-9) in a round, started again 10 s later", server_killed),

@@ -56,8 +56,8 @@ def _places(found: dict[str, Any]) -> list[str]:
     return [found["folder"]] if found.get("folder") else []
 
 
-def _attacks(found: dict[str, Any], who: str) -> list[str]:
-    lines = ["| tried | came to | kept out |", "|---|---|---|"]
+def _attacks(found: dict[str, Any], who: str, good: str = "kept out") -> list[str]:
+    lines = [f"| tried | came to | {good} |", "|---|---|---|"]
     for each in found["tried"]:
         if each["who"] == who:
             said = _cell(each["said"], _places(found))
@@ -80,7 +80,7 @@ def write_page(results: Path, names: Sequence[str], output: Path) -> int:
     if missing:
         lines += [f"Not run: {', '.join(missing)}.", ""]
     if attacker is not None:
-        from simulations.faults.attacker import FROM_NETWORK, ON_MACHINE
+        from simulations.faults.attacker import ENROLLED, FROM_NETWORK, ON_MACHINE
 
         lines += ["## An attacker with ca.crt", ""]
         lines += [
@@ -88,6 +88,13 @@ def write_page(results: Path, names: Sequence[str], output: Path) -> int:
             "",
         ]
         lines += [*_attacks(attacker, FROM_NETWORK), *_attacks(attacker, "")[2:], ""]
+        lines += [
+            f"{ENROLLED.capitalize()} asks for the same with its own node key, at the same moment, and is answered: "
+            "what was refused above was there.",
+            "",
+            *_attacks(attacker, ENROLLED, "answered"),
+            "",
+        ]
         lines += [f"As {ON_MACHINE}, measured:", "", *_attacks(attacker, ON_MACHINE), ""]
     lines += [
         "## How it was run",

@@ -262,8 +262,12 @@ class Place:
             return []
         return text[: text.rfind("\n") + 1].splitlines()
 
-    def until_training(self, site: str, number: int) -> None:
-        """Waits until a site is in the steps of a round; the file that says so is removed first."""
+    def until_training(self, site: str, number: int, least: int = 2) -> None:
+        """Waits until a site is in the steps of a round; the file that says so is removed first.
+
+        Args:
+            least: so many steps are done.
+        """
         progress = self.folder / site / "progress"
         progress.unlink(missing_ok=True)
 
@@ -272,7 +276,7 @@ class Place:
                 words = progress.read_text().split()
             except FileNotFoundError:
                 return False
-            return len(words) == 3 and int(words[0]) == number and 1 < int(words[1]) < int(words[2]) - 2
+            return len(words) == 3 and int(words[0]) == number and least <= int(words[1]) < int(words[2]) - 2
 
         self.until(so, f"round {number} at {site}", 0.01)
 

@@ -74,6 +74,8 @@ def test_a_client_app_ends_with_its_caller_and_its_caller_with_it(tmp_path: Path
         os.kill({"caller": caller.pid, "forked": forked, "starter": process.pid}[killed], signal.SIGKILL)
         assert caller.wait(60) == (-signal.SIGKILL if killed == "caller" else 1)
         wait_for(lambda: not Path(f"/proc/{forked}").exists())
+        said = (tmp_path / "site.log").read_text()
+        assert ("a ClientApp was killed before its answer" in said) == (killed != "caller")
 
 
 def test_without_a_starter_the_client_app_runs_where_it_was_called(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from common.privacy.mechanisms import GaussianSum
 from server.certificates import new_server_certificate
 from server.cli import app
 from server.deployment import Deployment, DeploymentError, NotRunningError, open_locked
-from server.nodes import enrolled_keys, keep_node_key, known_nodes, pending_changes
+from server.nodes import enrolled_keys, keep_node_key, known_nodes, pending_changes, site_names
 from server.operation import check_startable
 from server.overview import overview
 from server.registry import RegistryError
@@ -165,6 +165,9 @@ def test_a_server_lives_through_kills_learns_of_sites_and_ends_with_nothing_left
             enrolled_keys(server).values()
         )
         assert newer in enrolled_keys(server).values()
+        registered = {node.node_id for node in known_nodes(server) if node.registered}
+        assert set(site_names(server)) == registered
+        assert sorted(site_names(server).values()) == ["north", "south"]
 
         with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as answer:
             assert 'fedtide_sites{node="never_seen"} 2.0' in answer.read().decode()

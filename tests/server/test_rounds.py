@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from common.events.catalog import Catalog
 from server.aggregation import check_aggregation
 from server.app import app as server_app
 from server.registry import Registry, RegistryReader
+from server.rounds import run_rounds
 from server.runs import RunError, RunFolder
 from simulations import inline
 from tests.tiny import tiny_run
@@ -149,6 +151,22 @@ def test_a_site_that_is_gone_is_known_by_what_its_error_answers(sites: Sites) ->
     for record in records(run):
         assert record["left_out"] == [{"node": str(LATE), "reason": "node_error", "code": 5}]
         assert (record["admitted"], record["missing"]) == (["site-0", "site-1"], 0)
+
+
+def test_a_site_that_never_answered_is_named_as_enrolled(
+    sites: Sites, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, folder = sites.run(round_deadline=300.0), tmp_path / "registry"
+    shutil.copytree(sites.registry, folder)
+    with sqlite3.connect(folder / "registry.sqlite") as db:  # as if no node had answered yet
+        db.execute("DELETE FROM nodes")
+    inline.TaskIdentity.task_id, inline.TaskIdentity.run_id, inline.TaskIdentity.node_id = 1, 1, 1
+    arguments = Network("gone"), run.plan(), run, Registry(folder), run.round_state(0)
+    with caplog.at_level(logging.INFO, "fedtide.server"):
+        run_rounds(*arguments, names=lambda: {LATE: "west"})
+    said = [record.getMessage() for record in caplog.records if record.name == "fedtide.server"]
+    assert any(line.startswith("round 1: west is left out: node_error 5") for line in said)
+    assert "round 1: site-0 is admitted" in said
 
 
 def test_a_quorum_that_could_not_be_aggregated_is_refused() -> None:
