@@ -1,6 +1,7 @@
 """`python -m simulations.faults`: breaks a real deployment on this machine, one way after another, and tells.
 
-Root and `ip` give one site a network of its own, and its ledger a small file system; libfaketime shifts clocks.
+Root and `ip` give one site a network of its own, and its ledger a small file system of its own; a small library, made
+by `cc` and preloaded, shifts clocks.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def write_page(results: Path, names: Sequence[str], output: Path) -> int:
         "",
         f"`python -m simulations.faults`, {datetime.now(UTC):%Y-%m-%d}, on {os.cpu_count()} cores of a shared machine "
         f"({platform.system()} {platform.machine()}, Python {platform.python_version()}), as root: without root, the "
-        "network, the disk and the attacker are not tried. Clocks are shifted by libfaketime. "
+        "network, the disk and the attacker are not tried. Clocks are shifted by a library that is preloaded "
+        "(`simulations/faults/clock.c`). "
         "`python -m simulations.faults NAME ...` runs some of the scenarios and keeps the others' rows; `--help` names "
         "them.",
         "",
