@@ -89,8 +89,10 @@ def write_page(results: Path, names: Sequence[str], output: Path) -> int:
         ]
         lines += [*_attacks(attacker, FROM_NETWORK), *_attacks(attacker, "")[2:], ""]
         lines += [
-            f"{ENROLLED.capitalize()} asks for the same with its own node key, at the same moment, and is answered: "
-            "what was refused above was there.",
+            f"{ENROLLED.capitalize()} asks for the same with its own node key, at the same moment, and is answered, so "
+            "what was refused above was there. Flower looks whether a key is enrolled, not whose update it asks for: "
+            "between two sites stands that an update's id is the sha256 of its bytes, which its sender and the server "
+            "alone know, and that it lies there until the ServerApp fetches it, which looks five times a second.",
             "",
             *_attacks(attacker, ENROLLED, "answered"),
             "",
