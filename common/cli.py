@@ -98,6 +98,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
         "server.recommending": ("HistoryError",),
         "server.runs": ("RunError",),
         "simulations.audit.canary_plan": ("CanaryError",),
+        "simulations.audit.recovery": ("AttackError",),
         "simulations.audit.page": ("PageError",),
     }
     found: list[type[BaseException]] = [UserError]

@@ -92,7 +92,7 @@ def canary_model(plan: ModelPlan, items: int) -> Iterator[InterestModel]:
 def canary_histories(canaries: int, events: int) -> HistoryBatch:
     """[canaries] histories, the i-th of `events` events on item i, an hour apart and liked."""
     items = np.repeat(np.arange(canaries)[:, None], events, axis=1)
-    times = np.broadcast_to(1_700_000_000 + 3600 * np.arange(events), items.shape)
+    times = np.tile(1_700_000_000 + 3600 * np.arange(events), (canaries, 1))
     return HistoryBatch.of(items, times, labels=np.ones(items.shape, dtype=np.float32))
 
 

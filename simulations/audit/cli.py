@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simulations.audit import report_cli
+from simulations.audit.attack_cli import attack
 from simulations.audit.canary_cli import canary
 from simulations.audit.conformance.cli import conformance
 from simulations.audit.noise_cli import noise
@@ -32,6 +33,7 @@ def _root() -> None:
 
 
 app.command()(canary)
+app.command()(attack)
 app.command()(conformance)
 app.command()(noise)
 app.command()(report_cli.report)
