@@ -13,7 +13,7 @@ INK, GRID = "#101418", "#c9ced4"
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 """Okabe and Ito's colours, which people with any kind of colour vision tell apart; markers and dashes differ too."""
 
-WIDTH, HEIGHT = 5.6, 3.5
+WIDTH, HEIGHT = 4.8, 3.2
 _PAGE_COLOURS = {INK: "var(--ink)", GRID: "var(--rule)"}
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",

@@ -8,8 +8,10 @@ import re
 import shutil
 import socket
 import sqlite3
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -42,6 +44,7 @@ PLAN = {
     "training": {"rounds": 1, "steps_per_round": 1},
 }
 ROUNDS = 2
+HOUSE = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +356,16 @@ def test_a_tool_that_stops_leaves_the_others_to_go_on(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
     assert run_tools(tmp_path, console) == list(tools())  # none can do anything without a run
     assert console.export_text().count("stopped (RunError): there is no run in") == len(tools())
+
+
+def test_an_installed_fedtide_has_the_page() -> None:
+    """What stands beside the modules and is no module is packaged only where pyproject.toml says so."""
+    project = tomllib.loads((HOUSE / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["simulations.audit"]
+    files = [
+        each.name
+        for each in (HOUSE / "simulations/audit").iterdir()
+        if each.is_file() and each.suffix != ".py"
+    ]
+    assert {"page.css", "page.html.j2"} <= set(files)
+    assert not [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)]
