@@ -65,7 +65,7 @@ def level(name: str, subject: Subject, found: Vector, where: str) -> Check:
     parts = np.split(found, np.cumsum(sizes)[:-1], axis=1)
     p = corrected([noise_chi_square(found, 1.0), *(noise_chi_square(part, 1.0) for part in parts)])
     ratio = float(np.sqrt(np.mean(np.square(found))))
-    low, high = detectable(found.size)
+    low, high = detectable(found.size, 1 + len(parts))
     return statistical(
         name,
         subject.name,
@@ -76,11 +76,12 @@ def level(name: str, subject: Subject, found: Vector, where: str) -> Check:
     )
 
 
-def detectable(coordinates: int) -> tuple[float, float]:
-    """The widths of noise, relative to the stated one, beyond which so many coordinates are refused."""
+def detectable(coordinates: int, comparisons: int) -> tuple[float, float]:
+    """Widths found, relative to the stated one, beyond which so many coordinates are refused for sure."""
     from scipy.stats import chi2
 
-    low, high = chi2.ppf(LEVEL / 4, coordinates), chi2.isf(LEVEL / 4, coordinates)
+    tail = LEVEL / 2 / comparisons
+    low, high = chi2.ppf(tail, coordinates), chi2.isf(tail, coordinates)
     return float(math.sqrt(low / coordinates)), float(math.sqrt(high / coordinates))
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,38 @@ class Options:
 Ask = tuple[str, str, Callable[[], Sequence[Check]]]
 
 
+class Workshop:
+    """Where subjects are made, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: dict[str, Subject] = {}
+
+    def subject(self, **fields: Any) -> Subject:
+        """A subject of these fields (see `a_subject`)."""
+        name = repr(sorted(fields.items()))
+        if name not in self._made:
+            self._made[name] = a_subject(self.folder, **fields)
+        return self._made[name]
+
+
 def conformance(
-    options: Options, code: Code, *, command: str = "", on_step: Callable[[int, int], None] | None = None
+    options: Options,
+    code: Code,
+    *,
+    command: str = "",
+    on_step: Callable[[int, int], None] | None = None,
+    workshop: Workshop | None = None,
 ) -> Evidence:
     """All checks of some code.
 
     Args:
         on_step: told how many of how many questions are answered.
+        workshop: where subjects are kept from one call to the next; one of its own if left out.
     """
     began, checks = time.monotonic(), list[Check]()
     with tempfile.TemporaryDirectory(prefix="fedtide-conformance-") as name, _one_thread():
-        questions = list(_questions(options, code, Path(name)))
+        questions = list(_questions(options, code, workshop or Workshop(Path(name))))
         for number, (what, of, ask) in enumerate(questions, start=1):
             checks += attempted(what, of, ask)
             if on_step is not None:
@@ -99,18 +121,18 @@ def conformance(
     )
 
 
-def _questions(options: Options, code: Code, folder: Path) -> Iterator[Ask]:
+def _questions(options: Options, code: Code, workshop: Workshop) -> Iterator[Ask]:
     for device in options.devices or devices():
         models = [{"family": family, "mode": mode} for family in options.families for mode in options.modes]
         if options.model is not None and options.model not in models:
             models.append(dict(options.model))
         for model in models:
             place = f"{model['family']}, {model['mode']}, {device}"
-            yield from _of_model(_once(folder, device=device, **model), place, code)
-        yield from _of_device(folder, device, code)
-    yield "nothing else leaves", "reply", lambda: reply_checks(code, folder)
+            yield from _of_model(partial(workshop.subject, device=device, **model), place, code)
+        yield from _of_device(workshop, device, code)
+    yield "nothing else leaves", "reply", lambda: reply_checks(code, workshop.folder)
     if options.with_controls:
-        yield "controls", "controls", lambda: controls(code, folder)
+        yield "controls", "controls", lambda: controls(code, workshop.folder)
 
 
 def _of_model(subject: Callable[[], Subject], place: str, code: Code) -> Iterator[Ask]:
@@ -119,29 +141,17 @@ def _of_model(subject: Callable[[], Subject], place: str, code: Code) -> Iterato
     yield "noise level", place, lambda: noise_checks(subject(), code, ROUNDS)
 
 
-def _of_device(folder: Path, device: str, code: Code) -> Iterator[Ask]:
+def _of_device(workshop: Workshop, device: str, code: Code) -> Iterator[Ask]:
     """What does not depend on the family, with a model of many coordinates or of separable users."""
-    small = _once(folder, "recommend", "vectors", device)
-    wide = _once(folder, "recommend", "vectors", device, items=WIDE_CATALOG)
-    separable = _once(folder, "recommend", "vectors", device, items=3 * USERS, off_start=0.0)
+    usual = partial(workshop.subject, family="recommend", mode="vectors", device=device)
+    small, wide = usual, partial(usual, items=WIDE_CATALOG)
+    separable = partial(usual, items=3 * USERS, off_start=0.0)
     yield "noise level", f"{WIDE_CATALOG} items, {device}", lambda: noise_checks(wide(), code, WIDE_ROUNDS)
     yield "sampling", device, lambda: sampling(separable(), code)
     if device == "cpu":  # a copy of a process cannot use CUDA
         yield "forked noise", device, lambda: forked_noise(small(), code)
         yield "forked sampling", device, lambda: forked_sampling(separable(), code)
     yield "sum noise", device, lambda: sum_checks(small(), code)
-
-
-def _once(folder: Path, family: str, mode: str, device: str, **more: Any) -> Callable[[], Subject]:
-    """A subject that is built when it is first asked for."""
-    made: list[Subject] = []
-
-    def subject() -> Subject:
-        if not made:
-            made.append(a_subject(folder, family, mode, device, **more))
-        return made[0]
-
-    return subject
 
 
 @contextmanager

@@ -167,10 +167,10 @@ def _noise(each: Sum, code: Code) -> list[Check]:
         parts += list(parts[0].T)
     drawn = np.concatenate([_drawn(releases, name) for name in each.fields], axis=1)  # [releases, places]
     constant = int((drawn == drawn[0]).all(axis=0).sum())
-    p = 0.0 if constant else corrected([noise_chi_square(part, 1.0) for part in parts])
     whole = np.concatenate([part.ravel() for part in parts[: len(each.fields)]])
+    p = 0.0 if constant else corrected([noise_chi_square(part, 1.0) for part in (whole, *parts)])
     ratio = float(np.sqrt(np.mean(np.square(whole))))
-    low, high = detectable(whole.size)
+    low, high = detectable(whole.size, 1 + len(parts))
     says = (
         f"The noise of two releases of the same users is {ratio:.4f} times as wide as stated; {low:.3f} or "
         f"{high:.3f} would be refused. {constant} places are always the same."
