@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from simulations.audit.attack_cli import attack
 from simulations.audit.canary_cli import canary
 from simulations.audit.conformance.cli import conformance
 from simulations.audit.noise_cli import noise
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-REGISTERED = "canary.registered.json"
 
 
 def run_tools(run: Path, console: Console) -> list[str]:
@@ -44,10 +43,12 @@ def run_tools(run: Path, console: Console) -> list[str]:
 
 def tools() -> dict[str, Callable[[Path], None]]:
     """Tool -> what runs it on a run and writes its evidence there."""
+    from simulations.audit.canary_plan import REGISTERED
     from simulations.audit.evidence import FOLDER
 
     return {
         "conformance": lambda run: conformance(run=run),
         "noise": noise,
         "canary": lambda run: canary(run, again=(run / FOLDER / REGISTERED).is_file()),
+        "attack": attack,
     }
