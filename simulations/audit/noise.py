@@ -21,7 +21,7 @@ import numpy as np
 
 from simulations.audit import noise_statistics as test
 from simulations.audit.evidence import Check, Evidence
-from simulations.audit.noise_checks import FLOOR, QUESTIONS, between, drift_limit, drift_of, judge
+from simulations.audit.noise_checks import QUESTIONS, between, drift_limit, drift_of, judge
 from simulations.audit.witnesses import Release, Witnesses, by_site, read_witnesses
 
 LEVEL = 1e-3
@@ -29,7 +29,7 @@ LEVEL = 1e-3
 
 LIMITS = (
     "A malicious site can noise the witness and nothing else, or send a witness that it made up: this finds bugs, "
-    "not fraud. What lies outside the witness is held against a floor alone.",
+    "not fraud. Of what lies outside the witness it sees only whether it is too small to hold any noise.",
     "It says nothing of clipping, sampling, or how many rows a user has: `fedtide audit conformance` does.",
     "Noise that repeats elsewhere (in another run, or at another place of the vector) is not looked for, and neither "
     "is a generator that can be foretold.",
@@ -52,7 +52,7 @@ def audit_noise(path: Path, *, level: float = LEVEL) -> Evidence:
     began = time.monotonic()
     found = read_witnesses(path)
     checks = [_kept(found)]
-    series: dict[str, Any] = {}
+    series: dict[str, Any] = {"sites": {}}
     if found.releases:
         checks += judge(found.releases, level=level)
         series = _series(by_site(found.releases), level / len(QUESTIONS))
@@ -65,7 +65,6 @@ def audit_noise(path: Path, *, level: float = LEVEL) -> Evidence:
             "questions": list(QUESTIONS),
             "witness_places": found.places,
             "drift": test.DRIFT,
-            "floor": FLOOR,
             "releases": len(found.releases),
             "claimed": {str(number): deviation for number, deviation in found.claimed.items()},
         },

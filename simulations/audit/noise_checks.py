@@ -14,7 +14,7 @@ import numpy as np
 
 from simulations.audit import noise_statistics as test
 from simulations.audit.evidence import Check
-from simulations.audit.witnesses import Release, by_site
+from simulations.audit.witnesses import WHOLE, Release, by_site
 
 QUESTIONS = (
     "level",
@@ -28,9 +28,6 @@ QUESTIONS = (
     "rest",
 )
 """What is asked. Each gets an equal part of the level."""
-
-FLOOR = 0.5
-"""An update of several steps must hold at least this share of its noise outside the witness (see `_rest`)."""
 
 
 def judge(releases: Sequence[Release], *, level: float) -> list[Check]:
@@ -46,7 +43,7 @@ def judge(releases: Sequence[Release], *, level: float) -> list[Check]:
         *_shapes(sites, share),
         *_repeats(sites, share),
         *_shared(sites, share),
-        *_rest(sites, len(releases), share),
+        *_rest(sites, share),
     ]
     order = {name: place for place, name in enumerate(QUESTIONS)}
     return sorted(checks, key=lambda check: order[check.name])
@@ -204,33 +201,29 @@ def _adds_up(subject: str, groups: Mapping[str, Sequence[Release]], over: str, p
     return Check("shared", subject, measured, f"{low:.3f} to {high:.3f}", not odd, said)
 
 
-def _rest(sites: Mapping[str, list[Release]], releases: int, share: float) -> list[Check]:
-    """Whether the noise can be outside the witness, too: a release without it would be far too small.
+def _rest(sites: Mapping[str, list[Release]], share: float) -> list[Check]:
+    """Whether there can be noise outside the witness, tensor by tensor: without it they would be far too small.
 
-    Exact where a release is one sum, as what users add is independent of its noise. In an update of several steps a
-    later step answers the noise of earlier ones and may undo a part of it, so there the floor is `FLOOR`, which
-    has no rate of false alarms.
+    Exact, with no look at any user: the noise of a release's last step is independent of all that it is added to,
+    so a sum of squares is at least as large as that noise alone makes it. Noise that is missing where users add much
+    more than noise is not seen.
     """
+    asked = sum(len(each.parts()) for own in sites.values() for each in own)
     checks = []
     for site, own in sites.items():
-        odd = [
-            each
-            for each in own
-            if each.rest_count
-            and test.too_little(each.rest_squares / (FLOOR**2 if each.steps > 1 else 1.0), each.rest_count)
-            < share / releases
-        ]
-        ratios = {each.round: each.rest_ratio for each in own if each.rest_count}
-        if not ratios:
-            continue
-        where = min(ratios, key=lambda number: ratios[number])
+        worst, odd = (math.inf, ""), []
+        for each in own:
+            for name, (squares, count) in each.parts().items():
+                of_a_step = squares * each.steps  # in units of one step's noise
+                if test.too_little(of_a_step, count) < share / asked:
+                    odd.append(f"{name} in round {each.round}")
+                if name == WHOLE:
+                    worst = min(worst, (math.sqrt(of_a_step / count), f"round {each.round}"))
         said = (
-            f"{len(odd)} of {len(own)} releases are smaller outside the witness than their noise alone; the smallest "
-            f"is round {where} with {ratios[where]:.3f} of it"
+            f"smaller than their noise alone: {', '.join(odd[:3])}{f' and {len(odd) - 3} more' if odd[3:] else ''}"
             if odd
-            else f"outside the witness no release is smaller than noise makes it; the smallest is round {where} with "
-            f"{ratios[where]:.3f} of it"
+            else "nothing outside the witness is smaller than noise makes it; the smallest release is that of "
+            f"{worst[1]}"
         )
-        bound = f"at least 1 or {FLOOR:g}"
-        checks.append(Check("rest", site, ratios[where], bound, not odd, said))
+        checks.append(Check("rest", site, worst[0], "one step's noise", not odd, said))
     return checks

@@ -31,7 +31,7 @@ def noise(
 
     found = audit_noise(run.resolve())
     file = found.write(run)
-    if found.series:
+    if found.series["sites"]:
         draw(run / FOLDER / CHART, found.series["sites"])
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
@@ -68,7 +68,8 @@ def _show(found: Evidence, run: Path, file: Path) -> None:
     console.print(
         "level: noise over claimed noise, by release, site and all; drift: evidence that it changed; shape: distance "
         "to a Gaussian; outlier: standard deviations; repeat: correlation of any two releases; shared: what adds up "
-        "over rounds or sites; rest: noise outside the witness.",
+        "over rounds or sites; rest: what lies outside the witness, over one step's "
+        "noise, which it cannot be below.",
         highlight=False,
     )
     for check in found.checks:

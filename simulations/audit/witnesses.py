@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from common.privacy.noise import INFLATION
 from common.witness import is_witness, without_witness
 from server.runs import RunError, RunFolder
 
+WHOLE = "all outside the witness"
+
 
 @dataclass(frozen=True)
 class Release:
@@ -26,7 +28,7 @@ class Release:
     Attributes:
         z: [places] float64, of the witness.
         steps: how many sums were added up in it.
-        rest_squares, rest_count: sum of squares, and number, of all other coordinates.
+        rest: name of each other tensor -> its sum of squares, and its number of coordinates.
     """
 
     site: str
@@ -34,13 +36,12 @@ class Release:
     phase: str
     z: npt.NDArray[np.float64]
     steps: int = 1
-    rest_squares: float = 0.0
-    rest_count: int = 0
+    rest: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
-    @property
-    def rest_ratio(self) -> float:
-        """Root mean square outside the witness."""
-        return math.sqrt(self.rest_squares / self.rest_count) if self.rest_count else math.nan
+    def parts(self) -> dict[str, tuple[float, int]]:
+        """The rest, tensor by tensor and as a whole."""
+        squares, count = (sum(column) for column in zip(*self.rest.values(), strict=True))
+        return {**self.rest, WHOLE: (squares, int(count))}
 
 
 @dataclass
@@ -145,10 +146,15 @@ def _release(
     witnesses = [value for name, value in update.items() if is_witness(name)]
     if [tuple(each.shape) for each in witnesses] != [(places,)]:
         raise ValueError(f"it has no witness of {places} places, which the plan asks for")
-    rest = [value.double().numpy() / deviation for value in without_witness(update).values()]
+    rest = {
+        _printable(name): (float((value.double() / deviation).square().sum()), value.numel())
+        for name, value in without_witness(update).items()
+        if value.numel()
+    }
     z = witnesses[0].double().numpy() / deviation
-    squares = sum(float(np.square(each).sum()) for each in rest)
-    if not np.isfinite(z).all() or not math.isfinite(squares):
+    if not rest:
+        raise ValueError("it holds nothing but its witness")
+    if not np.isfinite(z).all() or not all(math.isfinite(squares) for squares, _ in rest.values()):
         raise ValueError("it holds values that are not finite")
     return Release(
         site=_printable(site),
@@ -156,8 +162,7 @@ def _release(
         phase=exchange.phase.value,
         z=z,
         steps=steps_of(exchange),
-        rest_squares=squares,
-        rest_count=sum(each.size for each in rest),
+        rest=rest,
     )
 
 

@@ -71,8 +71,7 @@ def simulated(
             round=number,
             phase="update",
             z=factor * chance.standard_normal(places),
-            rest_squares=factor**2 * float(chance.chisquare(rest)),
-            rest_count=rest,
+            rest={"all": (factor**2 * float(chance.chisquare(rest)), rest)},
         )
         for number in range(1, rounds + 1)
         for site in range(sites)

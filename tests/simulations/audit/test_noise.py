@@ -89,6 +89,16 @@ def rest_alone(model: InterestModel) -> slice:
     return slice(0, sum(p.numel() for p in model.trainable().values()) - PLACES)
 
 
+def a_layer(model: InterestModel) -> slice:
+    """One layer's weights."""
+    start = 0
+    for name, parameter in model.trainable().items():
+        if name == "core.input_map.weight":
+            return slice(start, start + parameter.numel())
+        start += parameter.numel()
+    raise AssertionError("the model has another core")
+
+
 def silent(where: Callable[[InterestModel], slice]) -> Trainer:
     def of(noise: GaussianNoise, model: InterestModel) -> GaussianNoise:
         def change(normals: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -115,6 +125,7 @@ CAUGHT: dict[str, tuple[Callable[[], Trainer], int, str]] = {
         "level",
     ),
     "noise in the witness alone": (lambda: silent(rest_alone), 2, "rest"),
+    "no noise in one layer": (lambda: silent(a_layer), 2, "rest"),
 }
 
 

@@ -107,7 +107,9 @@ def one_place_of_data(releases: list[Release]) -> list[Release]:
 
 def witness_alone(releases: list[Release]) -> list[Release]:
     """Noise in the witness, and a sum without any beside it."""
-    return [replace(each, rest_squares=0.2 * each.rest_squares) for each in releases]
+    return [
+        replace(each, rest={"all": (0.2 * each.rest["all"][0], each.rest["all"][1])}) for each in releases
+    ]
 
 
 @pytest.mark.parametrize(
