@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -35,7 +36,7 @@ _log = logging.getLogger("fedtide.site")
 
 LOGS, COMMANDS, SITE_LOG, SECRET = "logs", "bin", "site.log", "superexec.secret"
 _TICK = 0.25
-_HINT_SECONDS = 30.0
+_HINT_SECONDS, _ASK_SECONDS = 30.0, 60.0
 _CONNECTED, _TAKEN = "SuperNode ID:", "address already in use"
 _FAILED, _SUCCEEDED = "Connection attempt failed, retrying", "Connection successful after"
 _LONGEST_TAIL = 200_000
@@ -47,6 +48,9 @@ _HINTS = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate does not fit ca.crt or its name, or has expired",
     _TAKEN: "a port of this machine was taken: another one is tried",
 }
+_SIGNS = {"wrong time": "Invalid timestamp", "unknown": "[code: 2004]"}
+"""Word of `client.probe` -> sign of the same in a SuperNode's log."""
+
 _OTHER_HINT = "the server does not answer yet"
 
 
@@ -176,7 +180,7 @@ class Agent:
         _log.info("site %s: bundles allowed here: %s", self.site.name, ", ".join(self.bundles))
         _log.info("metrics for Prometheus: http://127.0.0.1:%d/metrics", self.metrics_port)
         worker, starter, flower = self._worker(), self._starter(), self._flower()
-        link = _Link(flower[0], self.connection.address, on_connected)
+        link = _Link(flower[0], self.connection.address, on_connected, self._asked)
         try:
             for each in (worker, starter, *flower):
                 each.start()
@@ -185,7 +189,7 @@ class Agent:
                     for each in flower:
                         each.stop()
                     flower = self._flower()
-                    link = _Link(flower[0], self.connection.address, on_connected)
+                    link = _Link(flower[0], self.connection.address, on_connected, self._asked)
                     for each in flower:
                         each.start()
                 for each in (worker, starter, *flower):
@@ -198,6 +202,21 @@ class Agent:
             for each in (*reversed(flower), starter, worker):
                 each.stop()
             _log.info("down")
+
+    def _asked(self) -> str:
+        """The sign of what the server says to this node now: where the clock is wrong, a SuperNode ends without a word.
+
+        Asked in a process of its own, since gRPC's threads and the forks of this one do not agree.
+        """
+        command = [sys.executable, "-m", "client.probe", str(self.folder)]
+        environment = own_network(os.environ, self.connection.host)
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=_ASK_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return ""
+        return _SIGNS.get(done.stdout.strip(), "")
 
     def _supervised(self, name: str, command: list[str], **environment: str) -> Supervised:
         return Supervised(
@@ -254,8 +273,17 @@ class Agent:
 class _Link:
     """What a SuperNode's own log says of its way to the server."""
 
-    def __init__(self, supernode: Supervised, address: str, on_connected: Callable[[], None]) -> None:
-        self._supernode, self._address, self._on_connected = supernode, address, on_connected
+    def __init__(
+        self,
+        supernode: Supervised,
+        address: str,
+        on_connected: Callable[[], None],
+        ask: Callable[[], str] = str,
+    ) -> None:
+        """Args:
+        ask: what the server says, as a sign of `_HINTS`, where the log does not tell; empty where nothing is known.
+        """
+        self._supernode, self._address, self._on_connected, self._ask = supernode, address, on_connected, ask
         self._place = _size(supernode.log)
         self._connected = self._lost = self._cut = False
         self._hinted = time.monotonic()
@@ -283,12 +311,15 @@ class _Link:
                 _log.info("connected to %s again", self._address)
         elif not alive and not self._lost:
             self._lost = True
-            _log.warning("the supernode ended: %s", hint(text))
+            _log.warning("the supernode ended: %s", self._hint(text))
             return _TAKEN if _TAKEN in text else ""
         elif alive and not self._connected and time.monotonic() - self._hinted > _HINT_SECONDS:
             self._hinted = time.monotonic()
-            _log.warning("not connected to %s: %s", self._address, hint(text))
+            _log.warning("not connected to %s: %s", self._address, self._hint(text))
         return ""
+
+    def _hint(self, text: str) -> str:
+        return hint(text if any(sign in text for sign in _HINTS) else self._ask())
 
 
 def hint(text: str) -> str:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import socket
 import ssl
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from pathlib import Path
 
 from client.connection import Connection
 
@@ -165,3 +168,13 @@ def clock_ahead(ask: Callable[[timedelta], Heard], now: Heard) -> float | None:
         middle = (low + high) / 2
         low, high = (middle, high) if taken(middle) else (low, middle)
     return float(SYSTEM_TIME_TOLERANCE) - (low + high) / 2
+
+
+def main() -> None:
+    """Prints what the server says to the node of a site's folder, if it answers."""
+    with suppress(ProbeError):
+        print(fleet(Connection.load(Path(sys.argv[1])))(timedelta()).value)
+
+
+if __name__ == "__main__":
+    main()

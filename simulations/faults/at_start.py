@@ -35,9 +35,11 @@ def _while_down(place: Place, name: str, check: str, up: str, **extra: str) -> S
     place.up[VICTIM].end()
     checked = _checked(place, VICTIM, check, **extra)
     running = place.start_site(VICTIM, **extra)
-    before = whole_run(place, name)
-    said = wait_for(place, running, up)
-    running.end()
+    try:
+        before = whole_run(place, name)
+        said = wait_for(place, running, up)
+    finally:
+        running.end()
     return Shown(name, before, [checked, f"`site up`: {said}" if said else ""])
 
 

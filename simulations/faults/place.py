@@ -22,7 +22,7 @@ VICTIM, OTHERS = "west", ("east", "north")
 SITES = (*OTHERS, VICTIM)
 NETWORK = f"fedtide{os.getpid() % 10_000}"
 _HERE, _THERE = (f"10.199.{os.getpid() % 250}.{each}" for each in (1, 2))
-_PATIENCE = 240.0
+_PATIENCE = 480.0
 _DISK = "4m"
 
 

@@ -232,6 +232,31 @@ def test_flowers_words_become_a_way_out() -> None:
     assert "site check" in hint("")
 
 
+@pytest.mark.parametrize(
+    ("last", "said"), [("", "set them by NTP"), ("CERTIFICATE_VERIFY_FAILED", "does not fit ca.crt")]
+)
+def test_where_a_supernode_ends_without_a_word_the_server_is_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, last: str, said: str
+) -> None:
+    supernode = Supervised(
+        "supernode",
+        [sys.executable, "-c", f"print({last!r})"],
+        environment=os.environ,
+        folder=tmp_path,
+        log=tmp_path / "supernode.log",
+        logger=logging.getLogger("fedtide.site"),
+    )
+    link = _Link(supernode, "127.0.0.1:9092", lambda: None, lambda: "Invalid timestamp")
+    supernode.start()
+    while supernode.pid is not None:
+        time.sleep(0.01)
+    with caplog.at_level(logging.INFO, "fedtide.site"):
+        link.look()
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("the supernode ended")
+    assert said in told
+
+
 def test_a_server_that_stops_answering_is_said_once_and_its_return_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
