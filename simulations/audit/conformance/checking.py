@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,9 @@ from simulations.audit.evidence import Check
 
 LEVEL = 1e-6
 """How often a statistical check refuses honest code, all its comparisons together (Bonferroni)."""
+
+ANSWER = "an answer"
+"""The bound of a check that got none, as the code broke off."""
 
 Vector = npt.NDArray[np.float64]
 
@@ -22,12 +26,13 @@ def attempted(name: str, subject: str, ask: Callable[[], Sequence[Check]]) -> li
     except Exception as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         said = f"breaks off on made-up users: {type(error).__name__}: {first}"
-        return [Check(name, subject, None, "an answer", False, said)]
+        return [Check(name, subject, None, ANSWER, False, said)]
 
 
 def at_most(name: str, subject: str, measured: float, bound: float, says: str) -> Check:
     """Holds where the figure keeps the bound; a figure that is no number does not."""
-    return Check(name, subject, measured, f"at most {bound:g}", bool(measured <= bound), says)
+    figure = measured if math.isfinite(measured) else None
+    return Check(name, subject, figure, f"at most {bound:g}", bool(measured <= bound), says)
 
 
 def statistical(name: str, subject: str, measured: float, p: float, claim: str, says: str) -> Check:

@@ -23,7 +23,7 @@ from common.phases import Phase, StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian, UserSampler
 from common.wire import Request
 from common.witness import WITNESS
-from simulations.audit.conformance.checking import attempted
+from simulations.audit.conformance.checking import ANSWER, attempted
 from simulations.audit.conformance.code import Code, Everyone, SameAgain, Silence, Trainer
 from simulations.audit.conformance.noise import forked_noise, noise_checks
 from simulations.audit.conformance.reply import reply_checks
@@ -133,7 +133,8 @@ Control = tuple[str, str, Callable[[], Sequence[Check]]]
 
 def _refused(name: str, fault: str, ask: Callable[[], Sequence[Check]]) -> Check:
     found = [check for check in attempted(name, "control", ask) if check.name == name]
-    caught = next((check for check in found if not check.holds), None)
+    # Code that breaks off was not measured, so nothing is shown of the check.
+    caught = next((check for check in found if not check.holds and check.bound != ANSWER), None)
     said = f"Broken on purpose ({fault}) and {'refused' if caught else 'NOT refused: this check is blind'}."
     measured = caught.measured if caught else None
     return Check(name, f"control: {fault}", measured, "refused", caught is not None, said, control=True)

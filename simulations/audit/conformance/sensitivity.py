@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.training import StepSettings, check_rows_are_users, per_user_gradients
+from client.training import StepSettings, UnvouchedLayerError, check_rows_are_users, per_user_gradients
 from common.privacy.noise import UserSampler
 from common.witness import WITNESS
 from simulations.audit.conformance.checking import Vector, at_most
@@ -148,7 +148,10 @@ def _fields(pairs: Pairs) -> Check:
 def rows_are_users(subject: Subject) -> list[Check]:
     """Every trainable parameter has one row a user, that user's own gradient: compared with a loop over users."""
     model = subject.rewound()
-    check_rows_are_users(model)
+    try:
+        check_rows_are_users(model)
+    except UnvouchedLayerError as error:
+        return [Check("rows are users", subject.name, None, f"at most {ROW_ROOM:g}", False, str(error))]
     batch = model.prepare(subject.batch([*some_users(5, subject.items), LOUD]))
     with per_user_gradients(model) as gradients:
         together = torch.cat([rows.flatten(1) for rows in gradients(batch)], dim=1)

@@ -117,7 +117,7 @@ def sums_of(subject: Subject, code: Code) -> list[Sum]:
     return [
         Sum("popularity", statistic(Phase.POPULARITY), fields(POPULARITY, CATALOG), 8),
         Sum("transitions", statistic(Phase.TRANSITIONS), fields(TRANSITIONS, pairs), 8),
-        Sum("metrics", metrics, fields(METRICS, 3), 100, reached=0.5),
+        Sum("metrics", metrics, fields(METRICS, 3), 40, reached=0.5),
     ]
 
 

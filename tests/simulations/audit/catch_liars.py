@@ -82,12 +82,13 @@ LEVELS = {
 
 
 def trials(tools: Sequence[str], honest: int) -> Iterator[tuple[str, Liar, int]]:
-    """Every liar once for each tool that can see it, then the honest code."""
+    """Every liar once for each tool that can see it, then the honest code, all tools in turn."""
     for tool in tools:
         for liar in LIARS.values():
             if tool == "conformance" or liar.trainer is not train_round:
                 yield tool, liar, 0
-        for trial in range(honest):
+    for trial in range(honest):
+        for tool in tools:
             yield tool, HONEST, trial
 
 

@@ -12,14 +12,15 @@ from typer.testing import CliRunner
 
 from common.models.names import FAMILIES
 from simulations.audit.cli import app
-from simulations.audit.conformance.checking import LEVEL, attempted
+from simulations.audit.conformance.checking import ANSWER, LEVEL, attempted
 from simulations.audit.conformance.code import Code
+from simulations.audit.conformance.controls import _refused
 from simulations.audit.conformance.forks import in_fork
 from simulations.audit.conformance.noise import forked_noise, noise_checks
 from simulations.audit.conformance.reply import reply_checks
 from simulations.audit.conformance.sampling import RATE, USERS, judge, sampling
 from simulations.audit.conformance.sensitivity import rows_are_users, sensitivity
-from simulations.audit.conformance.subjects import MODES, Subject, a_subject
+from simulations.audit.conformance.subjects import Subject, a_subject
 from simulations.audit.conformance.suite import Options, conformance
 from simulations.audit.conformance.sums import sum_checks
 from simulations.audit.evidence import Check, read_evidence
@@ -90,7 +91,8 @@ def test_every_liar_is_refused_where_honest_code_passes(
 ) -> None:
     ask, wanted = CAUGHT_BY[name]
     found = attempted(wanted, "a liar", lambda: ASK[ask](small, separable, code_of(LIARS[name]), folder))
-    assert wanted in {check.name for check in found if not check.holds}, [check.says for check in found]
+    refused = {check.name for check in found if not check.holds and check.bound != ANSWER}
+    assert wanted in refused, [check.says for check in found]
 
 
 @pytest.mark.parametrize("ask", ASK)
@@ -112,10 +114,9 @@ def test_the_suite_finds_every_fault_that_it_makes_on_purpose() -> None:
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_user_is_one_row_of_every_family(family: str, mode: str, folder: Path) -> None:
-    subject = a_subject(folder, family, mode, "cpu")
+def test_one_user_is_one_row_of_every_family(family: str, folder: Path) -> None:
+    subject = a_subject(folder, family, "lora-held", "cpu")  # tests of training see to the other modes
     assert all(check.holds for check in rows_are_users(subject))
 
 
@@ -140,6 +141,15 @@ def test_code_that_breaks_off_does_not_hold(small: Subject) -> None:
     (found,) = attempted("sensitivity", "x", lambda: sensitivity(small, Code(trainer=breaks)))  # type: ignore[arg-type]
     assert not found.holds
     assert "no such layer" in found.says
+
+
+def test_a_fault_that_breaks_the_code_off_shows_nothing_of_the_check() -> None:
+    def breaks() -> list[Check]:
+        raise ValueError("no noise")
+
+    assert not _refused("noise level", "a fault", breaks).holds
+    passing = Check("noise level", "x", 1.0, "1", True, "fine")
+    assert not _refused("noise level", "a fault", lambda: [passing]).holds
 
 
 def poisson(steps: int = 120) -> Iterator[np.ndarray]:
