@@ -76,28 +76,32 @@ def _show(found: Evidence, file: Path | None) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    read = Table(title="items read off one update of one user", box=None, pad_edge=False)
+    read = Table(
+        title="items read off one update of one user (no bound on epsilon)", box=None, pad_edge=False
+    )
     for column in ("trained with", "sigma", "right guesses", "by chance", "DP allows"):
         read.add_column(column, justify="left" if column == "trained with" else "right")
     for row in found.series["recovery"]:
         figures = [f"{row[name]:.2f}" for name in ("precision", "chance", "ceiling")]
         read.add_row(row["variant"], f"{row['sigma']:g}", *figures)
     console.print(read)
-    members = Table(title="who was in the training", box=None, pad_edge=False)
-    for column in ("trained with", "attack", "AUC", "told at 1 % false alarms", "at 0.1 %"):
-        members.add_column(column, justify="right" if column[0] in "At" and column[1] != "r" else "left")
+    members = Table(title="who was in the training (no bound on epsilon)", box=None, pad_edge=False)
+    members.add_column("trained with", no_wrap=True)
+    members.add_column("attack", no_wrap=True)
+    for column in ("AUC", "TPR at FPR 1 %", "at 0.1 %"):
+        members.add_column(column, justify="right", no_wrap=True)
     for row in found.series["membership"]:
         told = [
-            f"{row[f'tpr_{at}']:.3f} ({row[f'low_{at}']:.3f} to {row[f'high_{at}']:.3f})"
-            for at in ("1", "01")
+            f"{row[f'tpr_{at}']:.3f} ({row[f'low_{at}']:.3f}-{row[f'high_{at}']:.3f})" for at in ("1", "01")
         ]
-        members.add_row(row["variant"], row["attack"], f"{row['auc']:.3f}", *told)
+        members.add_row(row["variant"], row["attack"], f"{row['auc']:.2f}", *told)
     console.print(members)
     for check in found.checks:
         if not check.holds:
             say(f"DOES NOT HOLD: {check.name}, {check.subject}: {check.says}; {check.bound}.")
     if found.holds:
         say("No attack got further than the mechanism allows, and both succeed where nothing protects.")
+    say("TPR, FPR: members told, others taken for members; 95 % intervals in brackets.")
     for limit in found.limits[:2]:
         say(limit)
     if file is not None:

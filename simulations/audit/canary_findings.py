@@ -111,6 +111,8 @@ def _checks(plan: CanaryPlan, found: Hunt, guesses: Guesses, silent: Guesses) ->
     subject, curve = f"{plan.model.family}, {plan.model.mode}", plan.curve(plan.rounds)
     p, without = f_dp_p(guesses, curve), f_dp_p(silent, curve)
     quietest = float(found.loudness.min())
+    chance = f"at epsilon {plan.epsilon:g} so many have a chance of {p:.2g} at most"
+    explained = f"epsilon {plan.epsilon:g} explains that" if p > 0.1 else chance
     return [
         Check(
             "guesses against the claim",
@@ -118,8 +120,7 @@ def _checks(plan: CanaryPlan, found: Hunt, guesses: Guesses, silent: Guesses) ->
             p,
             f"at least {plan.level:g}",
             not f_dp_refuted(guesses, curve, plan.level),
-            f"{guesses.right} of {guesses.made} guesses about {guesses.canaries} canaries were right; if epsilon were "
-            f"{plan.epsilon:g}, as many would be with a chance of {p:.2g} at most",
+            f"{guesses.right} of {guesses.made} guesses about {guesses.canaries} canaries were right; {explained}",
         ),
         Check(
             "canaries are loud",
