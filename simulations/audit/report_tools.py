@@ -16,6 +16,9 @@ HELD, FAILED, BLIND, NOT_RUN, STALE, DAMAGED = (
     "out of date",
     "unreadable",
 )
+UNTRIED = "no fault planted"
+WITH_CONTROLS = ("conformance", "canary", "attack")
+"""Tools that break something on purpose, unless they are told not to: without that, silence proves nothing."""
 
 QUESTIONS = {
     "conformance": "Does the code that sites run do what the record says, on made-up users?",
@@ -33,6 +36,7 @@ _SAYS = {
     HELD: "every check held",
     FAILED: "at least one check did not hold",
     BLIND: "it missed a fault that was planted on purpose, so what it says counts for nothing",
+    UNTRIED: "nothing was broken on purpose, so nothing shows that it would have seen it: run it again in full",
     NOT_RUN: "not run",
     STALE: "it was run on another record than the one in this folder: run it again",
     DAMAGED: "its file cannot be read: run it again",
@@ -41,7 +45,7 @@ _SAYS = {
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One tool and its state: `held`, `failed`, `blind`, `not run`, `out of date` or `unreadable`."""
+    """One tool, its state (one of the names above), and what it found."""
 
     name: str
     state: str
@@ -99,4 +103,7 @@ def _state(found: Evidence, record: str) -> str:
         return STALE
     if any(not check.holds for check in found.checks if check.control):
         return BLIND
-    return HELD if any(not check.control for check in found.checks) else DAMAGED
+    if not any(not check.control for check in found.checks):
+        return DAMAGED
+    planted = any(check.control for check in found.checks)
+    return HELD if planted or found.tool not in WITH_CONTROLS else UNTRIED

@@ -124,6 +124,7 @@ def unverified(report: Report) -> list[str]:
         "code that is installed where the audit is made.",
         "That a site's log holds each person once, and that its catalog is public.",
         "That the random numbers of a site's operating system are random.",
+        "That the tools looked as hard as they can: their settings stand beside what they found, in item 11.",
         "That nobody chose the plan after looking at private results: the record cannot show it.",
         "When a reply arrived: the server sees it, and a larger sample takes longer.",
         "That the evidence of the tools is genuine: it is read from files in the run's folder. Whoever doubts it "

@@ -55,8 +55,9 @@ def canary() -> Evidence:
          "f_dp": 0.35 * math.sqrt(number)}
         for number in range(1, ROUNDS + 1)
     ]  # fmt: skip
+    control = Check("f-DP one run", "noise off", 6.1, "more than 2.0", True, "caught", control=True)
     check = Check("f-DP one run", "recommend", 0.78, "at most 2.0", True, "planted users stay hidden enough")
-    return Evidence("canary", "fedtide audit canary RUN", [check], {"canaries": 1000, "epsilon": 2.0},
+    return Evidence("canary", "fedtide audit canary RUN", [check, control], {"canaries": 1000, "epsilon": 2.0},
                     {"rounds": rounds}, [], 9.0)  # fmt: skip
 
 
@@ -73,9 +74,10 @@ def attack() -> Evidence:
         {"variant": "no noise", "sigma": 0.0, "precision": 1.0, "chance": 0.1},
         {"variant": "this run", "sigma": 3.0, "precision": 0.12, "chance": 0.1},
     ]
+    control = Check("recovery", "no noise", 1.0, "at least 0.9", True, "the attack works", control=True)
     check = Check(
         "recovery", "this run", 0.12, "near chance, 0.1", True, "items cannot be read off an update"
     )
-    return Evidence("attack", "fedtide audit attack RUN", [check], {},
+    return Evidence("attack", "fedtide audit attack RUN", [check, control], {},
                     {"roc": {"loss threshold": curves}, "dp_boundary": boundary, "recovery": recovery},
                     ["Attacks are no bound on epsilon."], 60.0)  # fmt: skip

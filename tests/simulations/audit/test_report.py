@@ -266,6 +266,16 @@ def test_evidence_that_fails_misses_or_is_about_something_else_never_holds(
     assert build_report(run).tools[1].state == "unreadable"
 
 
+def test_a_tool_that_planted_no_fault_is_not_believed(run: Path) -> None:
+    write_evidence(run)
+    found = report_cases.conformance()
+    replace(found, checks=[check for check in found.checks if not check.control]).write(run)
+    code, html, said = command(run)
+    assert (code, said["verdict"]) == (0, "not fully checked")
+    assert said["tools"][0]["state"] == "no fault planted"
+    assert "– no fault planted" in html
+
+
 def test_names_and_evidence_are_text_and_nothing_else(run: Path) -> None:
     evil = "<script>alert('x')</script>\x1b[2J$x^2$"
     with sqlite3.connect(run / "sites" / "registry" / "registry.sqlite") as db:
