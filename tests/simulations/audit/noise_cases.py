@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from client.training import StepSettings, train_round
 from common.config import Plan, make_plan
@@ -60,8 +61,21 @@ def made_run(
     return folder
 
 
+class Draws(Protocol):
+    """Where simulated noise comes from."""
+
+    def standard_normal(self, size: int) -> npt.NDArray[np.float64]: ...
+
+    def chisquare(self, degrees: int) -> float: ...
+
+
 def simulated(
-    chance: np.random.Generator, *, sites: int = 3, rounds: int = 6, places: int = 64, factor: float = 1.0
+    chance: Draws | np.random.Generator,
+    *,
+    sites: int = 3,
+    rounds: int = 6,
+    places: int = 64,
+    factor: float = 1.0,
 ) -> list[Release]:
     """Releases of sites whose noise is Gaussian of `factor` of the claimed, witness and rest."""
     rest = 500
