@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from client.ledger import utc_day
-from simulations.benchmarks.ledger import DOCUMENT, Row, add_to_document, as_table
+from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 from simulations.faults.place import Place
 from simulations.faults.tiny import tiny_plan, write_data, write_language_model
 
@@ -160,8 +158,8 @@ def as_markdown(rounds: list[Round], load: tuple[float, float]) -> str:
     lines = [
         "## Rounds between organisations",
         "",
-        f"`python -m simulations.benchmarks.deployment`, {os.cpu_count()} cores ({platform.machine()}), "
-        f"{platform.system()}, {utc_day()}; {len(rounds)} rounds after two that warm up. Server and sites share the "
+        f"`python -m simulations.benchmarks.deployment`, {machine()}; "
+        f"{len(rounds)} rounds after two that warm up. Server and sites share the "
         f"machine; its load (one minute's) was {load[0]:.1f} before and {load[1]:.1f} after, where 1 a core is full: "
         "what is CPU took longer by as much. Parts along the site that answered last:",
         "",

@@ -7,8 +7,6 @@ ten steps, random item vectors), admission at the server, and the verification o
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -33,21 +31,11 @@ from common.privacy.renyi import cap_of, charge_of
 from common.wire import Update, answer_to_records, state_to_bytes
 from server.admission import Admitted, Expectation, admit
 from server.registry import Registry
+from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 
-DOCUMENT = Path("docs/benchmarks.md")
 USERS, ITEMS = 94, 1682
 CHEAP = PoissonSubsampledGaussian(0.5, 60.0, 10)
 _HASH, _NONCE = "a" * 64, "b" * 32
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. `target` None: for information."""
-
-    what: str
-    value: str
-    target: str | None = None
-    met: bool | None = None
 
 
 def demo_plan() -> Plan:
@@ -226,29 +214,7 @@ def measure(folder: Path, *, rounds: int, entries: int) -> list[Row]:
 
 def as_markdown(rows: list[Row], command: str) -> str:
     """A section for the page of benchmarks."""
-    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, {utc_day()}"
-    return "\n".join(["## The ledger", "", f"`{command}`, {machine}.", "", *as_table(rows), ""])
-
-
-def as_table(rows: list[Row]) -> list[str]:
-    """The lines of a table."""
-    words = {True: "met", False: "**missed**", None: ""}
-    lines = [f"| {row.what} | {row.value} | {row.target or ''} | {words[row.met]} |" for row in rows]
-    return ["| what | measured | target | |", "|---|---|---|---|", *lines]
-
-
-def add_to_document(section: str) -> None:
-    """Puts a section on the page, in the place of the one that has its heading, or at the end."""
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else "# Benchmarks\n"
-    begin, *others = before.rstrip().split("\n## ")
-    heading, body = section.splitlines()[0].removeprefix("## "), section.rstrip().removeprefix("## ")
-    headings = [each.splitlines()[0] for each in others]
-    if heading in headings:
-        others[headings.index(heading)] = body + "\n"
-    else:
-        others = [*(f"{each.rstrip()}\n" for each in others), body]
-    DOCUMENT.write_text("\n## ".join([begin, *others]).rstrip() + "\n", encoding="utf-8")
+    return "\n".join(["## The ledger", "", f"`{command}`, {machine()}.", "", *as_table(rows), ""])
 
 
 def main() -> None:

@@ -8,15 +8,13 @@ parameters, whatever it says.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import tempfile
 from pathlib import Path
 
 from flwr.app import RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from client.ledger import Ledger, utc_day
+from client.ledger import Ledger
 from common.assets import home, language_model
 from common.config import Plan, make_plan
 from common.models.build import build_model, item_texts
@@ -24,7 +22,7 @@ from common.phases import Phase
 from common.privacy.anchors import Countersignature
 from common.wire import Request, State, Update, answer_to_records, request_to_records, state_to_bytes
 from server.registry import Registry
-from simulations.benchmarks.ledger import DOCUMENT, Row, add_to_document, as_table
+from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 from simulations.datasets import load_movielens_100k
 
 _NONCE = "ab" * 16
@@ -118,9 +116,8 @@ def main() -> None:
                 share < _MOST,
             ),
         ]
-    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, {utc_day()}"
     command = "python -m simulations.benchmarks.message_sizes"
-    section = "\n".join(["## Bytes of a round", "", f"`{command}`, {machine}.", "", *as_table(rows), ""])
+    section = "\n".join(["## Bytes of a round", "", f"`{command}`, {machine()}.", "", *as_table(rows), ""])
     print(section)
     if not arguments.no_document:
         add_to_document(section)
