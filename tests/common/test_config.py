@@ -170,6 +170,7 @@ ONLY_TOGETHER = {
     ("statistics", "transition_share"),
     ("model", "adapter"),
     ("model", "members"),
+    ("training", "head_rounds"),
 }
 """Fields with no other value that is allowed alone."""
 

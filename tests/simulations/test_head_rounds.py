@@ -67,3 +67,9 @@ def test_head_rounds_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=says):
         make_plan({"model": model, "training": training})
+
+
+def test_head_rounds_are_part_of_what_a_plan_means() -> None:
+    lora = {"model": {"mode": "lora"}}
+    digests = {make_plan(lora | {"training": {"head_rounds": held}}).digest() for held in (0, 1, 2)}
+    assert len(digests) == 3
