@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from simulations.audit import charts
 from simulations.audit.findings import TOLERANCE
@@ -16,6 +20,7 @@ from simulations.audit.report_tools import NOT_RUN
 
 _HERE = Path(__file__).parent
 _LONGEST = 400
+_CODE = re.compile(r"`([^`]+)`")
 
 
 class PageError(RuntimeError):
@@ -28,10 +33,6 @@ def page(report: Report) -> str:
     Raises:
         PageError: a library that it needs is not installed.
     """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise PageError("the page needs jinja2 and matplotlib: pip install 'fedtide[audit]'") from error
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -39,7 +40,7 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "parameter": parameter}
+    environment.filters |= {"figure": figure, "parameter": parameter, "prose": prose}
     said = report.as_json()
     html = environment.get_template("page.html.j2").render(
         r=printable(said),
@@ -69,7 +70,7 @@ def figures(report: Report) -> dict[str, charts.Chart]:
     try:
         import matplotlib  # noqa: F401 (asked for here, so that the message is one line)
     except ImportError as error:
-        raise PageError("the page needs jinja2 and matplotlib: pip install 'fedtide[audit]'") from error
+        raise PageError("the page's charts need matplotlib: pip install 'fedtide[audit]'") from error
     made = [
         charts.epsilon_by_round(report.ledgers, report.plan.privacy.epsilon),
         charts.burn_down(report.ledgers),
@@ -97,6 +98,12 @@ def figure(value: object, digits: int | None = None) -> str:
     text = f"{value}" if isinstance(value, int) else f"{value:.4g}"
     mantissa, letter, exponent = text.partition("e")
     return f"{mantissa}{letter}{int(exponent)}".replace("-", "\u2011") if letter else text
+
+
+def prose(text: object) -> Markup:
+    """A sentence as HTML: `commands` as code, and no line that begins with a percent sign."""
+    safe = str(escape(str(text)))
+    return Markup(_CODE.sub(r"<code>\1</code>", safe).replace(" %", "&nbsp;%"))
 
 
 def parameter(value: object) -> str:

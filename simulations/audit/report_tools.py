@@ -52,11 +52,6 @@ class Tool:
     evidence: Evidence | None = None
 
     @property
-    def counts(self) -> bool:
-        """Whether the report may lean on what it found."""
-        return self.state in (HELD, FAILED)
-
-    @property
     def says(self) -> str:
         """The state as a line."""
         caught = any(check.control for check in self.evidence.checks) if self.evidence is not None else False

@@ -141,13 +141,7 @@ def unverified(report: Report) -> list[str]:
             "that keeps its own copy of them can tell."
         )
     said += [f"{tool.name}: {tool.says}." for tool in report.tools if tool.state != HELD]
-    limits = [
-        limit
-        for tool in report.tools
-        if tool.evidence is not None and tool.counts
-        for limit in tool.evidence.limits
-    ]
-    return said + [str(limit) for limit in dict.fromkeys(map(str, limits))]
+    return said
 
 
 def commands() -> list[tuple[str, str]]:

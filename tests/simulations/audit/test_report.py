@@ -30,7 +30,7 @@ from simulations.audit.cli import app
 from simulations.audit.evidence import TOOLS, Check
 from simulations.audit.findings import Figures, Findings, SiteFinding
 from simulations.audit.full import run_tools
-from simulations.audit.page import page
+from simulations.audit.page import page, prose
 from simulations.audit.report import Report, build_report, check_promise, holds
 from simulations.audit.report_record import odds
 from simulations.audit.report_tools import COMMANDS
@@ -129,7 +129,7 @@ def test_json_says_the_same_as_the_page(whole: tuple[Report, str]) -> None:
     for digest in [*said["digests"].values(), said["plan_digest"], said["code"]]:
         assert digest in html
     for line in [*said["not_protected"], *said["unverified"], *said["sentences"].values()]:
-        assert line.replace("'", "&#39;") in html
+        assert str(prose(line)) in html
     assert {f"{site['figures']['pld']:.4f}" for site in said["sites"]} <= set(re.findall(r"\d+\.\d{4}", html))
 
 
