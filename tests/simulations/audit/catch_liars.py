@@ -9,6 +9,7 @@ time. Seconds are of the processor's time, so that a busy machine does not chang
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import tempfile
 import time
@@ -37,12 +38,20 @@ from tests.simulations.audit.noise_cases import made_run
 
 HONEST = Liar("honest", "the trainer, the releases and the reply as they are")
 BEGIN, END = "<!-- liars: made by tests/simulations/audit/catch_liars.py -->", "<!-- liars end -->"
+FIRST = (
+    *("sensitivity", "own row", "update fields", "noise level", "every coordinate", "new noise", "sampling"),
+    *("level", "repeat", "outlier"),
+)
+"""Checks that a cell names first, as they say most plainly what is wrong."""
+
 ROUNDS, CANARIES, CANARY_LEVEL = 20, 400, 0.01
 
 
 @cache
 def _workshop() -> Workshop:
-    return Workshop(Path(tempfile.mkdtemp(prefix="fedtide-liars-")))
+    folder = tempfile.TemporaryDirectory(prefix="fedtide-liars-")
+    atexit.register(folder.cleanup)
+    return Workshop(Path(folder.name))
 
 
 def by_conformance(liar: Liar, trial: int) -> Evidence:
@@ -130,7 +139,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "-"
-    names, seconds = rows[0]["refused"], f"{rows[0]['seconds']:.1f} s"
+    refused, seconds = rows[0]["refused"], f"{rows[0]['seconds']:.1f} s"
+    names = sorted(refused, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     if not names:
         return f"passes ({seconds})"
     return f"**{', '.join(names[:2])}**{f' and {len(names) - 2} more' if names[2:] else ''} ({seconds})"

@@ -312,19 +312,23 @@ def tells_the_loss(
     return {**update, "loss": _mean_loss(model, histories).reshape(1)}
 
 
-def hides_the_loss(
-    model: InterestModel,
-    histories: HistoryBatch,
-    settings: StepSettings,
-    *,
-    sampler: UserSampler,
-    noise: GaussianNoise,
-) -> dict[str, Tensor]:
-    """An update of the right form, whose last coordinate is the users' mean loss before the round."""
-    loss = _mean_loss(model, histories)
-    update = train_round(model, histories, settings, sampler=sampler, noise=noise)
-    update[list(update)[-1]].view(-1)[-1] = loss
-    return update
+def hides_the_loss(name_of: Callable[[list[str]], str]) -> Trainer:
+    """A trainer whose update has the right form, but the users' mean loss before the round at one tensor's end."""
+
+    def trainer(
+        model: InterestModel,
+        histories: HistoryBatch,
+        settings: StepSettings,
+        *,
+        sampler: UserSampler,
+        noise: GaussianNoise,
+    ) -> dict[str, Tensor]:
+        loss = _mean_loss(model, histories)
+        update = train_round(model, histories, settings, sampler=sampler, noise=noise)
+        update[name_of(list(update))].view(-1)[-1] = loss
+        return update
+
+    return trainer
 
 
 def _mean_loss(model: InterestModel, histories: HistoryBatch) -> Tensor:
@@ -395,7 +399,12 @@ _ALL = [
     Liar("counted normaliser", "divides by its number of users", draws(settings_of=_counted_normaliser)),
     Liar("skips empty batches", "takes no step where nobody was drawn", adds_up(each_user, skip_empty=True)),
     Liar("loss beside the update", "sends the users' loss as one tensor more", tells_the_loss),
-    Liar("loss in the update", "hides the users' loss in one coordinate", hides_the_loss),
+    Liar(
+        "loss in the update",
+        "hides the users' loss in the update's last place",
+        hides_the_loss(lambda names: names[-1]),
+    ),
+    Liar("loss in a weight", "hides the users' loss in one weight", hides_the_loss(lambda names: names[0])),
     Liar("exact hits", "releases metrics of which the hits have no noise", metrics=exact_hits),
     Liar("users counted", "releases its number of users beside metrics", metrics=extra_metric),
     Liar("count in the reply", "sends its number of users in the reply", reply=reply_with_a_count),

@@ -24,6 +24,7 @@ from simulations.audit.conformance.subjects import Subject, a_subject
 from simulations.audit.conformance.suite import Options, conformance
 from simulations.audit.conformance.sums import sum_checks
 from simulations.audit.evidence import Check, read_evidence
+from tests.simulations.audit.catch_liars import BEGIN, END, table, write_table
 from tests.simulations.audit.liars import LIARS, Liar
 
 Ask = Callable[[Subject, Subject, Code, Path], Sequence[Check]]
@@ -58,6 +59,7 @@ CAUGHT_BY: dict[str, tuple[str, str]] = {
     "counted normaliser": ("training", "own row"),
     "loss beside the update": ("training", "update fields"),
     "loss in the update": ("noise", "every coordinate"),
+    "loss in a weight": ("noise", "every coordinate"),
     "exact hits": ("metrics", "sum noise"),
     "users counted": ("metrics", "sum fields"),
     "count in the reply": ("reply", "nothing else leaves"),
@@ -201,3 +203,26 @@ def test_the_command_writes_evidence_and_refuses_what_it_does_not_know(
         refused = CliRunner().invoke(app, ["conformance", *wrong])
         assert refused.exit_code == 2
         assert wrong[1] in refused.output
+
+
+def test_the_table_of_liars_names_who_was_caught_by_what_and_replaces_the_one_before(tmp_path: Path) -> None:
+    rows = [
+        {"tool": "conformance", "liar": "noise off", "trial": 0, "refused": ["noise level"], "seconds": 1.5},
+        {"tool": "noise", "liar": "clipping off", "trial": 0, "refused": [], "seconds": 0.7},
+        {"tool": "conformance", "liar": "honest", "trial": 0, "refused": [], "seconds": 1.0},
+        {"tool": "conformance", "liar": "honest", "trial": 1, "refused": ["normal"], "seconds": 1.0},
+    ]
+    said = table(rows)
+    assert "| noise off | adds no noise | **noise level** (1.5 s) | - |" in said
+    assert "| clipping off | clips nobody | - | passes (0.7 s) |" in said
+    assert "1 of 2" in said
+    assert said.count("\n| ") == len(LIARS) + 1  # a row each, and the honest
+    page = tmp_path / "audit.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_table(page, said)
+    assert page.read_text() == f"before\n{BEGIN}\n{said}\n{END}\nafter\n"
+
+
+def test_every_liar_is_in_the_documents_table() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "audit.md").read_text(encoding="utf-8")
+    assert all(f"| {name} | {liar.does} | **" in page for name, liar in LIARS.items())
