@@ -236,9 +236,9 @@ def lower_bounds(series: Mapping[str, Any]) -> Chart:
     return _chart(
         "canaries",
         "What planted users gave away",
-        "Epsilon is at least what the lower lines say, with 95 % confidence, and must not be more than claimed: a "
-        "lower line above the upper one would refute the claim. The same code is audited at a small epsilon of "
-        "its own, because at a large one no single run could fail.",
+        "Epsilon is at least what the lower lines say, each with 95 % confidence: one above the upper line would speak "
+        "against the claim. The same code is audited at a small epsilon of its own, because at a large one no "
+        "single run could fail.",
         draw,
     )
 
@@ -263,7 +263,7 @@ def roc(series: Mapping[str, Any]) -> Chart:
             )
         if series.get("dp_boundary"):
             xs, ys = _above(series["dp_boundary"])
-            axes.plot(xs, ys, color=INK, linewidth=2.2, label="most that the claim allows")
+            axes.plot(xs, ys, color=INK, linewidth=2.2, label="most that the noise allows")
         axes.plot(
             [_SMALLEST_RATE, 1], [_SMALLEST_RATE, 1], color=INK, linewidth=0.9, linestyle=":", label="chance"
         )
@@ -282,7 +282,8 @@ def roc(series: Mapping[str, Any]) -> Chart:
         "roc",
         "Telling who took part",
         "The higher a line, the better the attack; the dotted line is chance, and the thick one the most that the "
-        "claim allows anyone. What these attacks fail to find is no bound on what better ones would.",
+        "noise of the attacked model allows anyone. What these attacks fail to find is no bound on what better "
+        "ones would.",
         draw,
     )  # fmt: skip
 

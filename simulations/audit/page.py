@@ -20,6 +20,7 @@ from simulations.audit.report_tools import NOT_RUN
 
 _HERE = Path(__file__).parent
 _LONGEST = 400
+_MOST_LIES = 12  # on the page; all are in the JSON, and `fedtide audit receipts` tells each
 _CODE = re.compile(r"`([^`]+)`")
 
 
@@ -41,12 +42,13 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": figure, "parameter": parameter, "prose": prose}
-    said = report.as_json()
+    said, lies = report.as_json(), grouped(report.findings.lies)
     html = environment.get_template("page.html.j2").render(
         r=printable(said),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
         charts=figures(report),
-        lies=printable(grouped(report.findings.lies)),
+        lies=printable(lies[:_MOST_LIES]),
+        more_lies=max(0, len(lies) - _MOST_LIES),
         failing=[
             (tool["tool"], check)
             for tool in printable(said["tools"])

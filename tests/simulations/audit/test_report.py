@@ -141,7 +141,7 @@ def test_a_tool_that_was_not_run_is_never_a_tick(missing: str, whole: tuple[Repo
         for tool in report.tools
     ]
     html = page(replace(report, tools=tools))
-    row = re.search(rf"<tr><td[^>]*>[^<]*</td><td>{missing}</td>.*?</tr>", html, flags=re.DOTALL)
+    row = re.search(rf"<tr><td>{missing}</td>.*?</tr>", html, flags=re.DOTALL)
     assert row is not None
     assert "– not run" in row.group()
     assert COMMANDS[missing] in row.group()
