@@ -27,7 +27,7 @@ from simulations.audit.attack_findings import (
     recovery_row,
 )
 from simulations.audit.attack_plan import OWN, AttackPlan
-from simulations.audit.canary import Trainer, canary_model
+from simulations.audit.canary import canary_model
 from simulations.audit.evidence import Evidence
 from simulations.audit.membership import (
     ATTACKS,
@@ -41,6 +41,7 @@ from simulations.audit.membership import (
     train_without_privacy,
 )
 from simulations.audit.recovery import CLIPPING_ONLY, NO_DP, Variant, random_histories, recover
+from simulations.audit.trainers import Trainer
 
 PLAIN_STEPS, PLAIN_RATE = 100, 0.01
 SIGMAS = (0.1, 0.3, 1.0)

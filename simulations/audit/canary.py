@@ -28,23 +28,13 @@ from common.models.interface import InterestModel
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
 from simulations.audit.canary_plan import CanaryError, CanaryPlan
 from simulations.audit.one_run import Floats
+from simulations.audit.trainers import Trainer
 from simulations.faults.tiny import write_language_model
-
-Trainer = Callable[..., dict[str, Tensor]]
-"""`client.training.train_round`, or what stands in for it in a test."""
 
 MICRO_BATCH = 64
 
 MOST_NUMBERS = 1 << 30
 """Of gradients held at once: 4 GiB."""
-
-
-class Silence:
-    """No noise at all: for positive controls and attacks, here and nowhere in a site's code."""
-
-    def normal(self, size: int) -> Floats:
-        """Zeros, float64 [size]."""
-        return np.zeros(size)
 
 
 @dataclass(frozen=True)

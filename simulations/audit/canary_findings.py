@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from simulations.audit.canary import Hunt, Silence, Trainer, canary_histories, canary_model, hunt, loudness
+from simulations.audit.canary import Hunt, canary_histories, canary_model, hunt, loudness
 from simulations.audit.canary_plan import CanaryError, CanaryPlan, Registration
 from simulations.audit.evidence import Check, Evidence
 from simulations.audit.one_run import (
@@ -24,6 +24,7 @@ from simulations.audit.one_run import (
     guess_extremes,
     steinke_bound,
 )
+from simulations.audit.trainers import Silence, Trainer
 
 SHOWN_LEVEL = 0.05
 """Of the lower bounds that are printed. The verdict is by the plan's own level."""

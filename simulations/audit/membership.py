@@ -20,8 +20,8 @@ from client.training import StepSettings, train_round
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
-from simulations.audit.canary import Trainer
 from simulations.audit.one_run import Floats, clopper_pearson
+from simulations.audit.trainers import Trainer
 
 Booleans = npt.NDArray[np.bool_]
 ATTACKS = ("loss threshold", "calibrated", "LiRA")

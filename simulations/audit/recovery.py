@@ -20,8 +20,9 @@ from client.training import StepSettings, train_round
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler
-from simulations.audit.canary import Silence, Trainer, loudness
+from simulations.audit.canary import loudness
 from simulations.audit.one_run import Floats, gaussian_curve
+from simulations.audit.trainers import Silence, Trainer
 
 EVENTS = 12
 PRIOR = "item_prior.weight"

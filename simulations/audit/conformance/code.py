@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,33 +12,17 @@ from torch import Tensor
 
 from client.site import Site, answer
 from client.statistics import release_metrics, release_statistics
-from client.training import StepSettings, train_round
+from client.training import train_round
 from common.config import Plan
 from common.events.histories import Histories
-from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.phases import StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
 from common.wire import Request, answer_to_records
+from simulations.audit.trainers import Trainer
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
-
-
-class Trainer(Protocol):
-    """What `client.training.train_round` is."""
-
-    def __call__(
-        self,
-        model: InterestModel,
-        histories: HistoryBatch,
-        settings: StepSettings,
-        *,
-        sampler: UserSampler,
-        noise: GaussianNoise,
-    ) -> dict[str, Tensor]:
-        """The update of one round."""
-        ...
 
 
 StatisticsRelease = Callable[[Histories, int, StatisticsPlan, Request, GaussianNoise, int], dict[str, Tensor]]
@@ -86,14 +70,6 @@ class Chosen:
     def sample(self, users: int, rate: float) -> npt.NDArray[np.bool_]:
         """Those of the mask."""
         return self.mask
-
-
-class Silence:
-    """No noise, so that what a step made of its users can be read."""
-
-    def normal(self, size: int) -> npt.NDArray[np.float64]:
-        """Zeros."""
-        return np.zeros(size)
 
 
 class SameAgain:

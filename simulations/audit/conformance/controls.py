@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,11 @@ from common.events.histories import Histories
 from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
 from common.phases import Phase, StatisticsPlan
-from common.privacy.noise import GaussianNoise, SecureGaussian, UserSampler
+from common.privacy.noise import GaussianNoise, SecureGaussian
 from common.wire import Request
 from common.witness import WITNESS
 from simulations.audit.conformance.checking import ANSWER, attempted
-from simulations.audit.conformance.code import Code, Everyone, SameAgain, Silence, Trainer
+from simulations.audit.conformance.code import Code, Everyone, SameAgain
 from simulations.audit.conformance.noise import forked_noise, noise_checks
 from simulations.audit.conformance.reply import reply_checks
 from simulations.audit.conformance.sampling import RATE, STEPS, USERS, forked_sampling, judge, sampling
@@ -32,24 +33,13 @@ from simulations.audit.conformance.sensitivity import rows_are_users, sensitivit
 from simulations.audit.conformance.subjects import Subject, a_subject
 from simulations.audit.conformance.sums import sum_checks
 from simulations.audit.evidence import Check
+from simulations.audit.trainers import ChangedNoise, Normals, Silence, Trainer, changed_trainer
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-Normals = npt.NDArray[np.float64]
 Masks = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Changed:
-    """The real generator's normals, changed."""
-
-    change: Callable[[Normals], Normals]
-
-    def normal(self, size: int) -> Normals:
-        """Changed normals."""
-        return self.change(SecureGaussian().normal(size))
 
 
 class InMemory:
@@ -90,31 +80,6 @@ def _in_the_witness(update: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**update, WITNESS: update[WITNESS] + size}
 
 
-def changed_trainer(
-    code: Code,
-    *,
-    settings_of: Callable[[StepSettings, int], StepSettings] = lambda settings, _: settings,
-    rows_of: Callable[[HistoryBatch], HistoryBatch] = lambda batch: batch,
-    sampler_of: Callable[[UserSampler], UserSampler] = lambda sampler: sampler,
-    update_of: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda update: update,
-) -> Code:
-    """The code with a trainer that is handed something else than it was asked to work with, or hands out more."""
-    real: Trainer = code.trainer
-
-    def trainer(
-        model: InterestModel,
-        histories: HistoryBatch,
-        settings: StepSettings,
-        *,
-        sampler: UserSampler,
-        noise: GaussianNoise,
-    ) -> dict[str, Tensor]:
-        given = settings_of(settings, len(histories))
-        return update_of(real(model, rows_of(histories), given, sampler=sampler_of(sampler), noise=noise))
-
-    return replace(code, trainer=trainer)
-
-
 def controls(code: Code, folder: Path) -> list[Check]:
     """One check for each fault: whether it was refused by the check that is meant to refuse it."""
     small = a_subject(folder, "recommend", "vectors", "cpu")
@@ -147,18 +112,24 @@ def _of_training(subject: Subject, code: Code) -> Iterator[Control]:
     def counted(settings: StepSettings, users: int) -> StepSettings:
         return replace(settings, normaliser=float(max(users, 1)))
 
-    unclipped = changed_trainer(code, settings_of=clipped_late)
-    twice = changed_trainer(code, rows_of=lambda batch: concatenate([batch, batch]))
-    normalised = changed_trainer(code, settings_of=counted)
-    everyone = changed_trainer(code, sampler_of=lambda _: Everyone())
-    yield "sensitivity", "nobody clipped", lambda: sensitivity(subject, unclipped)
-    yield "sensitivity", "each user in two rows", lambda: sensitivity(subject, twice)
-    yield "own row", "divided by the number of users", lambda: sensitivity(subject, normalised)
-    yield "absent user", "everyone in every step", lambda: sensitivity(subject, everyone)
-    more = changed_trainer(code, update_of=lambda update: {**update, "loss": torch.zeros(1)})
-    touched = changed_trainer(code, update_of=_in_the_witness)
-    yield "witness", "the size of the update in the witness", lambda: sensitivity(subject, touched)
-    yield "update fields", "a loss beside the update", lambda: sensitivity(subject, more)
+    changed = partial(changed_trainer, code.trainer)
+
+    def seen(trainer: Trainer) -> Callable[[], Sequence[Check]]:
+        return lambda: sensitivity(subject, replace(code, trainer=trainer))
+
+    def with_loss(update: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**update, "loss": torch.zeros(1)}
+
+    yield "sensitivity", "nobody clipped", seen(changed(settings_of=clipped_late))
+    yield (
+        "sensitivity",
+        "each user in two rows",
+        seen(changed(rows_of=lambda rows: concatenate([rows, rows]))),
+    )
+    yield "own row", "divided by the number of users", seen(changed(settings_of=counted))
+    yield "absent user", "everyone in every step", seen(changed(sampler_of=lambda *_: Everyone()))
+    yield "witness", "the size of the update in the witness", seen(changed(update_of=_in_the_witness))
+    yield "update fields", "a loss beside the update", seen(changed(update_of=with_loss))
     yield "rows are users", "a loss that mixes users", lambda: _mixed(subject)
 
 
@@ -189,10 +160,13 @@ def _of_noise(subject: Subject, code: Code) -> Iterator[Control]:
     def with_noise(make: Callable[[], Any]) -> Callable[[], Sequence[Check]]:
         return lambda: noise_checks(subject, replace(code, noise=make), 4)
 
-    yield "noise level", "half the noise", with_noise(lambda: Changed(lambda n: 0.5 * n))
-    yield "noise with users", "half the noise", with_noise(lambda: Changed(lambda n: 0.5 * n))
-    yield "every coordinate", "one coordinate without noise", with_noise(lambda: Changed(_without_first))
-    yield "normal", "heads or tails for noise", with_noise(lambda: Changed(_coins))
+    def changed(change: Callable[[Normals], Normals]) -> Callable[[], Sequence[Check]]:
+        return with_noise(lambda: ChangedNoise(SecureGaussian(), change))
+
+    yield "noise level", "half the noise", changed(lambda normals: 0.5 * normals)
+    yield "noise with users", "half the noise", changed(lambda normals: 0.5 * normals)
+    yield "every coordinate", "one coordinate without noise", changed(_without_first)
+    yield "normal", "heads or tails for noise", changed(_coins)
     yield "new noise", "one stream for every round", with_noise(again.rewind)
     yield (
         "forked noise",
@@ -238,7 +212,7 @@ def _of_sums(subject: Subject, code: Code, folder: Path) -> Iterator[Control]:
     def leaking(
         model: InterestModel, histories: Histories, held_out: Rows, plan: Plan, noise: GaussianNoise
     ) -> dict[str, Tensor]:
-        return code.metrics(model, histories, held_out, plan, Changed(_without_first))
+        return code.metrics(model, histories, held_out, plan, ChangedNoise(SecureGaussian(), _without_first))
 
     def counting(
         model: InterestModel, histories: Histories, held_out: Rows, plan: Plan, noise: GaussianNoise

@@ -17,10 +17,11 @@ from common.models.interface import InterestModel
 from common.privacy.noise import UserSampler
 from common.privacy.statistics import sampler_dispersion
 from simulations.audit.conformance.checking import Vector, corrected, statistical
-from simulations.audit.conformance.code import Code, Everyone, Silence
+from simulations.audit.conformance.code import Code, Everyone
 from simulations.audit.conformance.forks import in_fork
 from simulations.audit.conformance.subjects import Subject, in_steps, one_step
 from simulations.audit.evidence import Check
+from simulations.audit.trainers import Silence
 
 USERS, STEPS = 40, 120
 RATE = 0.25

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
-from client.site import Site, answer
+from client.site import Site
 from client.statistics import release_metrics
 from client.training import StepSettings, clipped_sum, per_user_gradients, train_round
 from common.config import Plan
@@ -26,7 +26,9 @@ from common.models.interface import InterestModel
 from common.models.tasks.next_item import NextItem
 from common.privacy.noise import GaussianNoise, UserSampler, private_sum
 from common.sums import METRICS
-from common.wire import Request, answer_to_records
+from common.wire import Request
+from simulations.audit.conformance.code import MetricsRelease, Reply, site_reply
+from simulations.audit.trainers import ChangedNoise, Trainer, changed_trainer
 from tests.client.test_training_noise import FixedBatches, SameUsers, ShuffledEpochs
 from tests.client.training_cases import SeededGaussian
 
@@ -35,33 +37,8 @@ _GENERATOR = np.random.default_rng(20)
 _SHUFFLED: dict[int, ShuffledEpochs] = {}
 
 
-class Trainer(Protocol):
-    """What `client.training.train_round` is."""
-
-    def __call__(
-        self,
-        model: InterestModel,
-        histories: HistoryBatch,
-        settings: StepSettings,
-        *,
-        sampler: UserSampler,
-        noise: GaussianNoise,
-    ) -> dict[str, Tensor]:
-        """The update of one round."""
-        ...
-
-
 Gradients = Callable[[HistoryBatch], list[Tensor]]
 StepSum = Callable[[InterestModel, Gradients, HistoryBatch, float], Tensor]
-MetricsRelease = Callable[
-    [InterestModel, Histories, npt.NDArray[np.int64], Plan, GaussianNoise], dict[str, Tensor]
-]
-Reply = Callable[[Site, Request], RecordDict]
-
-
-def honest_reply(site: Site, request: Request) -> RecordDict:
-    """What a site sends."""
-    return answer_to_records(answer(site, request))
 
 
 @dataclass(frozen=True)
@@ -79,21 +56,7 @@ class Liar:
     does: str
     trainer: Trainer = train_round
     metrics: MetricsRelease = release_metrics
-    reply: Reply = honest_reply
-
-
-class Changed:
-    """A generator's normals, changed on the way."""
-
-    def __init__(
-        self,
-        noise: GaussianNoise,
-        change: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
-    ) -> None:
-        self.noise, self.change = noise, change
-
-    def normal(self, size: int) -> npt.NDArray[np.float64]:
-        return self.change(self.noise.normal(size))
+    reply: Reply = site_reply
 
 
 class OneDraw:
@@ -222,58 +185,16 @@ def broken_round(
 
 def adds_up(step_sum: StepSum, *, skip_empty: bool = False) -> Trainer:
     """A trainer that adds up users in another way."""
-
-    def trainer(
-        model: InterestModel,
-        histories: HistoryBatch,
-        settings: StepSettings,
-        *,
-        sampler: UserSampler,
-        noise: GaussianNoise,
-    ) -> dict[str, Tensor]:
-        return broken_round(
-            model,
-            histories,
-            settings,
-            sampler=sampler,
-            noise=noise,
-            step_sum=step_sum,
-            skip_empty=skip_empty,
-        )
-
-    return trainer
+    return partial(broken_round, step_sum=step_sum, skip_empty=skip_empty)
 
 
-def draws(
-    noise_of: Callable[[GaussianNoise, InterestModel], GaussianNoise] = lambda noise, _: noise,
-    sampler_of: Callable[[UserSampler, int], UserSampler] = lambda sampler, _: sampler,
-    settings_of: Callable[[StepSettings, int], StepSettings] = lambda settings, _: settings,
-) -> Trainer:
-    """The real trainer with other noise, another sampler (of so many users) or other settings."""
-
-    def trainer(
-        model: InterestModel,
-        histories: HistoryBatch,
-        settings: StepSettings,
-        *,
-        sampler: UserSampler,
-        noise: GaussianNoise,
-    ) -> dict[str, Tensor]:
-        users = len(histories)
-        return train_round(
-            model,
-            histories,
-            settings_of(settings, users),
-            sampler=sampler_of(sampler, users),
-            noise=noise_of(noise, model),
-        )
-
-    return trainer
+draws = partial(changed_trainer, train_round)
+"""The real trainer with other noise, another sampler (of so many users) or other settings."""
 
 
 def noise_times(factor: float) -> Trainer:
     """A trainer whose noise is so much too wide."""
-    return draws(lambda noise, _: Changed(noise, lambda normals: factor * normals))
+    return draws(noise_of=lambda noise, _: ChangedNoise(noise, lambda normals: factor * normals))
 
 
 def _first_layer_silent(noise: GaussianNoise, model: InterestModel) -> GaussianNoise:
@@ -283,7 +204,7 @@ def _first_layer_silent(noise: GaussianNoise, model: InterestModel) -> GaussianN
         normals[:first] = 0.0
         return normals
 
-    return Changed(noise, change)
+    return ChangedNoise(noise, change)
 
 
 def _shuffled(_: UserSampler, users: int) -> UserSampler:
@@ -351,7 +272,7 @@ def exact_hits(
         normals[1] = 0.0
         return normals
 
-    return release_metrics(model, histories, held_out, plan, Changed(noise, change))
+    return release_metrics(model, histories, held_out, plan, ChangedNoise(noise, change))
 
 
 def extra_metric(
@@ -369,24 +290,28 @@ def extra_metric(
 def reply_with_a_count(site: Site, request: Request) -> RecordDict:
     """A reply with the number of users, as Flower's examples send it."""
     users = len(Histories.load(site.histories_folder))
-    return RecordDict({**honest_reply(site, request), "metrics": ConfigRecord({"num-examples": users})})
+    return RecordDict({**site_reply(site, request), "metrics": ConfigRecord({"num-examples": users})})
 
 
 _ALL = [
     Liar("noise off", "adds no noise", noise_times(0.0)),
     Liar("a tenth of the noise", "adds noise of sigma / 10", noise_times(0.1)),
     Liar("half the noise", "forgets to multiply the noise by C = 2", noise_times(0.5)),
-    Liar("a silent layer", "leaves one layer without noise", draws(_first_layer_silent)),
+    Liar("a silent layer", "leaves one layer without noise", draws(noise_of=_first_layer_silent)),
     Liar("clipping off", "clips nobody", adds_up(not_at_all)),
     Liar("clip of the mean", "clips the batch's mean gradient, not each user", adds_up(the_mean)),
     Liar("clip of the sum", "clips the batch's sum, not each user", adds_up(the_sum)),
     Liar("clip per event", "clips each event of a user on its own", adds_up(each_event)),
     Liar("three rows", "splits each user into three rows", adds_up(three_rows)),
     Liar("in-batch negatives", "takes other users' items as candidates", adds_up(in_batch)),
-    Liar("same seed", "begins each round's noise from one seed", draws(lambda *_: SeededGaussian(7))),
-    Liar("seeded process", "seeds its noise once in a process", draws(lambda *_: SharedGenerator())),
     Liar(
-        "one draw", "uses one draw of noise in all steps of a round", draws(lambda noise, _: OneDraw(noise))
+        "same seed", "begins each round's noise from one seed", draws(noise_of=lambda *_: SeededGaussian(7))
+    ),
+    Liar("seeded process", "seeds its noise once in a process", draws(noise_of=lambda *_: SharedGenerator())),
+    Liar(
+        "one draw",
+        "uses one draw of noise in all steps of a round",
+        draws(noise_of=lambda noise, _: OneDraw(noise)),
     ),
     Liar("shuffled", "shuffles users into batches and says Poisson", draws(sampler_of=_shuffled)),
     Liar(

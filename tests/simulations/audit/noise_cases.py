@@ -13,9 +13,9 @@ from client.training import StepSettings, train_round
 from common.config import Plan, make_plan
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
 from server.runs import RunFolder
+from simulations.audit.trainers import Trainer
 from simulations.audit.witnesses import Release
 from tests.client.training_cases import a_model, batch_of, some_users
-from tests.simulations.audit.liars import Trainer
 
 PLACES = 256
 

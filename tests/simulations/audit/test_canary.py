@@ -17,7 +17,7 @@ from common.cli import main
 from common.config import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
-from simulations.audit.canary import Hunt, Silence, canary_model, hunt
+from simulations.audit.canary import Hunt, canary_model, hunt
 from simulations.audit.canary_findings import (
     LEAST_LOUD,
     LOUD,
@@ -34,6 +34,7 @@ from simulations.audit.canary_plan import (
 )
 from simulations.audit.evidence import read_evidence
 from simulations.audit.one_run import f_dp_refuted, guess_extremes
+from simulations.audit.trainers import Silence
 from tests.simulations.audit.liars import TRAINERS
 
 torch.set_num_threads(1)

@@ -22,8 +22,9 @@ from common.witness import is_witness
 from server.runs import RunFolder
 from simulations.audit.evidence import read_evidence
 from simulations.audit.noise import audit_noise
+from simulations.audit.trainers import ChangedNoise, Trainer
 from simulations.audit.witnesses import claimed_deviation, read_witnesses
-from tests.simulations.audit.liars import TRAINERS, Changed, Trainer, draws, noise_times
+from tests.simulations.audit.liars import TRAINERS, draws, noise_times
 from tests.simulations.audit.noise_cases import PLACES, made_run, plan_of
 from tests.tiny import tiny_run
 
@@ -105,9 +106,9 @@ def silent(where: Callable[[InterestModel], slice]) -> Trainer:
             normals[where(model)] = 0.0
             return normals
 
-        return Changed(noise, change)
+        return ChangedNoise(noise, change)
 
-    return draws(of)
+    return draws(noise_of=of)
 
 
 CAUGHT: dict[str, tuple[Callable[[], Trainer], int, str]] = {
