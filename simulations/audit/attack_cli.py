@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from simulations.audit.terminal import conclude, plan_of, progress, say
 
 if TYPE_CHECKING:
     from simulations.audit.evidence import Evidence
@@ -33,38 +32,18 @@ def attack(
     figure is a bound on epsilon. Exit code 1 if an attack gets further than the mechanism allows any attack, or
     fails where nothing protects.
     """
-    from common.config import make_plan, read_plan
-    from server.runs import RunError
     from simulations.audit.attack_plan import plan_attacks
     from simulations.audit.attacks import run_attacks
 
-    if run is not None and not (run / "plan.json").is_file():
-        raise RunError(f"there is no run in {run}: give a run's folder, such as those under runs/")
-    said = make_plan({}) if run is None else read_plan(run / "plan.json")
-    plan = plan_attacks(said, models=shadows, users=users, items=items, sites=sites)
+    plan = plan_attacks(plan_of(run), models=shadows, users=users, items=items, sites=sites)
     place = run or out
     command = " ".join(["fedtide audit attack", *([run.name] if run else []), f"--shadows {shadows}"])
-    with _progress(hidden=as_json) as on_progress:
+    with progress("attacks", hidden=as_json) as on_progress:
         found = run_attacks(plan, command=command, on_progress=on_progress)
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
     file = found.write(place) if place else None
-    if as_json:
-        print(json.dumps(found.as_json(), indent=2))
-    else:
-        _show(found, file)
-    if not found.holds:
-        raise typer.Exit(1)
-
-
-@contextmanager
-def _progress(*, hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task("attacks", total=None)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
+    conclude(found, as_json=as_json, show=lambda: _show(found, file))
 
 
 def _show(found: Evidence, file: Path | None) -> None:
@@ -72,9 +51,6 @@ def _show(found: Evidence, file: Path | None) -> None:
     from rich.table import Table
 
     console = Console()
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     read = Table(
         title="items read off one update of one user (no bound on epsilon)", box=None, pad_edge=False
@@ -98,11 +74,14 @@ def _show(found: Evidence, file: Path | None) -> None:
     console.print(members)
     for check in found.checks:
         if not check.holds:
-            say(f"DOES NOT HOLD: {check.name}, {check.subject}: {check.says}; {check.bound}.")
+            say(console, f"DOES NOT HOLD: {check.name}, {check.subject}: {check.says}; {check.bound}.")
     if found.holds:
-        say("No attack got further than the mechanism allows, and both succeed where nothing protects.")
-    say("TPR, FPR: members told, others taken for members; 95 % intervals in brackets.")
+        say(
+            console,
+            "No attack got further than the mechanism allows, and both succeed where nothing protects.",
+        )
+    say(console, "TPR, FPR: members told, others taken for members; 95 % intervals in brackets.")
     for limit in found.limits[:2]:
-        say(limit)
+        say(console, limit)
     if file is not None:
-        say(f"Everything is in {file}")
+        say(console, f"Everything is in {file}")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from simulations.audit.terminal import conclude, plan_of, progress, say
 
+if TYPE_CHECKING:
     from common.config import ModelPlan
     from simulations.audit.evidence import Evidence
 
@@ -67,41 +64,25 @@ def canary(
         registration = register(place / FOLDER, plan, again=again)
     command = " ".join(["fedtide audit canary", *([str(run.name)] if run else [])])
     command += f" --eps-audit {eps_audit:g} --canaries {canaries} --rounds {rounds} --level {level:g}"
-    with _progress(plan.rounds + 1, hidden=as_json) as on_round:
-        found = audit_canaries(plan, registration, command=command, on_round=on_round)
+    with progress("rounds with canaries", hidden=as_json, total=plan.rounds + 1) as on_progress:
+        found = audit_canaries(
+            plan, registration, command=command, on_round=lambda done: on_progress(done, None)
+        )
     file = found.write(place) if place else None
-    if as_json:
-        print(json.dumps(found.as_json(), indent=2))
-    else:
-        _show(found, file)
-    if not found.holds:
-        raise typer.Exit(1)
+    conclude(found, as_json=as_json, show=lambda: _show(found, file))
 
 
 def _of_run(run: Path | None, family: str | None, mode: str | None) -> tuple[ModelPlan, float, float]:
     """Model, clip norm and learning rate: a run's, or those of a plan by default."""
-    from common.config import make_plan, read_plan
-    from server.runs import RunError
+    from common.config import make_plan
 
-    if run is not None and not (run / "plan.json").is_file():
-        raise RunError(f"there is no run in {run}: give a run's folder, such as those under runs/")
-    plan = make_plan({}) if run is None else read_plan(run / "plan.json")
+    plan = plan_of(run)
     asked = {name: value for name, value in (("family", family), ("mode", mode)) if value is not None}
     if asked:
         plan = make_plan(
             {"model": {**plan.model.model_dump(), **asked}, "privacy": plan.privacy.model_dump()}
         )
     return plan.model, plan.privacy.clip_norm, plan.training.learning_rate
-
-
-@contextmanager
-def _progress(total: int, *, hidden: bool) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task("rounds with canaries", total=total)
-        yield lambda done: progress.update(task, completed=done)
 
 
 def _show(found: Evidence, file: Path | None) -> None:
@@ -116,19 +97,15 @@ def _show(found: Evidence, file: Path | None) -> None:
         table.add_row(str(row["round"]), *(f"{row[name]:.2f}" for name in ("claimed", "steinke", "f_dp")))
     console.print(table)
     ceiling = found.series["ceiling"]
-    _say(
+    say(
         console,
         f"epsilon at delta {said['delta']:g}, lower bounds at 95 %; had every guess been right they would be "
         f"{ceiling['steinke']:.2f} and {ceiling['f_dp']:.2f}.",
     )
     for check in found.checks:
         word = "caught" if check.control and check.holds else "holds" if check.holds else "DOES NOT HOLD"
-        _say(console, f"{word}: {check.name}: {check.says}.")
-    _say(console, f"Registered as {said['registered'][:16]}, audit {said['registration']} of this folder.")
-    _say(console, found.limits[0])
+        say(console, f"{word}: {check.name}: {check.says}.")
+    say(console, f"Registered as {said['registered'][:16]}, audit {said['registration']} of this folder.")
+    say(console, found.limits[0])
     if file is not None:
-        _say(console, f"Everything is in {file}")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"Everything is in {file}")

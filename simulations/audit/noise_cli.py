@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from simulations.audit.terminal import conclude
 
 if TYPE_CHECKING:
     from simulations.audit.evidence import Check, Evidence
@@ -33,12 +34,7 @@ def noise(
     file = found.write(run)
     if found.series["sites"]:
         draw(run / FOLDER / CHART, found.series["sites"])
-    if as_json:
-        print(json.dumps(found.as_json(), indent=2))
-    else:
-        _show(found, run, file)
-    if not found.holds:
-        raise typer.Exit(1)
+    conclude(found, as_json=as_json, show=lambda: _show(found, run, file))
 
 
 def _show(found: Evidence, run: Path, file: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from simulations.audit.terminal import conclude, plan_of, progress, say
 
 if TYPE_CHECKING:
     from simulations.audit.evidence import Check, Evidence
@@ -72,15 +72,10 @@ def conformance(
             *([] if controls else ["--no-controls"]),
         ]
     )
-    with _progress(hidden=as_json) as on_step:
+    with progress("questions", hidden=as_json) as on_step:
         found = test_code(options, Code(), command=command, on_step=on_step)
     file = None if run is None else found.write(run)
-    if as_json:
-        print(json.dumps(found.as_json(), indent=2))
-    else:
-        _show(found, file)
-    if not found.holds:
-        raise typer.Exit(1)
+    conclude(found, as_json=as_json, show=lambda: _show(found, file))
 
 
 def _known(option: str, given: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
@@ -96,24 +91,9 @@ def _known(option: str, given: Sequence[str] | None, known: Sequence[str]) -> tu
 
 
 def _model_of(run: Path) -> dict[str, Any]:
-    from common.config import read_plan
-    from server.runs import RunError
-
-    if not (run / "plan.json").is_file():
-        raise RunError(f"there is no run in {run}: give a run's folder, such as those under runs/")
-    model = read_plan(run / "plan.json").model
+    model = plan_of(run).model
     told = {name: getattr(model, name) for name in MODELS_OWN}
     return told if model.family == "ensemble" else {n: v for n, v in told.items() if n != "members"}
-
-
-@contextmanager
-def _progress(*, hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task("questions", total=None)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 def _show(found: Evidence, file: Path | None) -> None:
@@ -133,17 +113,17 @@ def _show(found: Evidence, file: Path | None) -> None:
     console.print(table)
     for check in found.checks:
         if not check.holds:
-            _say(console, f"DOES NOT HOLD: {check.name} of {check.subject}: {check.says}")
+            say(console, f"DOES NOT HOLD: {check.name} of {check.subject}: {check.says}")
     said = found.parameters
     if found.holds:
-        _say(
+        say(
             console,
             f"Everything holds. Honest code fails any of the {said['statistical_checks']} statistical checks with "
             f"chance {said['false_alarm_of_all']:.1g} at most; the others it never fails.",
         )
-    _say(console, found.limits[0])
+    say(console, found.limits[0])
     if file is not None:
-        _say(console, f"Everything is in {file}")
+        say(console, f"Everything is in {file}")
 
 
 def _row(name: str, checks: Sequence[Check]) -> tuple[str, ...]:
@@ -160,7 +140,3 @@ def _row(name: str, checks: Sequence[Check]) -> tuple[str, ...]:
         seen,
         "holds" if all(c.holds for c in checks) else "DOES NOT HOLD",
     )
-
-
-def _say(console: Any, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
