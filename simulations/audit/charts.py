@@ -1,19 +1,20 @@
-"""The report's charts, each from plain data. One that cannot be drawn from what is there is left out, and says so."""
+"""The report's charts of the record. One that cannot be drawn from what is there is left out, and says so.
+
+Those of what the tools found are in `tool_charts.py`, made in the same way.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from math import isfinite
 from typing import Any
 
 from simulations.audit.report_record import Ledger
 from simulations.audit.svg import BLUE, GREEN, INK, ORANGE, PURPLE, RED, SKY, figure, plain, svg
 
-_LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (SKY, "-", "v"))
-_SMALLEST_RATE = 1e-3
+LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (SKY, "-", "v"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +27,16 @@ class Chart:
     svg: str | None = None
 
 
-class _NothingToDrawError(ValueError):
+class NothingToDrawError(ValueError):
     """The data for a chart are not there, or not of the shape that was agreed upon."""
 
 
-def _chart(name: str, title: str, caption: str, draw: Callable[[Any], None]) -> Chart:
+def chart(name: str, title: str, caption: str, draw: Callable[[Any], None]) -> Chart:
+    """The chart that `draw` puts on matplotlib's axes, or none where it finds nothing to draw."""
     with figure() as (made, axes):
         try:
             draw(axes)
-        except (_NothingToDrawError, KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except (NothingToDrawError, KeyError, TypeError, ValueError, IndexError, AttributeError):
             return Chart(name, title, "There is nothing to draw: no figures for this chart were found.")
         return Chart(name, title, caption, svg(made, f"chart-{name}", title, caption))
 
@@ -45,7 +47,7 @@ def _groups(ledgers: Sequence[Ledger], key: Callable[[Ledger], object]) -> list[
     for ledger in ledgers:
         alike[key(ledger)].append(ledger)
     if not alike:
-        raise _NothingToDrawError
+        raise NothingToDrawError
     return [
         (plain(same[0].site) if len(same) == 1 else f"{len(same)} sites alike", same[0])
         for same in alike.values()
@@ -56,7 +58,7 @@ def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
     """What each site's charges of the run had come to after each round, beside the promise and the cap."""
 
     def draw(axes: Any) -> None:
-        looks = cycle(_LOOKS)
+        looks = cycle(LOOKS)
         for name, ledger in _groups(ledgers, lambda each: (tuple(each.by_round), each.epsilon)):
             if not ledger.by_round:
                 continue
@@ -82,12 +84,12 @@ def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
         caps = sorted({ledger.epsilon for ledger in ledgers})
         for cap in caps[:3]:
             axes.axhline(cap, color=RED, linestyle="-.", linewidth=1.1, label=f"site's lifetime cap: {cap:g}")
-        _rounds(axes)
+        rounds_axis(axes)
         axes.set_ylabel("epsilon")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
 
-    return _chart(
+    return chart(
         "epsilon",
         "Epsilon, round by round",
         "What was claimed (PLD) after each round, below what was promised for the run and the cap that each site's "
@@ -97,7 +99,8 @@ def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
     )
 
 
-def _rounds(axes: Any) -> None:
+def rounds_axis(axes: Any) -> None:
+    """Whole rounds from left to right."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("round")
@@ -108,7 +111,7 @@ def burn_down(ledgers: Sequence[Ledger]) -> Chart:
     """What was left of each site's budget after each charge in its life; charges without a release are marked."""
 
     def draw(axes: Any) -> None:
-        looks = cycle(_LOOKS)
+        looks = cycle(LOOKS)
         for name, ledger in _groups(
             ledgers, lambda each: tuple((c.spent, c.outcome, c.here) for c in each.charges)
         ):
@@ -130,199 +133,17 @@ def burn_down(ledgers: Sequence[Ledger]) -> Chart:
                         zorder=3,
                         label=f"{outcome}: charged, nothing released",
                     )
-        _rounds(axes)
+        rounds_axis(axes)
         axes.set_xlabel("charge, over all runs in the ledger")
         axes.set_ylabel("left of the Renyi budget, %")
         axes.set_ylim(0, 104)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.legend(list(handles.values()), list(handles))
 
-    return _chart(
+    return chart(
         "burn-down",
         "Each site's budget, charge by charge",
         "A site's budget is for its lifetime and never refilled. Each step is a charge, made before the data was "
         "looked at; a crossed mark is a charge that burnt: it was spent, and nothing was released for it.",
         draw,
     )
-
-
-def control_chart(series: Mapping[str, Any]) -> Chart:
-    """The noise in each release against what its receipt says, by round and site, with control limits."""
-
-    def draw(axes: Any) -> None:
-        sites = list(series["sites"].values())
-        points = [
-            {**point, "x": int(point["round"]) + 0.5 * ((place + 0.5) / len(sites) - 0.5)}
-            for place, site in enumerate(sites)
-            for point in site
-        ]
-        if not points:
-            raise _NothingToDrawError
-        by_round = {int(point["round"]): (float(point["low"]), float(point["high"])) for point in points}
-        rounds = sorted(by_round)
-        edges = [rounds[0] - 0.5, *(number + 0.5 for number in rounds)]
-        band = [by_round[rounds[0]], *(by_round[number] for number in rounds)]
-        axes.fill_between(
-            edges,
-            [low for low, _ in band],
-            [high for _, high in band],
-            color=SKY,
-            alpha=0.25,
-            linewidth=0,
-            label="three standard deviations",
-            step="pre",
-        )
-        inside = [point for point in points if point["low"] <= point["ratio"] <= point["high"]]
-        outside = [point for point in points if not point["low"] <= point["ratio"] <= point["high"]]
-        axes.axhline(1, color=INK, linewidth=1)
-        for some, colour, marker, label in (
-            (inside, BLUE, "o", "one release"),
-            (outside, RED, "X", "outside"),
-        ):
-            if some:
-                axes.scatter(
-                    [point["x"] for point in some],
-                    [float(point["ratio"]) for point in some],
-                    color=colour,
-                    marker=marker,
-                    s=18 if some is inside else 48,
-                    alpha=0.75 if some is inside else 1,
-                    label=label,
-                    zorder=3,
-                )
-        _rounds(axes)
-        reach = max(abs(float(point[key]) - 1) for point in points for key in ("ratio", "low", "high"))
-        axes.set_ylim(1 - 1.35 * reach, 1 + 1.35 * reach)
-        axes.set_ylabel("noise found / noise claimed")
-        axes.figure.legend(loc="outside lower center", ncols=3)
-
-    return _chart(
-        "noise",
-        "Noise in every release",
-        "Some places of each release carry noise alone, so anyone can measure it: 1 is exactly what the receipt "
-        "says. One point is one release of one site; honest ones leave the band once in about 370. What decides are "
-        "the checks below.",
-        draw,
-    )
-
-
-def lower_bounds(series: Mapping[str, Any]) -> Chart:
-    """What planted users gave away of epsilon, round by round, below what was claimed for them."""
-
-    def draw(axes: Any) -> None:
-        points = sorted(series["rounds"], key=lambda point: int(point["round"]))
-        if not points:
-            raise _NothingToDrawError
-        rounds = [int(point["round"]) for point in points]
-        for key, label, (colour, dash, marker) in zip(
-            ("claimed", "f_dp", "steinke"),
-            ("claimed", "at least (f-DP)", "at least (Steinke)"),
-            ((INK, "-", "o"), *_LOOKS[:2]),
-            strict=True,
-        ):
-            axes.plot(
-                rounds,
-                [float(point[key]) for point in points],
-                color=colour,
-                linestyle=dash,
-                marker=marker,
-                label=label,
-            )
-        _rounds(axes)
-        axes.set_ylabel("epsilon, of the audit")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-
-    return _chart(
-        "canaries",
-        "What planted users gave away",
-        "Epsilon is at least what the lower lines say, each with 95 % confidence: one above the upper line would speak "
-        "against the claim. The same code is audited at a small epsilon of its own, because at a large one no "
-        "single run could fail.",
-        draw,
-    )
-
-
-def roc(series: Mapping[str, Any]) -> Chart:
-    """How well attacks tell who took part, on log axes, with what the claim allows."""
-
-    def draw(axes: Any) -> None:
-        curves = [
-            (plain(attack, 14), plain(variant, 16), points)
-            for attack, variants in series["roc"].items()
-            for variant, points in variants.items()
-        ]
-        if not curves:
-            raise _NothingToDrawError
-        colours = dict(zip(dict.fromkeys(v for _, v, _ in curves), cycle(_LOOKS), strict=False))
-        dashes = dict(zip(dict.fromkeys(a for a, _, _ in curves), cycle(("-", "--", ":")), strict=False))
-        for attack, variant, points in curves:
-            xs, ys = _above(points)
-            axes.plot(
-                xs, ys, color=colours[variant][0], linestyle=dashes[attack], label=f"{attack}, {variant}"
-            )
-        if series.get("dp_boundary"):
-            xs, ys = _above(series["dp_boundary"])
-            axes.plot(xs, ys, color=INK, linewidth=2.2, label="most that the noise allows")
-        axes.plot(
-            [_SMALLEST_RATE, 1], [_SMALLEST_RATE, 1], color=INK, linewidth=0.9, linestyle=":", label="chance"
-        )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(_SMALLEST_RATE, 1)
-        axes.set_ylim(_SMALLEST_RATE, 1.15)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-            axis.set_minor_formatter(lambda share, _: "")
-        axes.set_xlabel("outsiders wrongly named")
-        axes.set_ylabel("participants recognised")
-        axes.legend(fontsize=7.5)
-
-    return _chart(
-        "roc",
-        "Telling who took part",
-        "The higher a line, the better the attack; the dotted line is chance, and the thick one the most that the "
-        "noise of the attacked model allows anyone. What these attacks fail to find is no bound on what better "
-        "ones would.",
-        draw,
-    )  # fmt: skip
-
-
-def _above(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    pairs = [(float(x), float(y)) for x, y in points]
-    kept = [(max(x, _SMALLEST_RATE), max(y, _SMALLEST_RATE)) for x, y in pairs if isfinite(x) and isfinite(y)]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def recovery(series: Mapping[str, Any]) -> Chart:
-    """What share of a user's items can be read off one update, by the noise in it."""
-
-    def draw(axes: Any) -> None:
-        rows = list(series["recovery"])
-        if not rows:
-            raise _NothingToDrawError
-        places = range(len(rows))
-        axes.barh(places, [float(row["precision"]) for row in rows], color=BLUE, height=0.55, label="found")
-        axes.scatter(
-            [float(row["chance"]) for row in rows],
-            places,
-            color=RED,
-            marker="|",
-            s=260,
-            zorder=3,
-            label="chance",
-        )
-        axes.set_yticks(places, [plain(row["variant"], 22) for row in rows])
-        axes.set_xlim(0, 1.02)
-        axes.grid(axis="y", visible=False)
-        axes.set_ylim(max(len(rows), 3) - 0.4, -0.6)
-        axes.set_xlabel("share of guessed items that were right")
-        axes.figure.legend(loc="outside lower center", ncols=2)
-
-    return _chart(
-        "recovery",
-        "Reading a user's items off one update",
-        "How many of the items that an attacker names were truly the user's. Without noise it is nearly all of "
-        "them; with the noise of this run it should be near chance.",
-        draw,
-    )  # fmt: skip

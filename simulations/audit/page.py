@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from simulations.audit import charts
+from simulations.audit import charts, tool_charts
 from simulations.audit.findings import TOLERANCE
 from simulations.audit.report import Report, grouped
 from simulations.audit.report_record import Ledger
@@ -83,11 +83,11 @@ def figures(report: Report) -> dict[str, charts.Chart]:
         if tool.state != NOT_RUN and tool.evidence is not None
     }
     if "noise" in series:
-        made.append(charts.control_chart(series["noise"]))
+        made.append(tool_charts.control_chart(series["noise"]))
     if "canary" in series:
-        made.append(charts.lower_bounds(series["canary"]))
+        made.append(tool_charts.lower_bounds(series["canary"]))
     if "attack" in series:
-        made += [charts.roc(series["attack"]), charts.recovery(series["attack"])]
+        made += [tool_charts.roc(series["attack"]), tool_charts.recovery(series["attack"])]
     return {chart.name: chart for chart in made}
 
 
