@@ -265,7 +265,7 @@ def _baseline(cell: Cell, data: _Data, retail: Path | None) -> tuple[Scorer, int
             cell.model,  # type: ignore[arg-type]
             batch_of(training, longest),
             items,
-            SEQUENTIAL[cell.bench.data],
+            SEQUENTIAL[cell.bench.data, cell.model],
             _validation(data, longest),
             cell.seed,
         )
@@ -281,6 +281,10 @@ def _baseline(cell: Cell, data: _Data, retail: Path | None) -> tuple[Scorer, int
 
 
 SEQUENTIAL = {
-    "movielens-100k": SequentialSettings(epochs=40, patience=3),
-    "online-retail": SequentialSettings(epochs=40, patience=3, negatives=1024),
+    ("movielens-100k", "gru4rec"): SequentialSettings(
+        epochs=60, patience=3, batch_size=256, learning_rate=5e-3
+    ),
+    ("movielens-100k", "sasrec"): SequentialSettings(epochs=40, patience=3, layers=2),
+    ("online-retail", "gru4rec"): SequentialSettings(epochs=40, patience=3, negatives=1024),
+    ("online-retail", "sasrec"): SequentialSettings(epochs=40, patience=3, negatives=1024),
 }
