@@ -17,15 +17,15 @@ TRIED = """Tried on validation data before any test figure of this table was see
 - training without privacy: 1 setting (AdamW at 3e-3, at most 8 epochs, the best epoch on validation, the start
   included).
 - gru4rec and sasrec: on MovieLens-100K 5 settings each (learning rate, dropout, two layers, batches of 256 users); on
-  Online Retail 2 of gru4rec, 1 of sasrec: **not the same effort** there. One layer of width 64 otherwise, the best epoch on
-  validation.
+  Online Retail 2 of gru4rec, 1 of sasrec: **not the same effort** there. One layer of width 64 otherwise, and the best
+  epoch on validation.
 - popularity and content only have no settings.
 
-Seen after a test, and acted on: the first table of the last invoice, of one and two seeds, had rows without privacy below
-those at epsilon 20, as exact counts had the weights of MovieLens-100K. Those of Online Retail were then chosen on its own
-validation data, as said above, and the rows without privacy, item transitions, gru4rec and sasrec run again. So in that
-table these rows are **chosen after the test was seen** (not by it); its private rows, and all rows of leave-one-out on
-Online Retail, were not touched.
+Seen after a test, and acted on: the first table of the last invoice, of one and two seeds, had rows without privacy
+below those at epsilon 20, as exact counts had the weights of MovieLens-100K. Those of Online Retail were then chosen on
+its own validation data, as said above, and the rows without privacy, item transitions, gru4rec and sasrec run again. So
+in that table these rows are **chosen after the test was seen** (not by it); its private rows, and all rows of
+leave-one-out on Online Retail, were not touched. On MovieLens-100K item transitions, gru4rec and sasrec are such rows.
 
 `lstm-lm` reads 20 events and takes 6 steps, as each step runs a language model; it has one seed, and on Online Retail
 one budget."""
