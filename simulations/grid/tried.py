@@ -1,7 +1,7 @@
 """What was tried on validation data before the table's settings were fixed: it stands below the table."""
 
-TRIED = """Tried on validation data before any test figure of this page was seen, but for what is said to come after it; one
-draw of noise each:
+TRIED = """Tried on validation data before any test figure of this page was seen, but for what is said to come after
+it; one draw of noise each:
 
 - statistics (all families share their scorer): on each bench 63 settings at epsilon 8 over ten sites (15 choices of the
   number of items and of gaps, then thresholds, weights, decay, pseudo-counts one after the other). Nothing beat the
