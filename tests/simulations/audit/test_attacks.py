@@ -198,7 +198,7 @@ def test_what_cannot_be_attacked_is_refused_in_one_line(plan: AttackPlan) -> Non
 def test_the_command_writes_its_evidence_and_says_that_it_bounds_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["--shadows", "4", "--users", "30", "--items", "40", "--sites", "5"]
+    sizes = ["--shadows", "4", "--users", "30", "--items", "200", "--sites", "20"]
     with pytest.raises(SystemExit) as end:
         main(["audit", "attack", "--out", str(tmp_path), *sizes])
     assert end.value.code == 0
