@@ -7,17 +7,21 @@ in a folder of their own outlive a run, and so do their budgets.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 
 from client.ledger import Ledger
 from client.site import Site, SiteError
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
+from common.events.deidentify import pseudonym
 from common.events.histories import Histories
+from common.events.schema import DEFAULT_KIND
 from common.models.names import FAMILIES
 from common.planning import smallest_budget
 from server.registry import Registry
@@ -51,6 +55,55 @@ def simulated_secret(seed: int) -> bytes:
 def whole_histories(dataset: Dataset, policy: CleaningPolicy, seed: int) -> tuple[Histories, CleaningReport]:
     """All users' histories, held-out events included, on the researcher's side."""
     return clean(dataset.log, dataset.catalog, policy, simulated_secret(seed))
+
+
+def histories_of_sites(
+    dataset: Dataset, sites: npt.NDArray[np.int64], policy: CleaningPolicy, seed: int
+) -> Iterator[Histories]:
+    """The histories of site 0, 1, ...: what cleaning each one's part of the log alone gives.
+
+    The log is cleaned once, whole: every rule looks at one user's own events, and simulated sites share a secret.
+
+    Args:
+        sites: [users of dataset.users] from `partition.divide`.
+
+    Raises:
+        LogError: nothing is left of a site's log, or the log cannot be read to its end.
+    """
+    secret = simulated_secret(seed)
+    whole, _ = whole_histories(dataset, policy, seed)
+    users = dataset.users["user"].to_list()
+    pseudonyms = np.array([pseudonym(user, secret) for user in users], dtype=whole.users.dtype)
+    order = np.argsort(pseudonyms)
+    places = np.minimum(np.searchsorted(pseudonyms[order], whole.users), len(order) - 1)
+    listed = pseudonyms[order][places] == whole.users  # a log may hold users that no site is given
+    site_of_row = np.where(listed, sites[order][places], -1)  # [rows of whole]
+    by_site = np.argsort(site_of_row, kind="stable")  # within a site, the order of the pseudonyms stays
+    count = int(sites.max()) + 1
+    bounds = np.searchsorted(site_of_row[by_site], np.arange(count + 1))
+    kinds = _kinds_of_sites(dataset, sites)
+    for site in range(count):
+        rows = by_site[bounds[site] : bounds[site + 1]]
+        if not len(rows):
+            clean(log_of_site(dataset, sites, site), dataset.catalog, policy, secret)  # says why
+        chosen, names = whole.select(rows), tuple(sorted(kinds[site]))
+        places = np.searchsorted(names, whole.kind_names).astype(np.int16)
+        yield replace(chosen, kinds=places[chosen.kinds], kind_names=names)
+
+
+def _kinds_of_sites(dataset: Dataset, sites: npt.NDArray[np.int64]) -> dict[int, list[str]]:
+    """The kinds of event that each site's part of the log names, those of dropped events too."""
+    placed = dataset.users.lazy().select("user", site=pl.Series(sites))
+    found = (
+        dataset.log.select("user", pl.col("kind").fill_null(DEFAULT_KIND))
+        .join(placed, on="user", how="inner")
+        .select("site", "kind")
+        .unique()
+        .group_by("site")
+        .agg("kind")
+        .collect(engine="streaming")
+    )
+    return dict(found.iter_rows())
 
 
 def make_sites(
@@ -97,15 +150,13 @@ def make_sites(
             )
     if not found and budget is None:
         budget, _ = smallest_budget(plan.events(), plan.privacy.delta)
+    cleaned = histories_of_sites(dataset, sites, policy, seed)
     made = []
     for number in range(count):
         folder = root / f"{number:05d}"
         name = f"site-{number}"
         if budget is not None and not found:
-            histories, _ = clean(
-                log_of_site(dataset, sites, number), dataset.catalog, policy, simulated_secret(seed)
-            )
-            training = split.training(histories)
+            training = split.training(next(cleaned))
             if len(training) < plan.privacy.users_per_site:
                 raise SiteError(
                     f"{name} has {len(training)} users, but the plan's sampling counts on at least "

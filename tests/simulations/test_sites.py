@@ -1,0 +1,89 @@
+"""Simulated sites: cleaned at once, each has what cleaning its own part of the log gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import polars as pl
+import pytest
+
+from common.events.catalog import Catalog
+from common.events.cleaning import CleaningPolicy, clean
+from common.events.histories import Histories
+from common.events.schema import EVENT_SCHEMA, LogError
+from simulations.datasets import Dataset, load_movielens_100k
+from simulations.partition import divide, log_of_site
+from simulations.sites import histories_of_sites, simulated_secret
+
+ITEMS = tuple(f"item-{row}" for row in range(30))
+POLICY = CleaningPolicy(minimum_events=2, max_events_per_user=40)
+
+
+def _messy(seed: int, users: int = 40, events: int = 1500) -> Dataset:
+    """Equal times, duplicates, gaps, unknown items, kinds of few users, and users that no site is given."""
+    chance = np.random.default_rng(seed)
+
+    def some(values: list[str | None], shares: list[float] | None = None) -> list[str | None]:
+        return [values[place] for place in chance.choice(len(values), size=events, p=shares)]
+
+    names: list[str | None] = [f"user-{row}" for row in range(users + 3)]
+    log = pl.LazyFrame(
+        {
+            "user": some([*names, None]),
+            "item": some([*ITEMS, "item-unheard-of", None]),
+            "time": [None if time == 7 else int(time) for time in chance.integers(0, 50, events)],
+            "kind": some(["view", "buy", None, "rare"], [0.6, 0.2, 0.19, 0.01]),
+            "value": [None if value < 0.5 else value for value in chance.random(events)],
+        },
+        schema=dict(EVENT_SCHEMA),
+    )
+    catalog = Catalog(ITEMS, ITEMS, ((),) * len(ITEMS))
+    return Dataset("messy", log, catalog, pl.DataFrame({"user": names[:users]}), "CC0-1.0")
+
+
+def _same(found: Histories, expected: Histories) -> None:
+    for field in dataclasses.fields(Histories):
+        mine, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if field.name == "kind_names":
+            assert mine == theirs
+        else:
+            assert mine.dtype == theirs.dtype
+            assert mine.tobytes() == theirs.tobytes(), field.name
+
+
+def _one_by_one(dataset: Dataset, sites: np.ndarray, policy: CleaningPolicy, seed: int) -> list[Histories]:
+    return [
+        clean(log_of_site(dataset, sites, site), dataset.catalog, policy, simulated_secret(seed))[0]
+        for site in range(int(sites.max()) + 1)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sites_cleaned_at_once_are_the_sites_cleaned_one_by_one(seed: int) -> None:
+    dataset = _messy(seed)
+    sites = np.random.default_rng(seed).integers(0, 3, len(dataset.users))
+    expected = _one_by_one(dataset, sites, POLICY, seed)
+    found = list(histories_of_sites(dataset, sites, POLICY, seed))
+    for mine, theirs in zip(found, expected, strict=True):
+        _same(mine, theirs)
+    with pytest.raises(AssertionError):  # another seed orders ties otherwise
+        _same(next(histories_of_sites(dataset, sites, POLICY, seed + 1)), expected[0])
+
+
+def test_the_ten_regions_of_movielens_are_the_same_either_way() -> None:
+    dataset = load_movielens_100k()
+    sites = divide(dataset, "zip")
+    expected = _one_by_one(dataset, sites, CleaningPolicy(), 0)
+    for mine, theirs in zip(histories_of_sites(dataset, sites, CleaningPolicy(), 0), expected, strict=True):
+        _same(mine, theirs)
+
+
+def test_a_site_of_which_nothing_is_left_says_why() -> None:
+    dataset = _messy(0)
+    sites = np.zeros(len(dataset.users), dtype=np.int64)
+    sites[0] = 2
+    made = histories_of_sites(dataset, sites, CleaningPolicy(), 0)
+    assert len(next(made))
+    with pytest.raises(LogError, match="nothing is left of the log"):
+        next(made)
