@@ -32,6 +32,7 @@ from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
 from common.phases import Phase
+from common.precision import encoded
 from common.privacy.anchors import Countersignature
 from common.privacy.faults import AfterCloseError, ReceiptError, SecondReservationError
 from common.privacy.mechanisms import Event
@@ -207,16 +208,17 @@ def answer(site: Site, request: Request, *, until: float = math.inf) -> Update |
             return Refusal(Reason.POLICY)
         # From here on the round is charged, whatever happens: a failure is one word to the server.
         try:
-            state = _release(site, plan, request, catalog, model)
+            released = _release(site, plan, request, catalog, model)
+            sent = encoded(released, plan.precision(request.phase))  # the noise is in it
         except Exception as error:
             ledger.burn(reservation)
             # The text of an error may depend on the data, so only its type is logged.
             _log.error("site %s failed in a round after its reservation: %s", site.name, type(error).__name__)
             return Refusal(Reason.FAILED)
         receipt_bytes = ledger.release(
-            reservation, state_to_bytes(state), content=request.phase.content, anchored_seq=held
+            reservation, state_to_bytes(sent), content=request.phase.content, anchored_seq=held
         ).to_bytes()
-    return Update(state=state, receipt=receipt_bytes)
+    return Update(state=sent, receipt=receipt_bytes)
 
 
 def _accepted_plan(site: Site, request: Request) -> tuple[Plan, Event]:

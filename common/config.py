@@ -36,6 +36,9 @@ from common.privacy.mechanisms import (
     PoissonSubsampledGaussian,
 )
 
+Precision = Literal["float32", "bfloat16", "int8"]
+"""How the numbers of an update travel (`common/precision.py`)."""
+
 
 class PlanError(ValueError):
     """A plan, or a file that should hold one, is wrong; the message names the value, the bound and the way out."""
@@ -245,6 +248,16 @@ class ServerPlan(_Frozen):
         return self
 
 
+class WirePlan(_Frozen):
+    """How updates travel. They are rounded after the noise, so that costs no privacy (`common/precision.py`)."""
+
+    precision: Precision = Field(
+        default="float32",
+        description="of updates: bfloat16 and int8 are rounded at random, without bias, and two and four times "
+        "smaller; statistics and metrics are float32 always",
+    )
+
+
 class PerformancePlan(_Frozen):
     """Knobs that cannot change privacy or the model."""
 
@@ -270,6 +283,7 @@ class Plan(_Frozen):
     pretraining: PretrainingPlan = PretrainingPlan()
     metrics: MetricsPlan = MetricsPlan()
     server: ServerPlan = ServerPlan()
+    wire: WirePlan = WirePlan()
     performance: PerformancePlan = PerformancePlan()
 
     @model_validator(mode="after")
@@ -451,6 +465,10 @@ class Plan(_Frozen):
         """Whether a round of fine-tuning leaves the adapters as they are."""
         updates = [each.round for each in self.schedule() if each.phase is Phase.UPDATE]
         return number in updates[: self.training.head_rounds]
+
+    def precision(self, phase: Phase) -> Precision:
+        """How the numbers of a release travel: sums are asked for once a run, and stay as they are."""
+        return self.wire.precision if phase is Phase.UPDATE else "float32"
 
     def stated(self, phase: Phase) -> Stated:
         """What a reservation of this phase states beside its event."""

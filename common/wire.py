@@ -10,8 +10,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.torch import load as load_tensors
@@ -31,6 +33,12 @@ MESSAGE_TYPES = {
 State = Mapping[str, Tensor]
 
 _MOST_TENSORS = 100_000
+_PLAIN: dict[np.dtype[Any], torch.dtype] = {np.dtype(np.float32): torch.float32}
+_ROUNDED: dict[np.dtype[Any], torch.dtype] = {
+    **_PLAIN,
+    np.dtype(np.int16): torch.bfloat16,
+    np.dtype(np.int8): torch.int8,
+}
 
 
 class WireError(ValueError):
@@ -83,7 +91,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Update:
-    """A release and the receipt that travels with it: the change of the trainable parameters, or a noisy sum."""
+    """A release and the receipt that travels with it: the change of the trainable parameters, or a noisy sum.
+
+    Attributes:
+        state: the release as it travels, in the plan's precision: the receipt is over these very bytes.
+    """
 
     state: State
     receipt: bytes
@@ -114,10 +126,23 @@ def state_digest(state: State) -> str:
 
 
 def _arrays(state: State) -> ArrayRecord:
-    return ArrayRecord({name: Array(state[name].detach().cpu().numpy()) for name in sorted(state)})
+    return ArrayRecord({name: Array(_array(state[name].detach().cpu())) for name in sorted(state)})
 
 
-def _state(record: ArrayRecord, fewest: int = 1) -> dict[str, Tensor]:
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    """numpy knows no bfloat16, so its bits travel."""
+    found: npt.NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return found
+
+
+def _state(
+    record: ArrayRecord, fewest: int = 1, forms: Mapping[np.dtype[Any], torch.dtype] = _PLAIN
+) -> dict[str, Tensor]:
+    """The tensors of a record.
+
+    Args:
+        forms: numpy's types that may come, and what their bits are.
+    """
     if not fewest <= len(record) <= _MOST_TENSORS:
         raise WireError(f"a message carries {len(record)} tensors")
     state = {}
@@ -128,9 +153,11 @@ def _state(record: ArrayRecord, fewest: int = 1) -> dict[str, Tensor]:
             Exception
         ) as error:  # numpy's parser of foreign bytes raises what it likes (BadZipFile, MemoryError)
             raise WireError("a tensor cannot be read") from error
-        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-            raise WireError("a tensor is not float32")
-        state[name] = torch.from_numpy(np.array(array))
+        if not isinstance(array, np.ndarray) or array.dtype not in forms:
+            raise WireError(
+                f"a tensor is not {' or '.join(str(form).split('.')[1] for form in forms.values())}"
+            )
+        state[name] = torch.from_numpy(np.array(array, order="C")).view(forms[array.dtype])
     return state
 
 
@@ -225,7 +252,7 @@ def answer_from_records(content: RecordDict) -> Update | Refusal:
         raise WireError("a reply carries records of the wrong type")
     if set(receipt) != {"entries"} or not isinstance(receipt["entries"], bytes):
         raise WireError("a receipt must be bytes, and nothing else")
-    return Update(state=_state(update), receipt=receipt["entries"])
+    return Update(state=_state(update, forms=_ROUNDED), receipt=receipt["entries"])
 
 
 def payload_bytes(content: RecordDict) -> int:

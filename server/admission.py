@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from flwr.app import RecordDict
 
+from common.config import Precision
+from common.precision import EncodingError, check_form, decoded
 from common.privacy.chain import Chain
 from common.privacy.faults import ForkError, ReceiptError, WrongRequestError
 from common.privacy.receipts import Receipt, Request, check_receipt
@@ -21,11 +23,17 @@ from server.registry import Registry
 
 @dataclass(frozen=True)
 class Admitted:
-    """An update that may be aggregated, and its site's chain extended by the receipt."""
+    """An update that may be aggregated, and its site's chain extended by the receipt.
+
+    Attributes:
+        state: float32.
+        sent: the same as it travelled, which is what the receipt is over.
+    """
 
     site: str
     key_id: str
     state: State
+    sent: State
     chain: Chain
     receipt: Receipt
 
@@ -59,6 +67,7 @@ class Expectation:
         event: the canonical fields of the event that must have been charged.
         clip_norm, normaliser, learning_rate: what the receipt must state of the mechanism.
         content: what the receipt must say was released: "update", "statistics" or "metrics".
+        precision: how the update's numbers travel.
     """
 
     request: Request
@@ -69,6 +78,7 @@ class Expectation:
     normaliser: float
     learning_rate: float | None
     content: str = "update"
+    precision: Precision = "float32"
 
 
 def admit(
@@ -103,7 +113,10 @@ def admit(
         return _fault(checked, site.name)
     if isinstance(checked, LeftOut):
         return replace(checked, site=site.name)
-    return Admitted(site=site.name, key_id=site.key_id, state=update.state, chain=checked, receipt=receipt)
+    chain, state = checked
+    return Admitted(
+        site=site.name, key_id=site.key_id, state=state, sent=update.state, chain=chain, receipt=receipt
+    )
 
 
 def _read(content: RecordDict) -> tuple[Update, Receipt] | LeftOut:
@@ -121,11 +134,17 @@ def _read(content: RecordDict) -> tuple[Update, Receipt] | LeftOut:
 
 def _check(
     update: Update, receipt: Receipt, expected: Expectation, held: Chain
-) -> Chain | LeftOut | Exception:
-    """The chain extended by the receipt, or why there is none. Looks at what was sent, touches nothing."""
+) -> tuple[Chain, State] | LeftOut | Exception:
+    """The chain with the receipt, and the update decoded, or why not. Looks at what was sent, touches nothing."""
     try:
         chain = check_receipt(receipt, state_to_bytes(update.state), expected.request, held)
-        return _mechanism_fault(receipt, expected) or _value_fault(update, expected) or chain
+        if fault := _mechanism_fault(receipt, expected):
+            return fault
+        check_form(update.state, expected.shapes, expected.precision)
+        state = decoded(update.state)
+        return _value_fault(state, expected) or (chain, state)
+    except EncodingError as error:  # in words of our own
+        return LeftOut(error.reason, str(error))
     except Exception as error:
         return error
 
@@ -145,14 +164,9 @@ def _mechanism_fault(receipt: Receipt, expected: Expectation) -> LeftOut | None:
     return None
 
 
-def _value_fault(update: Update, expected: Expectation) -> LeftOut | None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in update.state.items()}
-    if set(shapes) != set(expected.shapes):
-        return LeftOut("wrong_tensors", "the update has other tensors than the model")
-    if shapes != dict(expected.shapes):
-        return LeftOut("wrong_shape", "a tensor of the update has another shape than the model's")
+def _value_fault(state: State, expected: Expectation) -> LeftOut | None:
     squares = torch.zeros((), dtype=torch.float64)
-    for tensor in update.state.values():
+    for tensor in state.values():
         if not bool(tensor.isfinite().all()):
             return LeftOut("not_finite", "the update holds values that are not finite")
         squares += tensor.double().square().sum()

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from common.config import Plan
 from common.models.lora import is_adapter
 from common.phases import Exchange, Phase
+from common.precision import decoded
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import event_to_fields
 from common.privacy.receipts import Receipt, check_receipt
@@ -225,7 +226,7 @@ def _taken_in(
         lines: key id -> the line that receipts.jsonl has of this round already.
     """
     reserve = verdict.receipt.reserve
-    run.save_update(reserve.round, verdict.key_id, verdict.state)
+    run.save_update(reserve.round, verdict.key_id, verdict.sent)
     try:
         anchor = registry.accept(verdict.chain, seq=verdict.receipt.entries[-1].seq, node=node)
     except ReceiptError as error:  # another process took in another history of this site meanwhile
@@ -275,7 +276,8 @@ def _admitted_before(
             f"a receipt of round {request.round} in {run.receipts_file} does not fit run or registry ({error}): "
             "restore the newest copies of both, then start the run again"
         ) from error
-    return Admitted(site.name, key_id, state_from_bytes(update), chain, receipt)
+    sent = state_from_bytes(update)
+    return Admitted(site.name, key_id, decoded(sent), sent, chain, receipt)
 
 
 def _asked(plan: Plan, request: Request, nonce: str) -> Asked:
@@ -300,4 +302,5 @@ def _expectation(plan: Plan, request: Request, exchange: Exchange, catalog: int)
         normaliser=stated.normaliser,
         learning_rate=stated.learning_rate,
         content=exchange.phase.content,
+        precision=plan.precision(exchange.phase),
     )

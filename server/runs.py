@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common.config import Plan, read_plan
 from common.events.catalog import Catalog
+from common.precision import decoded
 from common.wire import State, state_from_bytes, state_to_bytes
 
 INCOMPLETE = ".incomplete"
@@ -222,15 +223,15 @@ class RunFolder:
     def _round_file(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:05d}.safetensors"
 
-    def save_update(self, number: int, key_id: str, state: State) -> None:
-        """An admitted update of a round, so that an auditor can hold it against its receipt."""
+    def save_update(self, number: int, key_id: str, sent: State) -> None:
+        """An admitted update of a round as it travelled, so that an auditor can hold it against its receipt."""
         file = self.update_file(number, key_id)
         file.parent.mkdir(exist_ok=True)
-        write_whole(file, state_to_bytes(state))
+        write_whole(file, state_to_bytes(sent))
 
     def update(self, number: int, key_id: str) -> dict[str, Tensor]:
-        """An admitted update of a round, by the id of its site's key."""
-        return state_from_bytes(self.update_file(number, key_id).read_bytes())
+        """An admitted update of a round, float32, by the id of its site's key."""
+        return decoded(state_from_bytes(self.update_file(number, key_id).read_bytes()))
 
     def update_file(self, number: int, key_id: str) -> Path:
         """Where the update of a round and site lies, by the id of the site's key."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.config import Plan
 from common.phases import Phase
 from common.sums import SITES
-from common.wire import State, state_from_bytes
+from common.wire import State
 from common.witness import without_witness
 from server.aggregation import aggregation
 from server.progress import average_of_rounds, stepped
@@ -44,11 +44,7 @@ def check_aggregates(run: RunFolder, plan: Plan, findings: Findings) -> None:
                     )
                 continue
             names = sorted(record["admitted"])
-            updates = [
-                state_from_bytes(run.update_file(number, keys[name]).read_bytes())
-                for name in names
-                if name in keys
-            ]
+            updates = [run.update(number, keys[name]) for name in names if name in keys]
             if len(updates) != len(names) or not updates:
                 findings.lie(f"round {number}", "missing_update", "an aggregated site is not enrolled")
                 return

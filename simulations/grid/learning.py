@@ -25,6 +25,7 @@ from common.models.build import BuiltModel
 from common.models.interface import InterestModel
 from common.models.priors import Priors, make_priors
 from common.phases import Phase, StatisticsPlan
+from common.precision import decoded, encoded
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
 from common.sums import POPULARITY, SITES, TRANSITIONS
 from common.wire import Request, State
@@ -92,7 +93,8 @@ def learn(
             model.hold_adapters(False)
             model.load_trainable(state)
             model.hold_adapters(number < plan.training.head_rounds)
-            updates.append(train_round(model, batch, settings, sampler=sampler, noise=noise))
+            update = train_round(model, batch, settings, sampler=sampler, noise=noise)
+            updates.append(decoded(encoded(update, plan.precision(Phase.UPDATE))))
         state, velocity = stepped(state, velocity, mean(updates), plan.training)
         history.append(state)
     model.hold_adapters(False)

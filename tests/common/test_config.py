@@ -46,6 +46,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ("model", "mode", "other", "vectors"),
         ("server", "minimum_sites", 0, "greater than or equal to 1"),
         ("server", "aggregation", "other", "mean"),
+        ("wire", "precision", "float16", "int8"),
         ("performance", "micro_batch", 0, "greater than or equal to 1"),
         ("performance", "device", "tpu", "auto"),
     ],
@@ -125,7 +126,7 @@ def other(value: Any) -> list[Any]:
         case float():
             return [value / 2, value * 1.5, 0.5]
         case str():
-            return [*FAMILIES, "gru", "lora", "median", "cpu", "interest", f"{value}-x"]
+            return [*FAMILIES, "gru", "lora", "median", "cpu", "interest", "float32", "int8", f"{value}-x"]
         case None:
             return [2, 0.5, 2.0]
         case tuple() | list():
