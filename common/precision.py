@@ -9,9 +9,9 @@ order: before the noise, a scale would be computed from users' data, and a user 
 It is unbiased: the mean over the draws of what `decoded` gives is the update (int8: to 2^-32 of a step of its grid,
 and to float32's own rounding), so errors of sites and rounds cancel as noise does. They are small beside the noise:
 
-- bfloat16: a value moves by less than 2^-7 of itself;
-- int8: a block of BLOCK values has one scale, its largest value / 127, and a value moves by less than a scale: where
-  a block is noise alone, by about 1e-4 of the noise's variance.
+- bfloat16: a value moves by less than 2^-7 of itself, which adds 6e-6 of its variance to noise;
+- int8: a block of BLOCK values has one scale, its largest value / 127, and a value moves by less than a scale, which
+  adds 1e-4 of its variance to noise.
 
 The witness travels as float32 always, so that the noise that an auditor measures is the noise alone.
 """

@@ -142,7 +142,9 @@ def _of_family(bench: Bench, family: str, seed: int) -> Iterator[Cell]:
 
 
 @dataclass(frozen=True)
-class _Data:
+class BenchData:
+    """A bench's data set, what is held out of it, and the training histories of ten sites."""
+
     dataset: Dataset
     held_out: HeldOut
     ten: list[Histories]
@@ -153,7 +155,8 @@ class _Data:
 
 
 @lru_cache(maxsize=1)
-def _data(bench: Bench, retail: Path | None) -> _Data:
+def data_of(bench: Bench, retail: Path | None) -> BenchData:
+    """The data of a bench, divided by user."""
     dataset = load_movielens_100k() if bench.data == "movielens-100k" else load_online_retail(retail)
     whole, _ = whole_histories(dataset, CleaningPolicy(), seed=0)
     held_out = hold_out(whole, bench.protocol)
@@ -164,7 +167,7 @@ def _data(bench: Bench, retail: Path | None) -> _Data:
             log_of_site(dataset, sites, number), dataset.catalog, CleaningPolicy(), simulated_secret(0)
         )
         ten.append(held_out.training.select(np.flatnonzero(np.isin(held_out.training.users, own.users))))
-    return _Data(dataset, held_out, ten)
+    return BenchData(dataset, held_out, ten)
 
 
 @lru_cache(maxsize=64)
@@ -199,9 +202,10 @@ def plan_of(bench: Bench, family: str, layout: str, epsilon: str, recipe: str) -
 
 
 @lru_cache(maxsize=2)
-def _built(bench: Bench, retail: Path | None, plan_model: str, seed: int) -> BuiltModel:
+def built_for(bench: Bench, retail: Path | None, plan_model: str, seed: int) -> BuiltModel:
+    """The model of a plan's part of that name, as JSON, at its seeded start."""
     plan = make_plan({"model": {**json.loads(plan_model), "seed": seed}}).model
-    catalog = _data(bench, retail).dataset.catalog
+    catalog = data_of(bench, retail).dataset.catalog
     return build_model(
         plan,
         item_texts(catalog.texts, catalog.categories),
@@ -214,7 +218,7 @@ def _built(bench: Bench, retail: Path | None, plan_model: str, seed: int) -> Bui
 def run_cell(cell: Cell, retail: Path | None) -> dict[str, Any]:
     """Trains and judges one cell; JSON: [users] of both splits."""
     began = time.monotonic()
-    data = _data(cell.bench, retail)
+    data = data_of(cell.bench, retail)
     if cell.model in BASELINES:
         scorer, max_events = _baseline(cell, data, retail)
     else:
@@ -234,7 +238,7 @@ def _numbers(judged: Judged) -> dict[str, list[float]]:
     return {"ndcg": judged.ndcg.round(6).tolist(), "hits": judged.hits.tolist()}
 
 
-def _validation(data: _Data, max_events: int) -> Any:
+def _validation(data: BenchData, max_events: int) -> Any:
     def score(model: Any) -> float:
         found: npt.NDArray[np.float64] = judge(
             model.scores, data.held_out.validation, data.items, max_events
@@ -244,8 +248,8 @@ def _validation(data: _Data, max_events: int) -> Any:
     return score
 
 
-def _family(cell: Cell, plan: Plan, data: _Data, retail: Path | None) -> InterestModel:
-    built = _built(cell.bench, retail, plan.model.model_dump_json(), cell.seed)
+def _family(cell: Cell, plan: Plan, data: BenchData, retail: Path | None) -> InterestModel:
+    built = built_for(cell.bench, retail, plan.model.model_dump_json(), cell.seed)
     training = data.held_out.training
     if cell.epsilon == NONE and cell.layout == CENTRAL:
         epochs = 2 if cell.model == "lstm-lm" else 8
@@ -256,7 +260,7 @@ def _family(cell: Cell, plan: Plan, data: _Data, retail: Path | None) -> Interes
     return learn(built, sites, plan, open=cell.epsilon == NONE)
 
 
-def _baseline(cell: Cell, data: _Data, retail: Path | None) -> tuple[Scorer, int]:
+def _baseline(cell: Cell, data: BenchData, retail: Path | None) -> tuple[Scorer, int]:
     training, items = data.held_out.training, data.items
     longest = 50
     if cell.model in SEQUENTIAL_MODELS:
@@ -271,7 +275,7 @@ def _baseline(cell: Cell, data: _Data, retail: Path | None) -> tuple[Scorer, int
         return model.scores, longest
     plan = plan_of(cell.bench, "recommend", CENTRAL, NONE, WHOLE)
     if cell.model == "content only":
-        return _built(cell.bench, retail, plan.model.model_dump_json(), 0).model.scores, longest
+        return built_for(cell.bench, retail, plan.model.model_dump_json(), 0).model.scores, longest
     statistics = plan.statistics.model_copy(update={"top_items": items, **_TRANSITIONS[cell.bench]})
     priors = make_priors(exact_statistics(training, items, statistics), statistics, items)
     if cell.model == "popularity":
