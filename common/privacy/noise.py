@@ -35,6 +35,7 @@ LARGEST_DIMENSION = math.floor(((INFLATION - ROOM_FOR_FLOATS) * 2**GRID_BITS) **
 
 _PAIRS_AT_ONCE = 1 << 16
 _LARGEST_RATIO = 2.0**31
+_BLOCK = 1 << 15
 
 
 class GaussianNoise(Protocol):
@@ -101,11 +102,15 @@ class SecureGaussian(_NeverCopied):
 def _box_muller(
     radius_words: npt.NDArray[np.uint64], angle_words: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.float64]:
-    """Two normals from each pair of 64-bit words (Box and Muller 1958): float64 [2 * pairs]."""
-    inside = (radius_words.astype(np.float64) + 1.0) * 2.0**-64  # (0, 1]
-    radius = np.sqrt(-2.0 * np.log(inside))
-    angle = (angle_words >> np.uint64(11)).astype(np.float64) * (2.0 * math.pi * 2.0**-53)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    """Two normals from each pair of 64-bit words (Box and Muller 1958): float64 [2 * pairs].
+
+    torch's functions, which take four numbers at a time where numpy's take one.
+    """
+    inside = torch.from_numpy((radius_words.astype(np.float64) + 1.0) * 2.0**-64)  # (0, 1]
+    radius = inside.log_().mul_(-2.0).sqrt_()
+    angle = torch.from_numpy((angle_words >> np.uint64(11)).astype(np.float64) * (2.0 * math.pi * 2.0**-53))
+    normals: npt.NDArray[np.float64] = torch.cat([radius * angle.cos(), radius * angle.sin()]).numpy()
+    return normals
 
 
 class SecurePoissonSampler(_NeverCopied):
@@ -185,15 +190,18 @@ def private_sum(
 
     grid = math.ldexp(clip_norm, -GRID_BITS)
     scale = noise_multiplier * (1 + INFLATION) * 2.0**GRID_BITS
-    noise_steps = torch.from_numpy(np.rint(normals * scale))  # [d], whole multiples of the grid
-    sum_steps = torch.round(clipped_sum.detach().to(torch.float64) / grid)  # [d]
-    if not bool(sum_steps.isfinite().all()) or bool(
-        (sum_steps.abs() > _LARGEST_RATIO * 2.0**GRID_BITS).any()
-    ):
-        raise ValueError(
-            "the sum is not finite, or is far beyond what clipped users add up to: nothing is released"
-        )
-    return ((sum_steps + noise_steps.to(clipped_sum.device)) * grid).to(torch.float32)
+    released = torch.empty(dimension, dtype=torch.float32, device=clipped_sum.device)
+    at_once = _BLOCK if clipped_sum.device.type == "cpu" else dimension  # a block stays in the cores' cache
+    for start in range(0, dimension, at_once):
+        block = slice(start, start + at_once)
+        noise_steps = torch.from_numpy(np.rint(normals[block] * scale))  # whole multiples of the grid
+        sum_steps = (clipped_sum[block].detach().to(torch.float64) / grid).round_()
+        if not bool(sum_steps.abs().max() <= _LARGEST_RATIO * 2.0**GRID_BITS):  # also where one is no number
+            raise ValueError(
+                "the sum is not finite, or is far beyond what clipped users add up to: nothing is released"
+            )
+        released[block] = sum_steps.add_(noise_steps.to(clipped_sum.device)).mul_(grid)
+    return released
 
 
 def _check_sum(clipped_sum: torch.Tensor) -> None:
