@@ -10,7 +10,7 @@ import torch
 
 import client.site
 from common.assets import language_model
-from common.config import Plan
+from common.config import Plan, Precision, WirePlan
 from common.events.histories import Histories
 from common.models.build import BuiltModel, build_model, item_texts
 from simulations.grid.learning import OpenTraining, learn, learn_without_privacy
@@ -73,6 +73,26 @@ def test_it_is_the_federations_model(federation: tuple[Path, Outcome]) -> None:
     other = Seeded(np.random.default_rng(1))
     differs = learn(built, sites, plan, noise=other, sampler=other).trainable_state()
     assert any(not torch.allclose(differs[name], of_run[name], atol=1e-6) for name in of_run)
+
+
+def test_updates_are_rounded_as_the_plan_says(federation: tuple[Path, Outcome]) -> None:
+    """The same draws in each precision: what differs is less than the noise by far, and is not nothing."""
+    built, sites, plan = ingredients(*federation)
+
+    def learned(precision: Precision) -> torch.Tensor:
+        rounded, seeded = (
+            plan.model_copy(update={"wire": WirePlan(precision=precision)}),
+            Seeded(np.random.default_rng(0)),
+        )
+        state = learn(built, sites, rounded, noise=seeded, sampler=seeded).trainable_state()
+        return torch.cat([value.flatten() for value in state.values()])
+
+    start = torch.cat([value.flatten() for value in built.model.trainable_state().values()])
+    plain = learned("float32")
+    assert torch.equal(learned("float32"), plain)
+    moved = float((plain[: len(start)] - start).norm())
+    for precision in ("bfloat16", "int8"):
+        assert 0 < float((learned(precision) - plain).norm()) < 0.05 * moved
 
 
 def test_without_privacy_the_start_stays_where_no_epoch_is_better(federation: tuple[Path, Outcome]) -> None:
