@@ -3,14 +3,20 @@
 Opacus' hooks make [users, *shape] of each weight. Here each trainable Linear layer keeps what went in, a, and what
 came back, g: user u's gradient is the sum over places p of g_up a_up^T, and all that is asked of it is
 
-    norm^2 = sum over p, q of (a_up . a_uq) (g_up . g_uq)     from Gram matrices, where they cost less than itself,
+    norm^2 = sum over p, q of (a_up . a_uq) (g_up . g_uq)     from Gram matrices, where the gradient itself is large,
     sum over users of c_u gradient_u = (c g)^T a              one product for each weight; c: the clip factors.
 
 Li et al. 2022 (arXiv:2110.05679) for the norms, Bu et al. 2023 (arXiv:2210.00038) for both in one pass; autograd's own
-gradients of weights are never computed. Norms and products are float64, so that what one user adds to the sum is
-that user's clipped gradient to 1e-12 of C, whoever else is there: in float32 the rounding of a long sum could exceed
-what the noise's inflation covers (`private_sum`). Opacus' rows are what this is held against, before the first step of
-each model (`training.check_rows_are_users`) and in tests.
+gradients of weights are never computed. Where a gradient is small beside a and g, it is made after all, user by user
+in float32, as Opacus does, and the rest is the same.
+
+What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms and sums are
+float64: 1e-12 of C; in float32 the rounding of a long sum could exceed what the noise's inflation covers
+(`private_sum`), and no bound on it that holds for every batch is near that. And a and g, which are float32, must not
+depend on how many others there are: BLAS takes other kernels for few rows than for many, and parameters far off
+(which a server may send) make that rounding as large as it gets: a fourth user was seen to move a sum by 3.6 C. So
+batches run evened out (`HistoryBatch.evened`). Opacus' rows are what all of this is held against, before the first
+step of each model (`training.check_rows_are_users`) and in tests.
 """
 
 from __future__ import annotations
@@ -81,8 +87,11 @@ class _Layer:
 
         return recorded
 
-    def taken(self, users: int, double: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """a [users, places, inputs] and g [users, places, outputs], float64, over all calls; they are forgotten here.
+    def taken(self, rows: int, users: int) -> tuple[Tensor, Tensor]:
+        """a [users, places, inputs] and g [users, places, outputs] over all calls; they are forgotten here.
+
+        Args:
+            rows: of the batch; those after the users' are dropped.
 
         Raises:
             RowsAreNotUsersError: the layer was not called, or a call's rows are not users.
@@ -90,75 +99,119 @@ class _Layer:
         if not self.calls:
             raise RowsAreNotUsersError(f"layer {self.name} got no gradient, so it has no row a user")
         for x, _ in self.calls:
-            if x.ndim < 2 or x.shape[0] != users:
+            if x.ndim < 2 or x.shape[0] != rows:
                 raise RowsAreNotUsersError(
                     f"layer {self.name} was called on shape {tuple(x.shape)}, but must have one row a user"
                 )
         joined = [
-            tuple(double(each).reshape(users, -1, each.shape[-1]) for each in call) for call in self.calls
+            tuple(each[:users].reshape(users, -1, each.shape[-1]) for each in call) for call in self.calls
         ]
         self.calls.clear()
         a, g = zip(*joined, strict=True)
         return (a[0], g[0]) if len(a) == 1 else (torch.cat(a, dim=1), torch.cat(g, dim=1))
 
 
-class _Doubles:
-    """Tensors in float64, each made once: a recurrence's two maps get the same g."""
+class _Shared:
+    """What is made of a tensor, made once: a recurrence's two maps get the same g."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self._make = make
         self._made: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         key = (x.data_ptr(), x.shape, x.stride())
         if key not in self._made:
-            self._made[key] = (x, x.double())  # x is kept, or its memory could be another's
+            self._made[key] = (x, self._make(x))  # x is kept, or its memory could be another's
         return self._made[key][1]
 
 
-def squared_norms(a: Tensor, g: Tensor) -> Tensor:
-    """[users]: the squared norm of each user's sum over places of g a^T.
+def _gram(x: Tensor) -> Tensor:
+    return x @ x.transpose(1, 2)
+
+
+def squared_norms(a: Tensor, g: Tensor, gram: Callable[[Tensor], Tensor] = _gram) -> Tensor:
+    """[users]: the squared norm of each user's sum over places of g a^T, from Gram matrices.
 
     Args:
         a: [users, places, inputs] float64.
         g: [users, places, outputs] float64.
+        gram: x -> x x^T for each user.
     """
+    return (gram(a) * gram(g)).sum((1, 2)).clamp(min=0)
+
+
+class _Gradients:
+    """Each user's gradient of one weight, made: [users, inputs * outputs] float64, rounded to float32 before."""
+
+    def __init__(self, a: Tensor, g: Tensor) -> None:
+        self.turned = g.shape[2] > a.shape[2]  # the product whose result has the longer rows is faster
+        first, second = (a, g) if self.turned else (g, a)
+        made = first.transpose(1, 2) @ second
+        self.shape = made.shape[1:]
+        self.flat = made.flatten(1).double()
+
+    def squared_norms(self) -> Tensor:
+        """[users]."""
+        return self.flat.square().sum(dim=1)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """[outputs, inputs]."""
+        total = (factors @ self.flat).view(self.shape)
+        return total.T if self.turned else total
+
+    def forget(self, keep: Tensor) -> None:
+        """Sets to zero the users that are not kept: zero times what is no number is none."""
+        self.flat = torch.where(keep.unsqueeze(1), self.flat, 0.0)
+
+
+class _Factored:
+    """Each user's gradient of one weight as its two factors, float64."""
+
+    def __init__(self, a: Tensor, g: Tensor, gram: Callable[[Tensor], Tensor]) -> None:
+        self.a, self.g, self._gram = a, g, gram
+
+    def squared_norms(self) -> Tensor:
+        """[users]."""
+        return squared_norms(self.a, self.g, self._gram)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """[outputs, inputs]."""
+        a, g = self.a.flatten(0, 1), (self.g * factors.view(-1, 1, 1)).flatten(0, 1)
+        return (a.T @ g).T if g.shape[1] > a.shape[1] else g.T @ a
+
+    def forget(self, keep: Tensor) -> None:
+        """Sets to zero the users that are not kept."""
+        self.a, self.g = (torch.where(keep.view(-1, 1, 1), each, 0.0) for each in (self.a, self.g))
+
+
+def _is_small(a: Tensor, g: Tensor) -> bool:
+    """Whether a user's gradient is made: it takes little beside a and g in float64, and then is faster, too."""
     places, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
-    if places == 1:
-        return a.square().sum((1, 2)) * g.square().sum((1, 2))
-    if places * (inputs + outputs) < inputs * outputs:
-        return ((a @ a.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2)).clamp(min=0)
-    return (g.transpose(1, 2) @ a).square().sum((1, 2))
+    return inputs * outputs <= 2 * places * (inputs + outputs)
 
 
 @torch.no_grad()
 def _clipped(
-    layers: list[_Layer], users: int, clip_norm: float, like: dict[str, nn.Parameter]
+    taken: dict[str, tuple[Tensor, Tensor]], biased: set[str], clip_norm: float
 ) -> dict[str, Tensor]:
-    """Name of weight or bias -> clipped sum, float64."""
-    double = _Doubles()
-    taken = {layer.name: layer.taken(users, double) for layer in layers}
-    biased = {layer.name for layer in layers if layer.module.bias is not None}
-    squared = torch.zeros(users, dtype=torch.float64, device=next(iter(like.values())).device)
-    for name, (a, g) in taken.items():
-        squared = squared + squared_norms(a, g)
-        if name in biased:
-            squared = squared + g.sum(dim=1).square().sum(dim=1)
-    norms = squared.sqrt()
+    """Name of weight or bias -> clipped sum, float64, from (a, g) of each layer."""
+    double, gram = _Shared(lambda x: x.double()), _Shared(_gram)
+    weights = {
+        name: _Gradients(a, g) if _is_small(a, g) else _Factored(double(a), double(g), gram)
+        for name, (a, g) in taken.items()
+    }
+    biases = {name: taken[name][1].sum(dim=1, dtype=torch.float64) for name in biased}  # [users, outputs]
+    parts = [weight.squared_norms() for weight in weights.values()]
+    norms = torch.stack([*parts, *(bias.square().sum(dim=1) for bias in biases.values())]).sum(dim=0).sqrt()
     factors = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
     finite = norms.isfinite()
     if not bool(finite.all()):  # such a user contributes nothing: a contribution like any other
         factors = torch.where(finite, factors, 0.0)
-        keep = finite.view(-1, 1, 1)
-        taken = {
-            name: (torch.where(keep, a, 0.0), torch.where(keep, g, 0.0)) for name, (a, g) in taken.items()
-        }
-    found = {}
-    for name, (a, g) in taken.items():
-        scaled = g * factors.view(-1, 1, 1)
-        found[f"{name}.weight"] = scaled.flatten(0, 1).T @ a.flatten(0, 1)
-        if name in biased:
-            found[f"{name}.bias"] = scaled.sum((0, 1))
-    return found
+        biases = {name: torch.where(finite.unsqueeze(1), bias, 0.0) for name, bias in biases.items()}
+        for weight in weights.values():
+            weight.forget(finite)
+    found = {f"{name}.weight": weight.weighted_sum(factors) for name, weight in weights.items()}
+    return found | {f"{name}.bias": factors @ bias for name, bias in biases.items()}
 
 
 @contextmanager
@@ -175,6 +228,7 @@ def clipped_sums(model: InterestModel) -> Iterator[ClippedSum]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module.weight.requires_grad
     ]
+    biased = {layer.name for layer in layers if layer.module.bias is not None}
     parameters = model.trainable()
     device = next(iter(parameters.values())).device
     tap = torch.zeros((), requires_grad=True, device=device)
@@ -187,13 +241,15 @@ def clipped_sums(model: InterestModel) -> Iterator[ClippedSum]:
             )
         for layer in layers:
             layer.calls.clear()
+        batch = batch.evened()
         losses = model.per_user_loss(batch)
-        if losses.shape != (users,):
+        if losses.shape != (len(batch),):
             raise RowsAreNotUsersError(
                 f"the loss has shape {tuple(losses.shape)}, but must be one number a user"
             )
         losses.sum().backward()
-        found = _clipped(layers, users, clip_norm, parameters)
+        taken = {layer.name: layer.taken(len(batch), users) for layer in layers}
+        found = _clipped(taken, biased, clip_norm)
         if model.witness is not None:  # zero whatever the loss does: no user reaches it
             found[WITNESS] = torch.zeros(model.witness.shape, dtype=torch.float64, device=device)
         if set(found) != set(parameters):

@@ -371,7 +371,10 @@ def prepare_histories(model: InterestModel, histories: HistoryBatch, micro_batch
     if len(histories) == 0:
         return model.prepare(histories)
     index = torch.arange(len(histories), device=histories.items.device)
-    return concatenate([model.prepare(histories.rows(chunk)) for chunk in index.split(micro_batch)])
+    prepared = [
+        model.prepare(histories.rows(chunk).evened()).first(len(chunk)) for chunk in index.split(micro_batch)
+    ]
+    return concatenate(prepared)
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+EVEN = 8
+"""Evened batches have a multiple of so many rows: from there on, BLAS takes one kernel for every row."""
+
 
 @dataclass(frozen=True)
 class HistoryBatch:
@@ -66,6 +69,23 @@ class HistoryBatch:
     def rows(self, index: Tensor) -> HistoryBatch:
         """The users at `index` [rows] int64, every tensor alike."""
         return self._each(lambda tensor: tensor[index])
+
+    def first(self, users: int) -> HistoryBatch:
+        """The first users."""
+        return self._each(lambda tensor: tensor[:users])
+
+    def evened(self) -> HistoryBatch:
+        """The same with its first user repeated at the end, up to a multiple of EVEN rows.
+
+        A user's numbers then do not depend, even by rounding, on how many others there are. Whoever asks for this
+        takes the results' first rows alone.
+        """
+        users = len(self)
+        lacking = -users % EVEN
+        if lacking == 0:
+            return self
+        index = torch.arange(users + lacking, device=self.items.device)
+        return self.rows(torch.where(index < users, index, 0))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> HistoryBatch:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}

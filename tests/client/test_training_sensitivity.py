@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.training import clipped_sum, train_round
+from client.training import clipped_sum, prepare_histories, train_round
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.heads import next_item_loss
@@ -179,6 +179,64 @@ def test_a_row_of_any_size_is_clipped_to_c_and_no_further(scale: float) -> None:
 def test_users_are_clipped_over_all_parameters_together() -> None:
     rows = [torch.full((1, 4), 10.0), torch.full((1, 4), 10.0)]
     assert float(clipped_sum(rows, CLIP).norm()) == pytest.approx(CLIP)
+
+
+def movements_by_one_more(model: Recommend, batch: HistoryBatch) -> list[float]:
+    """How far each user of a batch moves the sum over those before it, in clip norms."""
+    sums = [step_sum(model, batch.rows(torch.arange(users))) for users in range(len(batch) + 1)]
+    return [float((after - before).norm()) / CLIP for before, after in pairwise(sums)]
+
+
+def a_touchy_model(kind: type[Recommend] = Recommend) -> tuple[Recommend, HistoryBatch]:
+    """Parameters that make the rounding of a sum in float32 a gradient's direction, and twelve users."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vectors = torch.nn.functional.normalize(torch.randn(300, 384), dim=-1)
+        model = kind(vectors, core="lstm", hidden_width=128, with_times=True)
+    moved(model, by=100.0)
+    return model, batch_of([[(7 * user + 3 * event) % 300 for event in range(32)] for user in range(12)], 32)
+
+
+def test_a_user_moves_the_sum_by_c_however_many_others_there_are_and_whatever_was_broadcast() -> None:
+    """BLAS takes other kernels for one row, for three and for many: seen to move other users' gradients by 2.6 C."""
+    assert movements_by_one_more(*a_touchy_model()) == pytest.approx([1.0] * 12, abs=1e-6)
+
+
+def test_a_users_rounding_that_depends_on_how_many_others_there_are_would_be_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class FewRowsKernel(Recommend):
+        """Event vectors come out a rounding apart where there are few rows: what BLAS does, on any machine."""
+
+        def event_vectors(self, batch: HistoryBatch) -> Tensor:
+            return super().event_vectors(batch) * (1.0 if len(batch) >= 4 else 1.0 + 2**-22)
+
+    model, batch = a_touchy_model(FewRowsKernel)
+    assert max(movements_by_one_more(model, batch)) <= 1 + 1e-6
+    monkeypatch.setattr("common.models.batches.EVEN", 1)
+    assert max(movements_by_one_more(model, batch)) > 1.5
+
+
+def test_what_frozen_layers_say_of_a_user_does_not_depend_on_how_many_others_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counts(Recommend):
+        """Lower layers that tell how many rows they ran on."""
+
+        def prepare(self, batch: HistoryBatch) -> HistoryBatch:
+            return replace(batch, token_states=torch.full((len(batch), 1, 1), float(len(batch))))
+
+    def said(users: int) -> list[float]:
+        prepared = prepare_histories(a_model(Counts), batch_of(some_users(users), 12), 8)
+        assert prepared.token_states is not None
+        assert len(prepared) == users
+        assert torch.equal(prepared.items, batch_of(some_users(users), 12).items)
+        return prepared.token_states.flatten().tolist()
+
+    assert said(18) == [8.0] * 18
+    assert said(19)[:18] == said(18)
+    monkeypatch.setattr("common.models.batches.EVEN", 1)
+    assert said(19)[:18] != said(18)
 
 
 def test_micro_batches_are_for_memory_alone() -> None:
