@@ -1,276 +1,304 @@
 """Cleaning: from a raw log to histories, with a count of what was dropped and why.
 
-Every rule looks at one user's own events and the public catalog, so one user never decides what is kept of
-another. The report is for the site's eyes only: its counts are exact, and must not leave the site.
+A log goes by in batches: users, items and kinds become numbers (`numbering.py`), which are put down by bucket of
+users (`spill.py`); then each bucket is ordered and bound alone (`binding.py`), in the order of the pseudonyms. So
+what is in memory is the users and some batches, however many events there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import starmap
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from rich.table import Table
 
+from common.events.binding import Bound, Events, bind
 from common.events.catalog import Catalog
-from common.events.deidentify import pseudonym, tie_key
 from common.events.histories import Histories
-from common.events.schema import DEFAULT_KIND, LogError
+from common.events.histories_files import HistoriesWriter
+from common.events.numbering import NOBODY, UNKNOWN_ITEM, Items, Kinds, Users
+from common.events.readers import Log
+from common.events.rules import ORDERING_RULE, REASONS, CleaningPolicy, CleaningReport, Duplicates
+from common.events.schema import LogError
+from common.events.spill import BUCKETS, Spill
 
-Duplicates = Literal["same-event", "same-item", "keep"]
+__all__ = [
+    "ORDERING_RULE",
+    "REASONS",
+    "CleaningPolicy",
+    "CleaningReport",
+    "Duplicates",
+    "Progress",
+    "clean",
+    "clean_to",
+]
 
-ORDERING_RULE = (
-    "by time; events of one user at one time by a keyed hash of user and item, as a log's own order is "
-    "often an artefact"
-)
-REASONS = (
-    "missing user or item",
-    "no readable time",
-    "item not in the catalog",
-    "duplicate",
-    "user over the cap of events",
-    "user with too few events",
-)
-"""Why an event is dropped; the first reason that applies counts."""
+Progress = Callable[[str, int, int | None], None]
+"""Told what is being done, how many events are done, and of how many where that is known."""
 
+Result = TypeVar("Result")
 
-@dataclass(frozen=True, slots=True)
-class CleaningPolicy:
-    """What a site drops: public constants, the same at every site of a run.
-
-    Attributes:
-        max_events_per_user: users with more events than this are taken for robots, and dropped whole.
-        minimum_events: users with fewer events are dropped whole.
-        duplicates: "same-event" keeps one of the events with the same user, item, time and kind;
-            "same-item" keeps a user's first event with each item; "keep" keeps all.
-    """
-
-    max_events_per_user: int = 10_000
-    minimum_events: int = 3
-    duplicates: Duplicates = "same-event"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.minimum_events <= self.max_events_per_user:
-            raise ValueError(
-                f"minimum_events is {self.minimum_events}, but must lie in [1, max_events_per_user = "
-                f"{self.max_events_per_user}]: raise the cap or lower the minimum"
-            )
-        if self.duplicates not in get_args(Duplicates):
-            raise ValueError(
-                f"duplicates is {self.duplicates!r}, but must be one of {', '.join(get_args(Duplicates))}"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class CleaningReport:
-    """What cleaning did to one log. Local to the site: exact counts, no ids.
-
-    Attributes:
-        events_read: events in the log.
-        dropped: reason -> events dropped for it, all of `REASONS`.
-        users_read: users in the log.
-        users_over_cap: users dropped as robots.
-        users_too_few: users dropped for too few events, or for none left.
-        events_kept: events in the histories.
-        users_kept: rows of the histories.
-        tied_events: kept events that share their time with another event of the same user.
-    """
-
-    events_read: int
-    dropped: Mapping[str, int]
-    users_read: int
-    users_over_cap: int
-    users_too_few: int
-    events_kept: int
-    users_kept: int
-    tied_events: int
-
-    def table(self) -> Table:
-        """The report for a terminal."""
-        table = Table(title="cleaning (for the site's eyes only)", caption=f"order: {ORDERING_RULE}")
-        table.add_column("what")
-        table.add_column("events", justify="right")
-        table.add_column("users", justify="right")
-        table.add_row("read", f"{self.events_read:,}", f"{self.users_read:,}")
-        users = {REASONS[4]: f"{self.users_over_cap:,}", REASONS[5]: f"{self.users_too_few:,}"}
-        for reason, events in self.dropped.items():
-            table.add_row(f"dropped: {reason}", f"{events:,}", users.get(reason, ""))
-        table.add_row("kept", f"{self.events_kept:,}", f"{self.users_kept:,}", style="bold")
-        table.add_row("of these at equal times of one user", f"{self.tied_events:,}", "")
-        return table
+_BATCH = 1 << 21
+_GROUP = 1 << 20
+_WORKERS_AT_MOST = 4
 
 
 def clean(
-    log: pl.LazyFrame, catalog: Catalog, policy: CleaningPolicy, secret: bytes
+    log: pl.LazyFrame | Log, catalog: Catalog, policy: CleaningPolicy, secret: bytes
 ) -> tuple[Histories, CleaningReport]:
-    """Cleans and de-identifies a log in the schema of `EVENT_SCHEMA`.
+    """Cleans and de-identifies a log, in memory.
 
-    The log is read a few times, in streams; what is held in memory is the user ids and 22 bytes a usable
-    event (a few times over while they are sorted).
     Rows of the histories are in the order of the pseudonyms. Events of one user are ordered by time, then
     by a hash of user and item under the site's secret, then by kind and value.
+
+    Args:
+        log: in the schema of `EVENT_SCHEMA`, or as `scan_log` gives it.
 
     Raises:
         LogError: the log cannot be read to its end, or no event is left.
         SecretError: the secret is not 32 bytes long.
     """
+    parts: list[tuple[npt.NDArray[np.str_], Bound]] = []
+    with Spill() as spill:
+        read = _read(log, catalog, secret, spill, _silent)
+        report = _report(read, _bound(read, policy, spill, _silent), lambda *part: parts.append(part))
+    bound = [part for _, part in parts]
+    lengths = np.concatenate([part.lengths[part.lengths > 0] for part in bound])
+    histories = Histories(
+        users=np.concatenate([names for names, _ in parts]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items=np.concatenate([part.items for part in bound]),
+        times=np.concatenate([part.times for part in bound]),
+        kinds=np.concatenate([part.kinds for part in bound]),
+        values=np.concatenate([part.values for part in bound]),
+        kind_names=read.kind_names,
+    )
+    return histories, report
+
+
+def clean_to(
+    folder: Path,
+    log: pl.LazyFrame | Log,
+    catalog: Catalog,
+    policy: CleaningPolicy,
+    secret: bytes,
+    progress: Progress | None = None,
+) -> tuple[Histories, CleaningReport]:
+    """As `clean`, into a new folder, whole or not at all; the histories are mapped from it.
+
+    The log may be larger than memory: what is held is the user ids and pseudonyms, and some batches.
+
+    Raises:
+        LogError: the log cannot be read to its end, no event is left, or the disk cannot take what is kept.
+        HistoriesError: the folder exists and is not empty.
+        SecretError: the secret is not 32 bytes long.
+    """
+    progress = progress or _silent
     try:
-        counts, events = _encode(log, catalog, secret)
+        with HistoriesWriter(folder) as writer, Spill(writer.partial) as spill:
+            read = _read(log, catalog, secret, spill, progress)
+
+            def write(names: npt.NDArray[np.str_], part: Bound) -> None:
+                lengths = part.lengths[part.lengths > 0]
+                writer.add(
+                    names,
+                    lengths,
+                    items=part.items,
+                    times=part.times,
+                    kinds=part.kinds,
+                    values=part.values,
+                )
+
+            report = _report(read, _bound(read, policy, spill, progress), write)
+            writer.finish(read.kind_names)
+    except OSError as error:
+        raise LogError(
+            f"{folder} cannot be written: {error.strerror}; make room, or choose another"
+        ) from error
+    return Histories.load(folder), report
+
+
+def _silent(what: str, done: int, of: int | None) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What is known once a log was read to its end.
+
+    Attributes:
+        events: in the log.
+        dropped: events for each of the first three reasons.
+        digests, tie_keys: [users, 16] and [users], in the order of the pseudonyms.
+        rows: [numbers] the place of a numbered user in that order.
+        begins: [BUCKETS + 1] users in the buckets before.
+        kind_names: sorted.
+        kinds: [numbers] the place of a numbered kind among them.
+    """
+
+    events: int
+    dropped: tuple[int, int, int]
+    digests: npt.NDArray[np.uint8]
+    tie_keys: npt.NDArray[np.uint64]
+    rows: npt.NDArray[np.uint32]
+    begins: npt.NDArray[np.int64]
+    kind_names: tuple[str, ...]
+    kinds: npt.NDArray[np.int16]
+
+
+def _read(
+    log: pl.LazyFrame | Log, catalog: Catalog, secret: bytes, spill: Spill, progress: Progress
+) -> _Read:
+    """Reads a log once; its usable events lie in the spill then."""
+    log = log if isinstance(log, Log) else Log(log, untidy=False)
+    users = Users(secret, untidy=log.untidy)
+    kinds = Kinds(log.default_kind, untidy=log.untidy)
+    events, dropped = 0, np.zeros(3, dtype=np.int64)
+    for batch in _batches(log.frame, Items(catalog, untidy=log.untidy)):
+        numbers = users.of(batch["user"])
+        rows, times = batch["row"], batch["time"]
+        unnamed = (numbers == NOBODY) | rows.is_null().to_numpy()
+        timeless = times.is_null().to_numpy() & ~unnamed
+        unknown = (rows == UNKNOWN_ITEM).fill_null(False).to_numpy() & ~unnamed & ~timeless
+        dropped += [int(reason.sum()) for reason in (unnamed, timeless, unknown)]
+        columns = {
+            "user": numbers,
+            "item": rows.fill_null(UNKNOWN_ITEM).to_numpy(),
+            "time": times.fill_null(0).to_numpy(),
+            "kind": kinds.of(batch["kind"]),
+            "value": batch["value"].to_numpy(),
+        }
+        if (useless := unnamed | timeless | unknown).any():
+            columns = {name: column[~useless] for name, column in columns.items()}
+        spill.add(users.digests[:, 0][columns["user"]], **columns)
+        events += len(batch)
+        progress("reading", events, None)
+    return _ordered(users, kinds, events, dropped)
+
+
+def _batches(frame: pl.LazyFrame, items: Items) -> Iterator[pl.DataFrame]:
+    plan = frame.select(
+        "user",
+        "time",
+        items.expression("item").alias("row"),
+        pl.col("kind").cast(pl.Categorical()),
+        pl.col("value").cast(pl.Float32).fill_null(np.nan),
+    )
+    try:
+        for batch in plan.collect_batches(chunk_size=_BATCH, engine="streaming"):
+            yield batch.rechunk()
     except (pl.exceptions.PolarsError, OSError) as error:
         # The library's own text may quote a row, which is a user's data.
         raise LogError(
             "the log cannot be read to its end: look for a damaged row or a cut-off file"
         ) from error
-    read = int(counts["events"].sum())
-    known = counts.filter(pl.col("user").is_not_null())
-    dropped = dict.fromkeys(REASONS, 0)
-    for place in range(3):
-        dropped[REASONS[place]] = int(counts[f"reason {place}"].sum())
 
-    events = events.sort_by_history()
-    if policy.duplicates != "keep":
-        distinct = events.distinct(policy.duplicates)
-        dropped[REASONS[3]] = len(events.users) - int(distinct.sum())
-        events = events.where(distinct)
-    per_user = np.bincount(events.users, minlength=len(known))  # [users read]
-    over, few = per_user > policy.max_events_per_user, per_user < policy.minimum_events
-    dropped[REASONS[4]] = int(per_user[over].sum())
-    dropped[REASONS[5]] = int(per_user[few].sum())
-    events = events.where(~(over | few)[events.users])
-    if not len(events.users):
+
+def _ordered(users: Users, kinds: Kinds, events: int, dropped: npt.NDArray[np.int64]) -> _Read:
+    own = np.flatnonzero(users.same_as == np.arange(len(users.same_as)))
+    halves = users.digests[own].view(">u8").astype(np.uint64)  # [users, 2]
+    own = own[np.lexsort((halves[:, 1], halves[:, 0]))]
+    rows = np.zeros(len(users.same_as), dtype=np.uint32)
+    rows[own] = np.arange(len(own), dtype=np.uint32)
+    digests = users.digests[own]
+    names = sorted(kinds.names)
+    place = {name: place for place, name in enumerate(names)}
+    return _Read(
+        events=events,
+        dropped=(int(dropped[0]), int(dropped[1]), int(dropped[2])),
+        digests=digests,
+        tie_keys=users.tie_keys[own],
+        rows=rows,
+        begins=np.searchsorted(digests[:, 0], np.arange(BUCKETS + 1)),
+        kind_names=tuple(names),
+        kinds=np.array([place[name] for name in kinds.names], dtype=np.int16),
+    )
+
+
+def _bound(
+    read: _Read, policy: CleaningPolicy, spill: Spill, progress: Progress
+) -> Iterator[tuple[npt.NDArray[np.uint8], Bound]]:
+    """Digests and events of some users at a time, in the order of the pseudonyms."""
+
+    def one(first: int, last: int) -> tuple[npt.NDArray[np.uint8], Bound]:
+        begin, end = int(read.begins[first]), int(read.begins[last])
+        raw = spill.read(first, last)
+        events = Events(
+            tie_keys=read.tie_keys[begin:end],
+            users=read.rows[raw["user"]].astype(np.int64) - begin,
+            items=np.ascontiguousarray(raw["item"]),
+            times=np.ascontiguousarray(raw["time"]),
+            kinds=read.kinds[raw["kind"]],
+            values=np.ascontiguousarray(raw["value"]),
+        )
+        del raw
+        return read.digests[begin:end], bind(events, policy)
+
+    sizes, done = spill.sizes, 0
+    groups = list(spill.groups(_GROUP))
+    parts = starmap(one, groups) if len(groups) == 1 else _at_once(one, groups)
+    for (first, last), part in zip(groups, parts, strict=True):
+        done += int(sizes[first:last].sum())
+        yield part
+        progress("binding", done, int(sizes.sum()))
+
+
+def _at_once(work: Callable[[int, int], Result], arguments: list[tuple[int, int]]) -> Iterator[Result]:
+    """Results in order, from as many threads as there are cores; no more are held than are being made."""
+    workers = min(len(os.sched_getaffinity(0)), _WORKERS_AT_MOST)
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers) as threads:
+        for each in arguments:
+            pending.append(threads.submit(work, *each))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _report(
+    read: _Read,
+    parts: Iterator[tuple[npt.NDArray[np.uint8], Bound]],
+    keep: Callable[[npt.NDArray[np.str_], Bound], None],
+) -> CleaningReport:
+    """Hands on each part of the histories, and counts."""
+    dropped = dict(zip(REASONS, (*read.dropped, 0, 0, 0), strict=True))
+    over_cap = events_kept = users_kept = tied = 0
+    for digests, part in parts:
+        dropped[REASONS[3]] += part.duplicates
+        dropped[REASONS[4]] += part.events_over_cap
+        dropped[REASONS[5]] += part.events_of_few
+        over_cap += part.users_over_cap
+        tied += part.tied_events
+        some = part.lengths > 0
+        events_kept += len(part.items)
+        users_kept += int(some.sum())
+        keep(_names(digests[some]), part)
+    if not events_kept:
         reason = max(REASONS, key=lambda name: dropped[name])
         raise LogError(f"nothing is left of the log: mostly {reason!r}; check the columns and the catalog")
-
-    rows, lengths = np.unique(events.users, return_counts=True)
-    histories = Histories(
-        users=np.asarray(events.names)[rows],
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        items=events.items,
-        times=events.times,
-        kinds=events.kinds,
-        values=events.values,
-        kind_names=events.kind_names,
-    )
-    return histories, CleaningReport(
-        events_read=read,
+    return CleaningReport(
+        events_read=read.events,
         dropped=dropped,
-        users_read=len(known),
-        users_over_cap=int(over.sum()),
-        users_too_few=int(few.sum()),
-        events_kept=histories.events,
-        users_kept=len(histories),
-        tied_events=events.ties(),
+        users_read=len(read.digests),
+        users_over_cap=over_cap,
+        users_too_few=len(read.digests) - users_kept - over_cap,
+        events_kept=events_kept,
+        users_kept=users_kept,
+        tied_events=tied,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Events:
-    """Usable events as numbers, [events] each; `users` are places in `names`, the sorted pseudonyms."""
-
-    names: list[str]
-    tie_keys: npt.NDArray[np.uint64]
-    kind_names: tuple[str, ...]
-    users: npt.NDArray[np.int32]
-    items: npt.NDArray[np.int32]
-    times: npt.NDArray[np.int64]
-    kinds: npt.NDArray[np.int16]
-    values: npt.NDArray[np.float32]
-
-    def where(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> _Events:
-        return _Events(
-            self.names,
-            self.tie_keys,
-            self.kind_names,
-            self.users[chosen],
-            self.items[chosen],
-            self.times[chosen],
-            self.kinds[chosen],
-            self.values[chosen],
-        )
-
-    def sort_by_history(self) -> _Events:
-        tie = _mix(self.tie_keys[self.users] ^ _mix(self.items.astype(np.uint64)))
-        order = np.lexsort((self.values, self.kinds, self.items, tie, self.times, self.users))
-        return self.where(order)
-
-    def distinct(self, rule: Duplicates) -> npt.NDArray[np.bool_]:
-        """[events] whether an event is the first of its kind in order."""
-        keys: list[npt.NDArray[np.integer]] = [self.users, self.items]
-        if rule == "same-event":
-            keys += [self.times, self.kinds]
-        order = np.lexsort(keys[::-1])  # stable: equal events stay in order of history
-        changes = np.zeros(len(order), dtype=np.bool_)
-        changes[:1] = True
-        for key in keys:
-            changes[1:] |= key[order][1:] != key[order][:-1]
-        first = np.empty(len(order), dtype=np.bool_)
-        first[order] = changes
-        return first
-
-    def ties(self) -> int:
-        """Events at a time that another event of the same user has; events must be sorted."""
-        same = (self.users[1:] == self.users[:-1]) & (self.times[1:] == self.times[:-1])
-        tied = np.zeros(len(self.users), dtype=np.bool_)
-        tied[1:] |= same
-        tied[:-1] |= same
-        return int(tied.sum())
-
-
-def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The splitmix64 finaliser: spreads the secret tie key of a user over the items."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-def _encode(log: pl.LazyFrame, catalog: Catalog, secret: bytes) -> tuple[pl.DataFrame, _Events]:
-    """Counts by raw user and reason, and the usable events as numbers."""
-    rows = pl.LazyFrame(
-        {"item": list(catalog.ids), "row": np.arange(len(catalog), dtype=np.int32)},
-        schema_overrides={"item": pl.String},
-    )
-    log = log.join(rows, on="item", how="left")
-    unnamed = pl.col("user").is_null() | pl.col("item").is_null()
-    timeless = ~unnamed & pl.col("time").is_null()
-    unknown = ~unnamed & ~timeless & pl.col("row").is_null()
-    reasons = [
-        reason.sum().alias(f"reason {place}") for place, reason in enumerate((unnamed, timeless, unknown))
-    ]
-    counts = log.group_by("user").agg(pl.len().alias("events"), *reasons).collect(engine="streaming")
-    kinds = log.select(pl.col("kind").fill_null(DEFAULT_KIND).unique()).collect(engine="streaming")
-    kind_names = sorted(kinds["kind"].to_list())
-    if len(kind_names) > np.iinfo(np.int16).max:
-        raise LogError("the log has more than 32,767 kinds of events: map another column as kind")
-
-    raw = counts["user"].drop_nulls().to_list()
-    named = sorted((pseudonym(user, secret), user) for user in raw)
-    users = pl.LazyFrame(
-        {"user": [user for _, user in named], "user row": np.arange(len(named), dtype=np.int32)},
-        schema_overrides={"user": pl.String},
-    )
-    kind_rows = pl.LazyFrame(
-        {"kind": kind_names, "kind row": np.arange(len(kind_names), dtype=np.int16)},
-        schema_overrides={"kind": pl.String},
-    )
-    usable = (
-        log.filter(~unnamed & ~timeless & ~unknown)
-        .with_columns(pl.col("kind").fill_null(DEFAULT_KIND))
-        .join(users, on="user", how="inner")
-        .join(kind_rows, on="kind", how="inner")
-        .select("user row", "row", "time", "kind row", pl.col("value").cast(pl.Float32).fill_null(np.nan))
-        .collect(engine="streaming")
-    )
-    return counts, _Events(
-        names=[name for name, _ in named],
-        tie_keys=np.array([tie_key(user, secret) for _, user in named], dtype=np.uint64),
-        kind_names=tuple(kind_names),
-        users=usable["user row"].to_numpy(),
-        items=usable["row"].to_numpy(),
-        times=usable["time"].to_numpy(),
-        kinds=usable["kind row"].to_numpy(),
-        values=usable["value"].to_numpy(),
-    )
+def _names(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.str_]:
+    """[users] pseudonyms as text, of [users, 16] bytes."""
+    letters = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
+    halves = np.stack([digests >> 4, digests & 15], axis=-1).reshape(-1, 32)
+    return letters[halves].astype("<u4").reshape(-1).view("<U32")

@@ -7,25 +7,18 @@ operation on one user's own events: no method lets one user change another's row
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-_ARRAYS = {"offsets": "int64", "items": "int32", "times": "int64", "kinds": "int16", "values": "float32"}
-_ABOUT = "histories.json"
+from common.events.histories_files import ABOUT, ARRAYS, HistoriesError, HistoriesWriter
+
+__all__ = ["NO_ITEM", "Histories", "HistoriesError"]
+
 NO_ITEM = -1
 """Stands where a history has no event."""
-
-
-class HistoriesError(ValueError):
-    """Arrays that are no histories, or a folder that holds none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +44,13 @@ class Histories:
     kind_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name, dtype in _ARRAYS.items():
+        for name, dtype in ARRAYS.items():
             array = getattr(self, name)
             if array.ndim != 1 or array.dtype != dtype:
                 raise HistoriesError(f"{name} must be one-dimensional {dtype}")
         if self.users.ndim != 1 or self.users.dtype.kind != "U":
             raise HistoriesError("users must be a one-dimensional array of text")
-        if len(np.unique(self.users)) != len(self.users):
+        if not _distinct(self.users):
             raise HistoriesError("a user has more than one row: merge the rows, one user is one row")
         events = len(self.items)
         if any(len(getattr(self, name)) != events for name in ("times", "kinds", "values")):
@@ -147,25 +140,10 @@ class Histories:
         Raises:
             HistoriesError: the folder exists and is not empty.
         """
-        folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(mode=0o700, parents=True)
-        try:
-            for name in ("users", *_ARRAYS):
-                with _private(partial / f"{name}.npy") as file:
-                    np.save(file, getattr(self, name), allow_pickle=False)
-            with _private(partial / _ABOUT) as file:
-                file.write(json.dumps({"version": 1, "kind_names": self.kind_names}).encode())
-            partial.rename(folder)
-        except FileExistsError as error:
-            raise HistoriesError(f"folder {folder} exists: delete it, or choose another") from error
-        except OSError as error:
-            if folder.exists() and any(folder.iterdir()):
-                raise HistoriesError(f"folder {folder} is not empty: delete it, or choose another") from error
-            raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with HistoriesWriter(folder) as writer:
+            arrays = {name: getattr(self, name) for name in ARRAYS if name != "offsets"}
+            writer.add(self.users, self.lengths, **arrays)
+            writer.finish(self.kind_names)
 
     @classmethod
     def load(cls, folder: str | Path) -> Histories:
@@ -176,12 +154,12 @@ class Histories:
         """
         folder = Path(folder)
         try:
-            about = json.loads((folder / _ABOUT).read_bytes())
+            about = json.loads((folder / ABOUT).read_bytes())
             if about["version"] != 1:
                 raise HistoriesError(f"histories in {folder} are of another version: clean the log again")
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("users", *_ARRAYS)
+                for name in ("users", *ARRAYS)
             }
             return cls(**arrays, kind_names=tuple(about["kind_names"]))
         except FileNotFoundError as error:
@@ -215,16 +193,12 @@ class Histories:
         )
 
 
+def _distinct(users: npt.NDArray[np.str_]) -> bool:
+    # Cleaning's order, which is seen far sooner than that no two are the same in another.
+    return bool((users[1:] > users[:-1]).all()) or len(np.unique(users)) == len(users)
+
+
 def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The ranges [starts[r], starts[r] + lengths[r]) one after another."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-
-
-@contextmanager
-def _private(path: Path) -> Iterator[BinaryIO]:
-    """A new file for writing, mode 0600, synced to disk when closed."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,6 +7,7 @@ than memory. Text formats are read as text and cast here, so that no type is gue
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -49,10 +50,42 @@ _SUFFIXES: Mapping[str, Format] = {
 _RATINGS = ("user", "item", "rating", "timestamp")
 
 
+@dataclass(frozen=True)
+class Log:
+    """A log in the schema of `EVENT_SCHEMA`, for cleaning to read.
+
+    Attributes:
+        frame: unusable times and values are null.
+        untidy: texts of users, items and kinds are as the file has them; cleaning tidies each distinct one once.
+        default_kind: of an event that names none.
+    """
+
+    frame: pl.LazyFrame
+    untidy: bool = False
+    default_kind: str = DEFAULT_KIND
+
+    def tidied(self) -> pl.LazyFrame:
+        """The frame with tidy texts, each event's tidied by itself."""
+        if not self.untidy:
+            return self.frame
+        return self.frame.with_columns(
+            *(id_expression(name, pl.String()) for name in ("user", "item")),
+            kind=pl.coalesce(id_expression("kind", pl.String()), pl.lit(self.default_kind)),
+        )
+
+
 def read_log(
     path: str | Path, format: str = "auto", columns: Mapping[str, str] | None = None
 ) -> pl.LazyFrame:
     """A log in the schema of `EVENT_SCHEMA`, read lazily; unusable fields are null, for cleaning to count.
+
+    Args, Raises: as for `scan_log`, which is what cleaning reads faster.
+    """
+    return scan_log(path, format, columns).tidied()
+
+
+def scan_log(path: str | Path, format: str = "auto", columns: Mapping[str, str] | None = None) -> Log:
+    """A log as cleaning reads it: lazily, with texts as the file has them.
 
     Args:
         path: a file (`.gz` too, for text formats), or a folder of parts that all have one format. Text is
@@ -75,20 +108,24 @@ def read_log(
     except pl.exceptions.PolarsError as error:
         raise _unreadable(path, format) from error
     rated = format in ("movielens", "recbole") and "value" in picked
-    kind = pl.lit("rating" if rated else DEFAULT_KIND)
-    if "kind" in picked:
-        kind = pl.coalesce(id_expression(picked["kind"], schema[picked["kind"]]), kind)
     value = pl.lit(None)
     if "value" in picked:
         value = pl.col(picked["value"]).cast(pl.Float32, strict=False)
         value = pl.when(value.is_finite()).then(value).otherwise(None)
-    return table.select(
-        user=id_expression(picked["user"], schema[picked["user"]]),
-        item=id_expression(picked["item"], schema[picked["item"]]),
+    texts = {name: _text(picked[name], schema) for name in ("user", "item")}
+    frame = table.select(
+        **texts,
         time=time_expression(picked["time"], schema[picked["time"]]),
-        kind=kind.cast(EVENT_SCHEMA["kind"]),
+        kind=_text(picked["kind"], schema) if "kind" in picked else pl.lit(None, dtype=pl.String),
         value=value.cast(EVENT_SCHEMA["value"]),
     )
+    return Log(frame, untidy=True, default_kind="rating" if rated else DEFAULT_KIND)
+
+
+def _text(name: str, schema: pl.Schema) -> pl.Expr:
+    """A column as text: what is text already stays as it is."""
+    dtype = schema[name]
+    return pl.col(name) if dtype == pl.String else id_expression(name, dtype)
 
 
 def scan_table(path: Path, format: str = "auto") -> tuple[pl.LazyFrame, str]:
