@@ -17,6 +17,24 @@ def zero_linear(input_width: int, output_width: int, *, bias: bool = True) -> nn
     return layer
 
 
+def beside(moving: Tensor, *others: Tensor) -> Tensor:
+    """Tensors beside each other in the last dimension, as a layer's input.
+
+    Where no other than the first one is trained through, the private step need not know the others' gradient, and
+    learns of it here: see `moving_part`.
+    """
+    joined = torch.cat([moving, *others], dim=-1)
+    if moving.requires_grad and not any(other.requires_grad for other in others):
+        joined.moving_part = moving  # type: ignore[attr-defined]
+    return joined
+
+
+def moving_part(x: Tensor) -> Tensor:
+    """The first columns of a layer's input, which alone need its gradient; or all of it."""
+    found: Tensor = getattr(x, "moving_part", x)
+    return found
+
+
 def mean_so_far(x: Tensor, mask: Tensor) -> Tensor:
     """Masked-mean pooling of the events up to each one.
 

@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client.bookkeeping import clipped_sums, squared_norms
-from client.training import (
+from client.bookkeeping import (
     RowsAreNotUsersError,
+    _Factored,
+    _Gradients,
+    _gram,
+    _is_small,
+    clipped_sums,
+)
+from client.training import (
     UnvouchedLayerError,
     check_layers,
     check_rows_are_users,
@@ -21,6 +27,7 @@ from client.training import (
 )
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
+from common.models.heads import beside
 from common.models.history_encoder import HistoryEncoder
 from common.models.interface import InterestModel
 from common.models.item_vectors import item_vectors as embed
@@ -179,24 +186,62 @@ def test_micro_batches_give_the_same_sum_through_a_language_model(architecture: 
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 * CLIP)
 
 
-@pytest.mark.parametrize("sizes", [(1, 7, 9), (3, 50, 40), (60, 5, 4)], ids=["one place", "Gram", "itself"])
-def test_norms_are_the_same_in_every_way_that_they_are_found(sizes: tuple[int, int, int]) -> None:
+SIZES = [(1, 7, 9), (3, 50, 40), (60, 5, 4), (20, 4, 30)]
+"""Places, inputs, outputs."""
+
+
+def as_factors(a: Tensor, g: Tensor) -> _Factored:
+    return _Factored(a.double(), g.double(), _gram)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("form", "room"), [(as_factors, 1e-7), (_Gradients, 2e-6)])
+def test_norms_and_sums_are_the_same_in_both_forms(
+    form: Callable[[Tensor, Tensor], _Factored | _Gradients], room: float, sizes: tuple[int, int, int]
+) -> None:
     places, inputs, outputs = sizes
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(5, places, inputs, generator=generator, dtype=torch.float64)
-    g = torch.randn(5, places, outputs, generator=generator, dtype=torch.float64)
-    wanted = torch.einsum("upo,upi->uoi", g, a).flatten(1).square().sum(dim=1)
-    torch.testing.assert_close(squared_norms(a, g), wanted, rtol=1e-12, atol=0)
+    a = torch.randn(5, places, inputs, generator=generator)
+    g = torch.randn(5, places, outputs, generator=generator)
+    rows = torch.einsum("upo,upi->uoi", g.double(), a.double())
+    factors = torch.tensor([0.5, 0.0, 1.0, 2.0, 0.1], dtype=torch.float64)
+    held = form(a, g)
+    wanted = rows.flatten(1).square().sum(dim=1)
+    torch.testing.assert_close(held.squared_norms(), wanted, rtol=room, atol=0)
+    summed = torch.einsum("u,uoi->oi", factors, rows)
+    found = held.weighted_sum(factors, lambda g: g * factors.view(-1, 1, 1))
+    assert float((found - summed).norm()) <= room * float(summed.norm())
 
 
-def test_norms_survive_places_that_cancel() -> None:
-    """In float32 the Gram sum of a user whose places nearly cancel is rounding alone, and the clip would be wrong."""
+def test_each_form_is_taken_somewhere() -> None:
+    taken = [_is_small(torch.zeros(1, places, i), torch.zeros(1, places, o)) for places, i, o in SIZES]
+    assert taken == [False, False, True, True]
+
+
+@pytest.mark.parametrize("form", [as_factors, _Gradients])
+def test_a_user_whose_places_cancel_still_adds_no_more_than_c(
+    form: Callable[[Tensor, Tensor], _Factored | _Gradients], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two places are large and each other's opposite: a Gram sum sees nothing of the third in their rounding."""
     generator = torch.Generator().manual_seed(0)
-    a, g = torch.ones(1, 8, 30).double(), torch.randn(1, 8, 40, generator=generator).double()
-    g = g - g.mean(dim=1, keepdim=True) + 1e-5
-    wanted = float((g.transpose(1, 2) @ a).square().sum())
-    assert float(squared_norms(a, g)) == pytest.approx(wanted, rel=1e-5)
-    assert float(squared_norms(a.float(), g.float())) != pytest.approx(wanted, rel=1e-2)
+    a, g = torch.randn(50, 3, 30, generator=generator), torch.randn(50, 3, 40, generator=generator)
+    a[:, 1], g[:, 0] = a[:, 0], 1e12 * g[:, 0]
+    g[:, 1] = -g[:, 0]
+
+    def most() -> float:
+        """What the user who adds the most adds, in clip norms."""
+        held = form(a, g)
+        factors = (1 / held.squared_norms().sqrt()).clamp(max=1.0)
+        each = [torch.where(torch.arange(50) == user, factors, 0.0) for user in range(50)]
+        sums = [held.weighted_sum(f, lambda g, f=f: g * f.view(-1, 1, 1)) for f in each]  # type: ignore[misc]
+        return max(float(total.norm()) for total in sums)
+
+    assert most() <= 1 + 1e-9
+    monkeypatch.setattr("client.bookkeeping._rounding", lambda *_: 0.0)
+    if form is as_factors:
+        assert most() > 10  # without room for rounding
+    else:
+        assert most() == pytest.approx(1)  # the norm is that of the very numbers that are summed
 
 
 def test_a_layer_that_is_called_twice_gives_both_calls_gradient() -> None:
@@ -209,6 +254,25 @@ def test_a_layer_that_is_called_twice_gives_both_calls_gradient() -> None:
     moved(model)
     batch = batch_of(RAGGED, 7)
     assert_one_pass_gives_the_rows_sum(model, batch, one_at_a_time(model, batch))
+
+
+def test_a_model_that_is_wrong_about_which_inputs_are_trained_through_is_refused() -> None:
+    class Lying(Recommend):
+        """Says that another part than the first one is trained through."""
+
+        def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
+            h = self.core(vectors)
+            joined = torch.cat([vectors, h, vectors], dim=-1)
+            joined.moving_part = h  # type: ignore[attr-defined]
+            return Reading(self.residual(joined))
+
+    class Honest(Recommend):
+        def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
+            return Reading(self.residual(beside(self.core(vectors), vectors, vectors)))
+
+    check_rows_are_users(a_model(Honest))
+    with pytest.raises(UnvouchedLayerError, match="clipped sum is not that of its users"):
+        check_rows_are_users(a_model(Lying))
 
 
 def test_a_user_whose_gradient_is_not_finite_adds_nothing_in_one_pass() -> None:
@@ -244,7 +308,7 @@ def test_no_rows_are_gradients_of_no_users() -> None:
 def extra(part: nn.Module) -> Recommend:
     """The family with one more part, which every user's states go through."""
     model = a_model()
-    model.residual = nn.Sequential(model.residual, part)
+    model.residual = nn.Sequential(model.residual, part)  # type: ignore[assignment]
     return model
 
 
@@ -267,7 +331,8 @@ class Lookup(nn.Module):
         self.table = nn.Embedding(50, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.table(torch.arange(x.shape[1]).unsqueeze(0))
+        y: Tensor = x + self.table(torch.arange(x.shape[1]).unsqueeze(0))
+        return y
 
 
 class BatchNorm(nn.Module):
@@ -356,7 +421,8 @@ class PositionInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], dtype=x.dtype).view(1, -1, 1)
-        return x + self.map(positions)
+        y: Tensor = x + self.map(positions)
+        return y
 
 
 class PerEvent(nn.Module):

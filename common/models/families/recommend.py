@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from common.models.batches import HistoryBatch
-from common.models.heads import mean_so_far, zero_linear
+from common.models.heads import beside, mean_so_far, zero_linear
 from common.models.history_encoder import HistoryEncoder
 from common.models.names import CORES, named
 from common.models.sequence import Ingredients, Reading, SequenceModel
@@ -68,4 +67,4 @@ class Recommend(SequenceModel):
     def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
         x = self.task.event_vectors(vectors, batch)  # [users, events, width]
         h = self.core(self.event_inputs(x, batch))  # [users, events, hidden]
-        return Reading(self.residual(torch.cat([h, mean_so_far(x, batch.mask), x], dim=-1)))
+        return Reading(self.residual(beside(h, mean_so_far(x, batch.mask), x)))
