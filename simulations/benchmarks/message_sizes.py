@@ -8,17 +8,24 @@ parameters, whatever it says.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+import torch
 from flwr.app import RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from client.ledger import Ledger
 from common.assets import home, language_model
-from common.config import Plan, make_plan
+from common.config import Plan, Precision, WirePlan, make_plan
 from common.models.build import build_model, item_texts
 from common.phases import Phase
+from common.precision import decoded, encoded
 from common.privacy.anchors import Countersignature
 from common.wire import Request, State, Update, answer_to_records, request_to_records, state_to_bytes
 from server.registry import Registry
@@ -27,6 +34,7 @@ from simulations.datasets import load_movielens_100k
 
 _NONCE = "ab" * 16
 _MOST = 0.02
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def bytes_of(content: RecordDict) -> int:
@@ -71,16 +79,34 @@ def round_bytes(plan: Plan, state: State, folder: Path) -> tuple[int, int]:
                 normaliser=stated.normaliser,
                 learning_rate=stated.learning_rate,
             )
+            sent = encoded(state, plan.wire.precision)
             receipt = ledger.release(
-                reservation, state_to_bytes(state), anchored_seq=0 if anchor is None else anchor.seq
+                reservation, state_to_bytes(sent), anchored_seq=0 if anchor is None else anchor.seq
             )
             anchor = registry.accept(registry.chain(ledger.key_id).extended(receipt.entries))
     down = bytes_of(request_to_records(request))
-    return down, bytes_of(answer_to_records(Update(state, receipt.to_bytes())))
+    return down, bytes_of(answer_to_records(Update(sent, receipt.to_bytes())))
 
 
-def measure(mode: str) -> tuple[int, int, int]:
-    """Bytes down, bytes up, bytes of the language model's own file."""
+@dataclass(frozen=True)
+class Weights:
+    """Of one round of one site.
+
+    Attributes:
+        down, up: bytes.
+        numbers: of the update.
+        encoding, decoding: CPU seconds of both ends, medians.
+    """
+
+    down: int
+    up: int
+    numbers: int
+    encoding: float
+    decoding: float
+
+
+def measure(mode: str) -> tuple[dict[Precision, Weights], int]:
+    """What a round weighs by precision, and the bytes of the language model's own file."""
     data = load_movielens_100k()
     plan = make_plan({"name": "bench", "model": {"mode": mode}, "privacy": {"noise_multiplier": 60.0}})
     plan = plan.for_catalog(data.catalog.digest())
@@ -93,31 +119,69 @@ def measure(mode: str) -> tuple[int, int, int]:
         cache=home() / "item-vectors",
         witness_places=plan.privacy.witness_places,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        down, up = round_bytes(plan, built.model.trainable_state(), Path(folder))
-    return down, up, (model_folder / "model.safetensors").stat().st_size
+    # Numbers of no meaning, all different: Flower sends what is alike once.
+    state = {name: torch.randn_like(value) for name, value in built.model.trainable_state().items()}
+    found: dict[Precision, Weights] = {}
+    for precision in PRECISIONS:
+        rounded = plan.model_copy(update={"wire": WirePlan(precision=precision)})
+        with tempfile.TemporaryDirectory() as folder:
+            down, up = round_bytes(rounded, state, Path(folder))
+        encoding = _cpu(lambda precision=precision: encoded(state, precision))  # type: ignore[misc]
+        sent = encoded(state, precision)
+        decoding = _cpu(lambda sent=sent: decoded(sent))  # type: ignore[misc]
+        numbers = sum(value.numel() for value in state.values())
+        found[precision] = Weights(down, up, numbers, encoding, decoding)
+    return found, (model_folder / "model.safetensors").stat().st_size
+
+
+def _cpu(work: Callable[[], object], often: int = 9) -> float:
+    """Median CPU seconds."""
+    found = []
+    for _ in range(often):
+        began = time.process_time()
+        work()
+        found.append(time.process_time() - began)
+    return statistics.median(found)
+
+
+def rows_of(mode: str, weights: dict[Precision, Weights], whole: int) -> list[Row]:
+    """The lines of a mode."""
+    plain = weights["float32"]
+    rows = []
+    for precision, each in weights.items():
+        what = f"{mode}, {precision}: down and up, one site and round"
+        rows.append(Row(what, f"{each.down / 1000:,.0f} + {each.up / 1000:,.0f} kB"))
+        if precision != "float32":
+            what = f"{mode}, {precision}: up, of float32's {plain.up / 1000:,.0f} kB"
+            rows.append(Row(what, f"{each.up / plain.up:.0%}"))
+            what = f"{mode}, {precision}: rounding {each.numbers:,} numbers, and reading them (CPU)"
+            rows.append(Row(what, f"{1000 * each.encoding:.1f} + {1000 * each.decoding:.1f} ms"))
+    share = (plain.down + plain.up) / whole
+    what = f"{mode}, float32: share of the language model's {whole / 1e6:.1f} MB"
+    return [*rows, Row(what, f"{share:.2%}", "< 2 %", share < _MOST)]
 
 
 def main() -> None:
     """Prints the table, and adds it to the page unless told not to."""
+    import flwr
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
     arguments = parser.parse_args()
-    rows = []
-    for mode in ("lora", "vectors"):
-        down, up, whole = measure(mode)
-        share = (down + up) / whole
-        rows += [
-            Row(f"{mode}: down and up, one site and round", f"{down / 1000:,.0f} + {up / 1000:,.0f} kB"),
-            Row(
-                f"{mode}: share of the language model's {whole / 1e6:.1f} MB",
-                f"{share:.2%}",
-                "< 2 %",
-                share < _MOST,
-            ),
-        ]
+    torch.set_num_threads(1)
+    rows = [row for mode in ("lora", "vectors") for row in rows_of(mode, *measure(mode))]
     command = "python -m simulations.benchmarks.message_sizes"
-    section = "\n".join(["## Bytes of a round", "", f"`{command}`, {machine()}.", "", *as_table(rows), ""])
+    section = "\n".join(
+        [
+            "## Bytes of a round",
+            "",
+            f"`{command}`, {machine()}, Flower {flwr.__version__}, torch {torch.__version__}. Objects as Flower sends "
+            "them, receipt and witness included; what goes down is float32 always.",
+            "",
+            *as_table(rows),
+            "",
+        ]
+    )
     print(section)
     if not arguments.no_document:
         add_to_document(section)
