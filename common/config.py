@@ -256,6 +256,10 @@ class WirePlan(_Frozen):
         description="of updates: bfloat16 and int8 are rounded at random, without bias, and two and four times "
         "smaller; statistics and metrics are float32 always",
     )
+    parameters: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the parameters that are broadcast: bfloat16 is the nearest of each, half as large",
+    )
 
 
 class PerformancePlan(_Frozen):

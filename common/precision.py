@@ -104,6 +104,16 @@ def decoded(sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
+def broadcast(state: Mapping[str, Tensor], parameters: Precision) -> dict[str, Tensor]:
+    """The parameters that sites are sent, float32: to the nearest that bfloat16 holds, where the plan says so.
+
+    Not at random: an auditor makes the same of a checkpoint. What the server keeps and adds to is not rounded.
+    """
+    if parameters == "float32":
+        return dict(state)
+    return {name: value.to(DTYPES[parameters]).float() for name, value in state.items()}
+
+
 def blocks(count: int) -> int:
     """How many blocks so many values are."""
     return math.ceil(count / BLOCK)

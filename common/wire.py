@@ -34,9 +34,9 @@ State = Mapping[str, Tensor]
 
 _MOST_TENSORS = 100_000
 _PLAIN: dict[np.dtype[Any], torch.dtype] = {np.dtype(np.float32): torch.float32}
+_HALVED: dict[np.dtype[Any], torch.dtype] = {**_PLAIN, np.dtype(np.int16): torch.bfloat16}
 _ROUNDED: dict[np.dtype[Any], torch.dtype] = {
-    **_PLAIN,
-    np.dtype(np.int16): torch.bfloat16,
+    **_HALVED,
     np.dtype(np.int8): torch.int8,
 }
 
@@ -129,6 +129,16 @@ def _arrays(state: State) -> ArrayRecord:
     return ArrayRecord({name: Array(_array(state[name].detach().cpu())) for name in sorted(state)})
 
 
+def _halves(state: State) -> dict[str, Tensor]:
+    """The same, and in bfloat16 where that holds every bit: what is broadcast in a plan's bfloat16, or zeros."""
+    found = {}
+    for name, tensor in state.items():
+        bits = tensor.detach().cpu().contiguous().view(torch.int32)
+        whole = bool((bits & 0xFFFF).any())
+        found[name] = tensor if whole else (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return found
+
+
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
     """numpy knows no bfloat16, so its bits travel."""
     found: npt.NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -165,7 +175,7 @@ def request_to_records(request: Request) -> RecordDict:
     """The content of a request message."""
     return RecordDict(
         {
-            "model": _arrays(request.state),
+            "model": _arrays(_halves(request.state)),
             "released": _arrays(request.released),
             "round": ConfigRecord(
                 {
@@ -220,7 +230,7 @@ def request_from_records(content: RecordDict) -> Request:
         round=int(str(numbers["round"])),
         attempt=int(str(numbers["attempt"])),
         phase=Phase(str(texts["phase"])),
-        state=_state(model, fewest=0),
+        state={name: tensor.float() for name, tensor in _state(model, fewest=0, forms=_HALVED).items()},
         released=_state(released, fewest=0),
     )
 

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from common.config import Plan
 from common.phases import Exchange, Phase
+from common.precision import broadcast
 from common.sums import METRICS, POPULARITY, SITES
 from common.wire import Request, State
 from common.witness import without_witness
@@ -121,6 +122,7 @@ def _requests(
         run.save_nonces(exchange.round, nonces)
     statistics = exchange.phase.content == "statistics"
     requests, sites = {}, registry.sites_by_node()
+    state = {} if statistics else broadcast(progress.state, plan.wire.parameters)
     for node in nodes:
         anchor = registry.last_anchor(sites[node].key_id) if node in sites else None
         requests[node] = Request(
@@ -129,7 +131,7 @@ def _requests(
             attempt=1,
             nonce=nonces[node],
             plan=plan.model_dump_json(),
-            state={} if statistics else progress.state,
+            state=state,
             anchor=None if anchor is None else anchor.to_bytes(),
             phase=exchange.phase,
             released=progress.released,

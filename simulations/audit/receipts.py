@@ -15,6 +15,7 @@ from typing import Any
 from common.config import Plan, PlanError
 from common.events.catalog import CatalogError
 from common.phases import Exchange, Phase
+from common.precision import broadcast
 from common.privacy.anchors import Countersignature
 from common.privacy.chain import Chain
 from common.privacy.faults import ReceiptError
@@ -256,7 +257,9 @@ def model_sent(run: RunFolder, exchange: Exchange) -> str | None:
     """Digest of what was sent to the sites in a round, from the checkpoints; None where one is missing."""
     asked_of = exchange.round if exchange.phase is Phase.METRICS else exchange.round - 1
     try:
-        state = {} if exchange.phase.content == "statistics" else run.sent_state(asked_of)
+        parameters = run.plan().wire.parameters
+        statistics = exchange.phase.content == "statistics"
+        state = {} if statistics else broadcast(run.sent_state(asked_of), parameters)
         released = run.released_state(exchange.round - 1)
     except Exception:  # a missing or damaged file, whatever the reader makes of it
         return None

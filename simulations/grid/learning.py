@@ -25,7 +25,7 @@ from common.models.build import BuiltModel
 from common.models.interface import InterestModel
 from common.models.priors import Priors, make_priors
 from common.phases import Phase, StatisticsPlan
-from common.precision import decoded, encoded
+from common.precision import broadcast, decoded, encoded
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
 from common.sums import POPULARITY, SITES, TRANSITIONS
 from common.wire import Request, State
@@ -91,7 +91,7 @@ def learn(
         updates = []
         for batch in batches:
             model.hold_adapters(False)
-            model.load_trainable(state)
+            model.load_trainable(broadcast(state, plan.wire.parameters))
             model.hold_adapters(number < plan.training.head_rounds)
             update = train_round(model, batch, settings, sampler=sampler, noise=noise)
             updates.append(decoded(encoded(update, plan.precision(Phase.UPDATE))))
