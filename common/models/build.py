@@ -94,7 +94,7 @@ def build_model(
     Args:
         texts: [items] what the language model reads of each item.
         folder: of the language model.
-        cache: where item vectors are kept, by content; None to compute them anew.
+        cache: where texts' tokens and states are kept, by content; None to compute them anew.
         categories: [items] names of each item's categories; the task `next-category` needs them.
         witness_places: coordinates that carry noise alone, as the plan's privacy section says.
 
@@ -117,6 +117,7 @@ def build_model(
                 train_down=plan.lora_train_down,
                 most_tokens=plan.most_tokens,
                 seed=plan.seed,
+                cache=cache,
             )
         task = make_task(plan, public.vectors, categories)
         model: InterestModel = named(FAMILIES, plan.family).of(

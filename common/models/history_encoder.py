@@ -11,15 +11,50 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.models.array_cache import Array, cached_array
 from common.models.batches import HistoryBatch
 from common.models.item_vectors import TextProjection
-from common.models.language_model import LanguageModel, LanguageModelError, transformer_layers
+from common.models.language_model import LanguageModel, LanguageModelError, texts_key, transformer_layers
 from common.models.lora import add_lora
+
+_TEXTS_AT_ONCE = 16_384
+
+
+def item_tokens(lm: LanguageModel, texts: list[str], most: int, cache: Path | None = None) -> Tensor:
+    """[items, tokens] int64: each text's first tokens, -1 behind them; an empty text is the padding token.
+
+    Args:
+        most: tokens of one text.
+        cache: where they are kept, by content; None to cut the texts anew.
+    """
+
+    def fill(table: Array) -> None:
+        table[:] = -1
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            part = [
+                text if text.strip() else lm.tokenizer.pad_token
+                for text in texts[start : start + _TEXTS_AT_ONCE]
+            ]
+            cut = lm.tokenizer(part, add_special_tokens=False, truncation=True, max_length=most)["input_ids"]
+            for row, ids in enumerate(cut, start):
+                table[row, : len(ids)] = ids
+
+    if cache is None:
+        table: Array = np.empty((len(texts), most), dtype=np.int32)
+        fill(table)
+    else:
+        table = cached_array(
+            cache, texts_key(f"first {most} tokens", lm, texts), (len(texts), most), np.int32, fill
+        )
+    longest = max(1, int((table >= 0).sum(axis=1).max(initial=0)))
+    return torch.from_numpy(table[:, :longest].astype(np.int64))
 
 
 class HistoryEncoder(nn.Module):
@@ -35,6 +70,7 @@ class HistoryEncoder(nn.Module):
         most_tokens: tokens of a history that are read; the most recent whole events that fit.
         tokens_per_item: an item's text is cut after these.
         seed: of A.
+        cache: where the texts' tokens are kept, by content; None to cut the texts anew.
     """
 
     item_tokens: Tensor
@@ -53,6 +89,7 @@ class HistoryEncoder(nn.Module):
         most_tokens: int = 256,
         tokens_per_item: int = 16,
         seed: int = 0,
+        cache: Path | None = None,
     ) -> None:
         super().__init__()
         model = copy.deepcopy(lm.model)
@@ -76,16 +113,7 @@ class HistoryEncoder(nn.Module):
         self.causal = lm.causal
         self.most_tokens = min(most_tokens, lm.most_tokens)
         self._top = top_layers
-        tokens = lm.tokenizer(
-            [text if text.strip() else lm.tokenizer.pad_token for text in texts],
-            add_special_tokens=False,
-            truncation=True,
-            max_length=min(tokens_per_item, self.most_tokens),
-        )["input_ids"]
-        longest = max(1, *(len(row) for row in tokens))
-        table = torch.full((len(texts), longest), -1, dtype=torch.int64)
-        for row, ids in enumerate(tokens):
-            table[row, : len(ids)] = torch.tensor(ids)
+        table = item_tokens(lm, texts, min(tokens_per_item, self.most_tokens), cache)
         self.register_buffer("item_tokens", table, persistent=False)
         self.register_buffer("mean", projection.mean, persistent=False)
         self.register_buffer("rotation", projection.rotation, persistent=False)

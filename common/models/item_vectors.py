@@ -6,8 +6,6 @@ by content, and costs no privacy.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from common.models.language_model import LanguageModel, embed_texts
+from common.models.array_cache import Array, cached_array
+from common.models.language_model import LanguageModel, embed_texts, texts_key
 
 _ROWS_AT_ONCE = 16_384
 _ROUNDING = 1e-6
@@ -104,20 +103,13 @@ def item_vectors(
     """
     if cache is None:
         return project(embed_texts(lm, texts), width)
-    key = hashlib.sha256(lm.digest.encode())
-    for text in texts:
-        key.update(hashlib.sha256(text.encode()).digest())
-    file = cache / f"{key.hexdigest()[:32]}.npy"
-    if not file.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        said = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(texts), lm.width))
+
+    def fill(said: Array) -> None:
         for start in range(0, len(texts), _ROWS_AT_ONCE):
             part = texts[start : start + _ROWS_AT_ONCE]
             said[start : start + len(part)] = embed_texts(lm, part).numpy()
-        said.flush()
-        partial.replace(file)
-    mapped = np.load(
-        file, mmap_mode="c", allow_pickle=False
-    )  # "c": torch wants arrays that can be written to
-    return project(torch.from_numpy(mapped), width)
+
+    key = texts_key("mean states of 128 tokens", lm, texts)
+    return project(
+        torch.from_numpy(cached_array(cache, key, (len(texts), lm.width), np.float32, fill)), width
+    )

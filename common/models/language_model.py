@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,18 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
             "so its lower layers cannot be told from its upper ones; use frozen item vectors with it"
         )
     return found[0]
+
+
+def texts_key(what: str, lm: LanguageModel, texts: list[str]) -> str:
+    """For caches: a digest of what is kept, of the model, of how its tokenizer cuts, and of each text in its place."""
+    backend = getattr(lm.tokenizer, "backend_tokenizer", None)
+    cuts = {} if backend is None else json.loads(backend.to_str())
+    for state in ("truncation", "padding"):  # left by the last call
+        cuts.pop(state, None)
+    key = hashlib.sha256(json.dumps([what, lm.digest, cuts], sort_keys=True).encode())
+    for text in texts:
+        key.update(hashlib.sha256(text.encode()).digest())
+    return key.hexdigest()
 
 
 @torch.no_grad()
