@@ -14,8 +14,28 @@ from hypothesis.extra import numpy as stnp
 from torch import Tensor
 
 from common.config import Precision
-from common.precision import BLOCK, DTYPES, SCALES, EncodingError, blocks, check_form, decoded, encoded
-from common.wire import Update, answer_from_records, answer_to_records, state_from_bytes, state_to_bytes
+from common.precision import (
+    BLOCK,
+    DTYPES,
+    SCALES,
+    EncodingError,
+    blocks,
+    broadcast,
+    check_form,
+    decoded,
+    encoded,
+)
+from common.wire import (
+    Request,
+    Update,
+    answer_from_records,
+    answer_to_records,
+    payload_bytes,
+    request_from_records,
+    request_to_records,
+    state_from_bytes,
+    state_to_bytes,
+)
 from common.witness import WITNESS
 from tests.common.test_wire import through_bytes
 
@@ -210,6 +230,38 @@ def test_a_file_whose_scales_do_not_fit_is_not_decoded(scales: Tensor | None) ->
     sent = {"w": torch.ones(9, dtype=torch.int8)} | ({} if scales is None else {SCALES: scales})
     with pytest.raises(EncodingError, match="number of scales"):
         decoded(sent)
+
+
+def test_parameters_are_broadcast_to_the_nearest_and_the_same_each_time() -> None:
+    state = noised()
+    sent = broadcast(state, "bfloat16")
+    assert state_to_bytes(sent) == state_to_bytes(broadcast(state, "bfloat16"))
+    assert state_to_bytes(sent) == state_to_bytes(broadcast(sent, "bfloat16"))
+    assert state_to_bytes(broadcast(state, "float32")) == state_to_bytes(state)
+    for name, value in state.items():
+        assert sent[name].dtype == torch.float32
+        assert bool(((sent[name] - value).abs() <= 2.0**-8 * value.abs()).all())
+        assert not torch.equal(sent[name], value)
+
+
+def asked(state: dict[str, Tensor]) -> Request:
+    return Request(run="run-a", round=1, attempt=1, nonce="ab" * 16, plan="{}", state=state)
+
+
+def test_what_bfloat16_holds_whole_travels_as_it_and_comes_back_bit_for_bit() -> None:
+    odd = torch.tensor([0.0, -0.0, float("inf"), -1e-40, 3e38, 1.5])
+    state = {"w": torch.randn(4000), "odd": odd}
+    state = broadcast(state, "bfloat16")
+    state["w"].view(torch.int32)[0] = 0x7FC10000  # NaN with a load of its own
+    content = through_bytes(request_to_records(asked(state)))
+    read = request_from_records(content)
+    assert state_to_bytes(read.state) == state_to_bytes(state)
+    assert read.model_digest == asked(state).model_digest
+    assert 8000 < payload_bytes(content) < 8700
+    state["w"].view(torch.int32)[7] ^= 1  # one bit that bfloat16 lacks, and the tensor travels whole
+    content = through_bytes(request_to_records(asked(state)))
+    assert state_to_bytes(request_from_records(content).state) == state_to_bytes(state)
+    assert payload_bytes(content) > 16000
 
 
 def test_draws_come_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:

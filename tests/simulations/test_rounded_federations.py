@@ -10,9 +10,10 @@ import torch
 
 from client.training import train_round
 from common.config import Precision
-from common.precision import DTYPES, SCALES, decoded, encoded
+from common.precision import DTYPES, SCALES, broadcast, decoded, encoded
 from common.wire import state_from_bytes, state_to_bytes
 from common.witness import is_witness
+from simulations.audit import receipts
 from simulations.audit.noise import audit_noise
 from simulations.audit.receipts import audit_receipts
 from simulations.audit.trainers import ChangedNoise, Normals, Trainer, changed_trainer
@@ -33,7 +34,17 @@ ALL: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Outcome]:
     folder = tmp_path_factory.mktemp("precision")
     return {
-        precision: tiny_run(folder, plan={**PLAN, "name": precision, "wire": {"precision": precision}})
+        precision: tiny_run(
+            folder,
+            plan={
+                **PLAN,
+                "name": precision,
+                "wire": {
+                    "precision": precision,
+                    "parameters": "float32" if precision == "float32" else "bfloat16",
+                },
+            },
+        )
         for precision in ALL
     }
 
@@ -113,6 +124,21 @@ def test_rounds_of_updates_get_lighter(outcomes: dict[Precision, Outcome]) -> No
     weights = {precision: heavy - witness for precision, heavy in up.items()}
     assert weights["bfloat16"] * 2 == weights["float32"]
     assert weights["int8"] * 4 < weights["float32"] * 1.06
+
+
+def test_parameters_go_down_in_half_the_bytes_and_the_audit_knows_which_were_sent(
+    outcomes: dict[Precision, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against checkpoints that are not rounded, every receipt after the first update is for another model."""
+    down = {name: list(outcome.run.records())[2]["bytes_down"] for name, outcome in outcomes.items()}
+    run = outcomes["int8"].run
+    state = run.round_state(2)
+    saved = SITES * 2 * sum(value.numel() for value in state.values())
+    assert down["float32"] - max(down["bfloat16"], down["int8"]) > 0.95 * saved  # the plan's text differs too
+    assert any(not torch.equal(value, broadcast(state, "bfloat16")[name]) for name, value in state.items())
+    monkeypatch.setattr(receipts, "broadcast", lambda state, parameters: state)
+    found = {(lie.place, lie.reason) for lie in audit_receipts(run.path).lies}
+    assert {reason for _, reason in found} == {"wrong_model"}
 
 
 def rounded(trainer: Trainer, precision: Precision) -> Trainer:
