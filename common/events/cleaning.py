@@ -46,8 +46,8 @@ Progress = Callable[[str, int, int | None], None]
 
 Result = TypeVar("Result")
 
-_BATCH = 1 << 21
-_GROUP = 1 << 20
+_BATCH = 1 << 18
+_GROUP = 1 << 18
 _WORKERS_AT_MOST = 4
 
 
@@ -160,35 +160,43 @@ def _read(
     """Reads a log once; its usable events lie in the spill then."""
     log = log if isinstance(log, Log) else Log(log, untidy=False)
     users = Users(secret, untidy=log.untidy)
+    items = Items(catalog, untidy=log.untidy)
     kinds = Kinds(log.default_kind, untidy=log.untidy)
     events, dropped = 0, np.zeros(3, dtype=np.int64)
-    for batch in _batches(log.frame, Items(catalog, untidy=log.untidy)):
-        numbers = users.of(batch["user"])
-        rows, times = batch["row"], batch["time"]
-        unnamed = (numbers == NOBODY) | rows.is_null().to_numpy()
-        timeless = times.is_null().to_numpy() & ~unnamed
-        unknown = (rows == UNKNOWN_ITEM).fill_null(False).to_numpy() & ~unnamed & ~timeless
-        dropped += [int(reason.sum()) for reason in (unnamed, timeless, unknown)]
-        columns = {
-            "user": numbers,
-            "item": rows.fill_null(UNKNOWN_ITEM).to_numpy(),
-            "time": times.fill_null(0).to_numpy(),
-            "kind": kinds.of(batch["kind"]),
-            "value": batch["value"].to_numpy(),
-        }
-        if (useless := unnamed | timeless | unknown).any():
-            columns = {name: column[~useless] for name, column in columns.items()}
-        spill.add(users.digests[:, 0][columns["user"]], **columns)
+    for batch in _batches(log.frame, items):
+        dropped += _put_down(batch, users, items, kinds, spill)
         events += len(batch)
         progress("reading", events, None)
     return _ordered(users, kinds, events, dropped)
+
+
+def _put_down(
+    batch: pl.DataFrame, users: Users, items: Items, kinds: Kinds, spill: Spill
+) -> npt.NDArray[np.int64]:
+    """Puts down a batch's usable events; [3] events dropped for each of the first reasons."""
+    numbers = users.of(batch["user"])
+    rows, times = items.of(batch), batch["time"]
+    unnamed = (numbers == NOBODY) | rows.is_null().to_numpy()
+    timeless = times.is_null().to_numpy() & ~unnamed
+    unknown = (rows == UNKNOWN_ITEM).fill_null(False).to_numpy() & ~unnamed & ~timeless
+    columns = {
+        "user": numbers,
+        "item": rows.fill_null(UNKNOWN_ITEM).to_numpy(),
+        "time": times.fill_null(0).to_numpy(),
+        "kind": kinds.of(batch["kind"]),
+        "value": batch["value"].to_numpy(),
+    }
+    if (useless := unnamed | timeless | unknown).any():
+        columns = {name: column[~useless] for name, column in columns.items()}
+    spill.add(users.digests[:, 0][columns["user"]], **columns)
+    return np.array([reason.sum() for reason in (unnamed, timeless, unknown)], dtype=np.int64)
 
 
 def _batches(frame: pl.LazyFrame, items: Items) -> Iterator[pl.DataFrame]:
     plan = frame.select(
         "user",
         "time",
-        items.expression("item").alias("row"),
+        *items.expressions(),
         pl.col("kind").cast(pl.Categorical()),
         pl.col("value").cast(pl.Float32).fill_null(np.nan),
     )

@@ -231,22 +231,24 @@ class Items:
         # An id that is not trimmed is no id that a trimmed text can be.
         self._at_once = not untidy or bool(ids.equals(tidied(ids)))
 
-    def expression(self, name: str = "item") -> pl.Expr:
-        """Column `name` as rows, int32: `UNKNOWN_ITEM` where the catalog lacks the item, null where none is named."""
-        return pl.col(name).map_batches(self._of, return_dtype=pl.Int32, is_elementwise=True)
-
-    def _of(self, items: pl.Series) -> pl.Series:
+    def expressions(self) -> tuple[pl.Expr, pl.Expr]:
+        """Column "item" as `row`, null where it is not found at once, and the texts that were not: `missed`."""
+        text = pl.col("item")
         if not self._at_once:
-            items = tidied(items)
-        rows = items.cast(self._rows, strict=False).to_physical().cast(pl.Int32)
-        if rows.null_count() == items.null_count():
+            return pl.lit(None, dtype=pl.Int32).alias("row"), text.alias("missed")
+        found = text.cast(self._rows, strict=False)
+        missed = pl.when(found.is_null()).then(text)
+        return found.to_physical().cast(pl.Int32).alias("row"), missed.alias("missed")
+
+    def of(self, batch: pl.DataFrame) -> pl.Series:
+        """[events] rows: `UNKNOWN_ITEM` where the catalog lacks the item, null where none is named."""
+        rows, missed = batch["row"], batch["missed"]
+        places = np.flatnonzero(missed.is_not_null().to_numpy())
+        if not len(places):
             return rows
-        missed = rows.is_null() & items.is_not_null()
-        other = items.filter(missed)
+        texts = missed.gather(places)
         if self._untidy:
-            other = tidied(other)
-        again = other.cast(self._rows, strict=False).to_physical().cast(pl.Int32)
-        again = pl.select(
-            pl.when(other.is_null()).then(None).otherwise(again.fill_null(UNKNOWN_ITEM)).cast(pl.Int32)
-        ).to_series()
-        return rows.scatter(np.flatnonzero(missed.to_numpy()), again)
+            texts = tidied(texts)
+        found = texts.cast(self._rows, strict=False).to_physical().cast(pl.Int32).fill_null(UNKNOWN_ITEM)
+        named = found.set(texts.is_null(), None)
+        return rows.clone().scatter(places, named)

@@ -7,8 +7,10 @@ import hmac
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from common.events.deidentify import SecretError, load_secret, new_secret, pseudonym, tie_key
+from common.events.deidentify import Keyed, SecretError, load_secret, new_secret, pseudonym, tie_key
 
 ONE, OTHER = bytes(32), bytes([1]) * 32
 
@@ -24,9 +26,19 @@ def test_pseudonyms_and_tie_keys_differ_between_users_and_sites() -> None:
         assert derive("a", ONE) == derive("a", ONE)
 
 
+@given(st.text(st.characters(codec="utf-8"), max_size=200), st.binary(min_size=32, max_size=32))
+def test_keyed_at_once_is_keyed_one_by_one(user: str, secret: bytes) -> None:
+    keyed = Keyed(secret)
+    for _ in range(2):  # one user leaves no trace in the next one's
+        assert keyed.pseudonym_bytes(user).hex() == pseudonym(user, secret)
+        assert keyed.tie_key(user) == tie_key(user, secret)
+
+
 def test_a_short_secret_is_refused() -> None:
     with pytest.raises(SecretError, match="32 bytes"):
         pseudonym("a", b"short")
+    with pytest.raises(SecretError, match="32 bytes"):
+        Keyed(b"short")
 
 
 def test_a_new_secret_is_private_random_and_never_overwritten(tmp_path: Path) -> None:

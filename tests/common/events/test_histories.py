@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.events.histories import Histories, HistoriesError
+from common.events.histories_files import HistoriesWriter
 
 
 def _histories(lengths: list[int]) -> Histories:
@@ -137,3 +139,25 @@ def test_saving_never_overwrites_and_damage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "h" / "items.npy").unlink()
     with pytest.raises(HistoriesError, match="holds no histories"):
         Histories.load(tmp_path / "h")
+
+
+def test_files_written_in_parts_are_those_that_numpy_writes_at_once(tmp_path: Path) -> None:
+    whole = _histories([2, 0, 5, 1])
+    whole.save(tmp_path / "h")
+    first = whole.lengths[: len(whole) // 2].sum()
+    with HistoriesWriter(tmp_path / "parts") as writer:
+        for rows, events in (
+            (slice(None, len(whole) // 2), slice(None, first)),
+            (slice(len(whole) // 2, None), slice(first, None)),
+        ):
+            arrays = {name: getattr(whole, name)[events] for name in ("items", "times", "kinds", "values")}
+            writer.add(whole.users[rows], whole.lengths[rows], **arrays)
+        writer.finish(whole.kind_names)
+    for name in ("users", "offsets", "items", "times", "kinds", "values"):
+        expected = io.BytesIO()
+        np.save(expected, getattr(whole, name))
+        for folder in ("h", "parts"):
+            assert (tmp_path / folder / f"{name}.npy").read_bytes() == expected.getvalue()
+    assert (tmp_path / "parts" / "histories.json").read_bytes() == (
+        tmp_path / "h" / "histories.json"
+    ).read_bytes()

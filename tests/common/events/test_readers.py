@@ -9,9 +9,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.events.readers import read_log
-from common.events.schema import EVENT_SCHEMA, LogError
+from common.events.schema import EVENT_SCHEMA, LogError, _from_odd_text, _from_text
 
 NEW_YEAR = 1_704_067_200  # 2024-01-01T00:00:00Z
 
@@ -198,3 +200,36 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
 def test_a_file_of_another_format_is_refused_without_quoting_it(tmp_path: Path, format: str) -> None:
     path = _write(tmp_path / "log.any", "user,item,time\nsecret-user,2,3\n")
     assert "secret-user" not in _refusal(path, format)
+
+
+_ODD_NUMBERS = [
+    10**11,
+    10**11 - 1,
+    -(10**11),
+    10**14,
+    10**14 - 1,
+    -(10**14),
+    -(10**11) - 999,
+    2**63,
+    2**63 - 1,
+]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.none(),
+            st.text("0123456789+-. eT:", max_size=12),
+            st.builds(
+                "{}{}{}".format,
+                st.sampled_from(["", " ", "+", "0"]),
+                st.one_of(st.integers(-(2**63), 2**63), st.sampled_from(_ODD_NUMBERS)),
+                st.sampled_from(["", " ", ".0", ".9", "e1"]),
+            ),
+        ),
+        max_size=20,
+    )
+)
+def test_whole_numbers_as_text_are_the_times_that_the_careful_way_reads(texts: list[str | None]) -> None:
+    series = pl.Series("text", texts, dtype=pl.String)
+    assert _from_text(series).equals(_from_odd_text(series))
