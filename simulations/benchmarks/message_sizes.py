@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 from flwr.app import RecordDict
@@ -22,19 +21,19 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from client.ledger import Ledger
 from common.assets import home, language_model
-from common.config import Plan, Precision, WirePlan, make_plan
+from common.config import Plan, make_plan
 from common.models.build import build_model, item_texts
 from common.phases import Phase
-from common.precision import decoded, encoded
+from common.precision import broadcast, decoded, encoded
 from common.privacy.anchors import Countersignature
 from common.wire import Request, State, Update, answer_to_records, request_to_records, state_to_bytes
 from server.registry import Registry
+from simulations.benchmarks.precision import PLAIN, WIRES
 from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 from simulations.datasets import load_movielens_100k
 
 _NONCE = "ab" * 16
 _MOST = 0.02
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def bytes_of(content: RecordDict) -> int:
@@ -61,7 +60,7 @@ def round_bytes(plan: Plan, state: State, folder: Path) -> tuple[int, int]:
                 attempt=1,
                 nonce=_NONCE,
                 plan=plan.model_dump_json(),
-                state=state,
+                state=broadcast(state, plan.wire.parameters),
                 anchor=None if anchor is None else anchor.to_bytes(),
             )
             if anchor is not None:
@@ -105,8 +104,8 @@ class Weights:
     decoding: float
 
 
-def measure(mode: str) -> tuple[dict[Precision, Weights], int]:
-    """What a round weighs by precision, and the bytes of the language model's own file."""
+def measure(mode: str) -> tuple[dict[str, Weights], int]:
+    """What a round weighs by what travels how, and the bytes of the language model's own file."""
     data = load_movielens_100k()
     plan = make_plan({"name": "bench", "model": {"mode": mode}, "privacy": {"noise_multiplier": 60.0}})
     plan = plan.for_catalog(data.catalog.digest())
@@ -121,16 +120,16 @@ def measure(mode: str) -> tuple[dict[Precision, Weights], int]:
     )
     # Numbers of no meaning, all different: Flower sends what is alike once.
     state = {name: torch.randn_like(value) for name, value in built.model.trainable_state().items()}
-    found: dict[Precision, Weights] = {}
-    for precision in PRECISIONS:
-        rounded = plan.model_copy(update={"wire": WirePlan(precision=precision)})
+    found: dict[str, Weights] = {}
+    for name, wire in WIRES.items():
+        rounded, precision = plan.model_copy(update={"wire": wire}), wire.precision
         with tempfile.TemporaryDirectory() as folder:
             down, up = round_bytes(rounded, state, Path(folder))
         encoding = _cpu(lambda precision=precision: encoded(state, precision))  # type: ignore[misc]
         sent = encoded(state, precision)
         decoding = _cpu(lambda sent=sent: decoded(sent))  # type: ignore[misc]
         numbers = sum(value.numel() for value in state.values())
-        found[precision] = Weights(down, up, numbers, encoding, decoding)
+        found[name] = Weights(down, up, numbers, encoding, decoding)
     return found, (model_folder / "model.safetensors").stat().st_size
 
 
@@ -144,20 +143,19 @@ def _cpu(work: Callable[[], object], often: int = 9) -> float:
     return statistics.median(found)
 
 
-def rows_of(mode: str, weights: dict[Precision, Weights], whole: int) -> list[Row]:
+def rows_of(mode: str, weights: dict[str, Weights], whole: int) -> list[Row]:
     """The lines of a mode."""
-    plain = weights["float32"]
+    plain = weights[PLAIN]
+    both = plain.down + plain.up
     rows = []
-    for precision, each in weights.items():
-        what = f"{mode}, {precision}: down and up, one site and round"
-        rows.append(Row(what, f"{each.down / 1000:,.0f} + {each.up / 1000:,.0f} kB"))
-        if precision != "float32":
-            what = f"{mode}, {precision}: up, of float32's {plain.up / 1000:,.0f} kB"
-            rows.append(Row(what, f"{each.up / plain.up:.0%}"))
-            what = f"{mode}, {precision}: rounding {each.numbers:,} numbers, and reading them (CPU)"
-            rows.append(Row(what, f"{1000 * each.encoding:.1f} + {1000 * each.decoding:.1f} ms"))
-    share = (plain.down + plain.up) / whole
-    what = f"{mode}, float32: share of the language model's {whole / 1e6:.1f} MB"
+    for name, each in weights.items():
+        value = f"{each.down / 1000:,.0f} + {each.up / 1000:,.0f} kB"
+        if name != PLAIN:
+            cpu = f"{1000 * each.encoding:.1f} + {1000 * each.decoding:.1f} ms"
+            value += f", {(each.down + each.up) / both:.0%}; rounding {each.numbers:,} numbers and reading them {cpu}"
+        rows.append(Row(f"{mode}, {name}: down and up, one site and round", value))
+    share = both / whole
+    what = f"{mode}, {PLAIN}: share of the language model's {whole / 1e6:.1f} MB"
     return [*rows, Row(what, f"{share:.2%}", "< 2 %", share < _MOST)]
 
 
@@ -176,7 +174,7 @@ def main() -> None:
             "## Bytes of a round",
             "",
             f"`{command}`, {machine()}, Flower {flwr.__version__}, torch {torch.__version__}. Objects as Flower sends "
-            "them, receipt and witness included; what goes down is float32 always.",
+            "them, receipt, witness, and the plan's text included. Rounding and reading: CPU time, medians of nine.",
             "",
             *as_table(rows),
             "",

@@ -1,4 +1,4 @@
-"""What rounding of updates does to quality: `python -m simulations.benchmarks.precision` adds it to docs/benchmarks.md.
+"""What rounding does to quality: `python -m simulations.benchmarks.precision` adds it to docs/benchmarks.md.
 
 MovieLens-100K over ten sites at epsilon 8, NDCG@10 on validation data, the test split untouched. Each draw of noise
 and of users is kept, and the same run is learned again in each precision with it: a difference is the rounding's.
@@ -10,20 +10,25 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.config import Plan, Precision, WirePlan
+from common.config import Plan, WirePlan
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
 from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 from simulations.grid.cells import ALONE, BENCHES, TEN, WHOLE, BenchData, built_for, data_of, plan_of
 from simulations.grid.learning import learn
 from simulations.grid.protocols import judge
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+WIRES = {
+    "float32": WirePlan(),
+    "updates in bfloat16": WirePlan(precision="bfloat16"),
+    "updates in int8": WirePlan(precision="int8"),
+    "updates in int8, parameters in bfloat16": WirePlan(precision="int8", parameters="bfloat16"),
+}
+PLAIN = "float32"
 RECIPES = (WHOLE, ALONE)
 _BENCH, _FAMILY, _EPSILON = BENCHES[0], "recommend", "8"
 
@@ -64,31 +69,30 @@ def quality(plan: Plan, data: BenchData, draws: KeptDraws) -> float:
     return float(judged.ndcg.mean())
 
 
-def measure(recipe: str, draws: int, said: Callable[[str], None] = print) -> dict[Precision, list[float]]:
-    """NDCG@10 of each draw, by precision."""
+def measure(recipe: str, draws: int, said: Callable[[str], None] = print) -> dict[str, list[float]]:
+    """NDCG@10 of each draw, by what travels how."""
     data, plan = data_of(_BENCH, None), plan_of(_BENCH, _FAMILY, TEN, _EPSILON, recipe)
-    found: dict[Precision, list[float]] = {precision: [] for precision in PRECISIONS}
+    found: dict[str, list[float]] = {name: [] for name in WIRES}
     for draw in range(draws):
         kept = KeptDraws()
-        for precision in PRECISIONS:
+        for name, wire in WIRES.items():
             kept.again()
-            rounded = plan.model_copy(update={"wire": WirePlan(precision=precision)})
-            found[precision].append(quality(rounded, data, kept))
+            found[name].append(quality(plan.model_copy(update={"wire": wire}), data, kept))
         figures = ", ".join(f"{name} {values[-1]:.5f}" for name, values in found.items())
         said(f"{recipe}, draw {draw + 1}: {figures}")
     return found
 
 
-def rows_of(recipe: str, found: dict[Precision, list[float]]) -> list[Row]:
+def rows_of(recipe: str, found: dict[str, list[float]]) -> list[Row]:
     """Means over draws, and differences of pairs, each with its standard error; met: no more than two of them lost."""
-    plain = found["float32"]
-    rows = [Row(f"{recipe}: float32", f"{_shown(plain)}")]
-    for precision, values in found.items():
-        if precision != "float32":
+    plain = found[PLAIN]
+    rows = [Row(f"{recipe}: {PLAIN}", f"{_shown(plain)}")]
+    for name, values in found.items():
+        if name != PLAIN:
             apart = [value - other for value, other in zip(values, plain, strict=True)]
             lost = statistics.mean(apart) < -2 * _error(apart)
             value = f"{_shown(values)}; apart by {_shown(apart, sign='+')}"
-            rows.append(Row(f"{recipe}: {precision}", value, "no loss beyond two standard errors", not lost))
+            rows.append(Row(f"{recipe}: {name}", value, "no loss beyond two standard errors", not lost))
     return rows
 
 
@@ -113,7 +117,7 @@ def main() -> None:
     command = f"python -m simulations.benchmarks.precision --draws {arguments.draws}"
     section = "\n".join(
         [
-            "## Quality by precision of updates",
+            "## Quality by precision",
             "",
             f"`{command}`, {machine()}, torch {torch.__version__}. MovieLens-100K, ten sites, epsilon 8, family "
             f"`{_FAMILY}` on frozen item vectors, NDCG@10 on validation data: mean ± standard error over "
