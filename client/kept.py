@@ -1,7 +1,8 @@
 """What a site's process keeps in memory between two requests: models, and one site's histories with what frozen layers
 made of them.
 
-Never written anywhere; given up when the files change. In a process that answers one request it changes nothing.
+Nothing is written here (`lower_states.py` does); given up when the files change. In a process that answers one request
+it changes nothing.
 """
 
 from __future__ import annotations

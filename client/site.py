@@ -22,9 +22,10 @@ import torch
 from client.kept import device_of, kept_batch, kept_histories, site_model
 from client.ledger import Ledger
 from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerError
+from client.lower_states import LOWER_STATES, prepare_kept
 from client.policy import POLICY, Limits, check_plan, read_policy
 from client.statistics import release_metrics, release_statistics
-from client.training import StepSettings, check_rows_are_users, prepare_histories, train_round
+from client.training import StepSettings, check_rows_are_users, train_round
 from common.config import Plan, PlanError, make_plan
 from common.events.catalog import Catalog
 from common.events.labels import padded_labels
@@ -289,7 +290,7 @@ def _release(
         items, times = histories.padded(everyone, longest)
         labels = padded_labels(histories, everyone, longest, plan.model.label_rule)
         batch = HistoryBatch.of(items, times, device_of(plan), labels=labels)
-        return prepare_histories(model, batch, plan.performance.micro_batch)
+        return prepare_kept(model, batch, plan.performance.micro_batch, site.folder / LOWER_STATES)
 
     settings = StepSettings.of(plan)
 

@@ -8,6 +8,7 @@ pass a user gives a state after each event that knows nothing of the events to c
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -113,6 +114,7 @@ class HistoryEncoder(nn.Module):
         self.causal = lm.causal
         self.most_tokens = min(most_tokens, lm.most_tokens)
         self._top = top_layers
+        self._digest = lm.digest
         table = item_tokens(lm, texts, min(tokens_per_item, self.most_tokens), cache)
         self.register_buffer("item_tokens", table, persistent=False)
         self.register_buffer("mean", projection.mean, persistent=False)
@@ -163,6 +165,20 @@ class HistoryEncoder(nn.Module):
             states = torch.zeros(*ids.shape, self.rotation.shape[0], device=ids.device)
             return replace(batch, token_states=states, token_events=token_events)
         return replace(batch, token_states=self._below(ids, token_events), token_events=token_events)
+
+    def lower_shape(self, items: Tensor) -> tuple[int, int, int]:
+        """[users, tokens, encoder width]: the shape of the lower layers' states of such histories."""
+        users, events = items.shape
+        tokens = min(events * self.item_tokens.shape[1], self.most_tokens)
+        return users, tokens, self.rotation.shape[0]
+
+    def lower_key(self, items: Tensor) -> str:
+        """For caches: a digest of all that the lower layers' states of these histories depend on."""
+        how = (self._digest, self._top, self.most_tokens, items.shape, self.item_tokens.shape)
+        key = hashlib.sha256(repr(how).encode())
+        for tensor in (self.item_tokens, items):
+            key.update(tensor.cpu().contiguous().numpy().tobytes())
+        return key.hexdigest()
 
     def _below(self, ids: Tensor, token_events: Tensor) -> Tensor:
         """[users, tokens, encoder width]: what enters the first top layer."""
