@@ -29,7 +29,7 @@ WIRES = {
     "updates in int8, parameters in bfloat16": WirePlan(precision="int8", parameters="bfloat16"),
 }
 PLAIN = "float32"
-RECIPES = (WHOLE, ALONE)
+RECIPES = (ALONE, WHOLE)
 _BENCH, _FAMILY, _EPSILON = BENCHES[0], "recommend", "8"
 
 
@@ -104,8 +104,27 @@ def _shown(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.5f} ± {_error(values):.5f}"
 
 
+def section_of(recipe: str, found: dict[str, list[float]]) -> str:
+    """A section for the page of benchmarks."""
+    draws = len(found[PLAIN])
+    command = f"python -m simulations.benchmarks.precision --draws {draws}"
+    return "\n".join(
+        [
+            f"## Quality by precision: {recipe}",
+            "",
+            f"`{command}`, {machine()}, torch {torch.__version__}. MovieLens-100K, ten sites, epsilon 8, family "
+            f"`{_FAMILY}` on frozen item vectors, NDCG@10 on validation data: mean ± standard error over {draws} draws "
+            "of noise and users; each draw is learned from in every precision, and what is apart is the mean over "
+            "these pairs.",
+            "",
+            *as_table(rows_of(recipe, found)),
+            "",
+        ]
+    )
+
+
 def main() -> None:
-    """Prints the table, and adds it to the page unless told not to."""
+    """Prints a table for each recipe, and adds it to the page unless told not to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=8, help="of noise, at least two")
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
@@ -113,24 +132,11 @@ def main() -> None:
     if arguments.draws < 2:
         parser.error(f"--draws is {arguments.draws}, but a standard error needs 2: give more")
     torch.set_num_threads(1)
-    rows = [row for recipe in RECIPES for row in rows_of(recipe, measure(recipe, arguments.draws))]
-    command = f"python -m simulations.benchmarks.precision --draws {arguments.draws}"
-    section = "\n".join(
-        [
-            "## Quality by precision",
-            "",
-            f"`{command}`, {machine()}, torch {torch.__version__}. MovieLens-100K, ten sites, epsilon 8, family "
-            f"`{_FAMILY}` on frozen item vectors, NDCG@10 on validation data: mean ± standard error over "
-            f"{arguments.draws} draws of noise and users; each draw is learned from in every precision, and what is "
-            "apart is the mean over these pairs.",
-            "",
-            *as_table(rows),
-            "",
-        ]
-    )
-    print(section)
-    if not arguments.no_document:
-        add_to_document(section)
+    for recipe in RECIPES:
+        section = section_of(recipe, measure(recipe, arguments.draws))
+        print(section)
+        if not arguments.no_document:
+            add_to_document(section)
 
 
 if __name__ == "__main__":
