@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from client.connection import Connection
     from client.site import Site
+    from common.events.cleaning import Progress
 
 _CLOCK_AHEAD, _CLOCK_BEHIND = 5, 300
 _SOON = timedelta(days=30)
@@ -49,8 +50,12 @@ class _NotInOrderError(Exception):
         self.way_out = way_out
 
 
-def check_site(folder: Path) -> Iterator[Finding]:
-    """Every finding, one after the other; the first that others rest on ends what rests on it."""
+def check_site(folder: Path, progress: Progress | None = None) -> Iterator[Finding]:
+    """Every finding, one after the other; the first that others rest on ends what rests on it.
+
+    Args:
+        progress: told how far large histories are compared with the ledger's word.
+    """
     from client.connection import Connection
     from client.site import Site
 
@@ -73,7 +78,7 @@ def check_site(folder: Path) -> Iterator[Finding]:
     if connections:
         yield from _server(connections[0])
     if sites:
-        yield from _data(sites[0])
+        yield from _data(sites[0], progress)
         yield from _machine(sites[0])
 
 
@@ -157,7 +162,7 @@ def _server(connection: Connection) -> Iterator[Finding]:
     )
 
 
-def _data(site: Site) -> Iterator[Finding]:
+def _data(site: Site, progress: Progress | None) -> Iterator[Finding]:
     def logs() -> str:
         from client.ledger import Ledger
         from client.making import data_unchanged
@@ -166,7 +171,7 @@ def _data(site: Site) -> Iterator[Finding]:
         histories = Histories.load(site.histories_folder)
         with Ledger.open(site.ledger_folder) as ledger:
             committed = ledger.genesis.dataset_commitment
-        if data_unchanged(site, committed) is False:
+        if data_unchanged(site, committed, progress) is False:
             raise _NotInOrderError(
                 "the histories are not those that the ledger began with",
                 "restore them from the site's backup",

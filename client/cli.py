@@ -127,6 +127,7 @@ def init(
     """
     from rich.console import Console
 
+    from client.long_work import long_work
     from client.making import ENROLMENT, Sources, make_site
     from client.policy import POLICY
     from common.cli import UserError
@@ -134,26 +135,28 @@ def init(
     from common.privacy.enrolment import fingerprint, node_fingerprint
 
     try:
-        made = make_site(
-            folder,
-            Sources(
-                logs,
-                catalog,
-                format,
-                _mapping(columns, "--columns"),
-                _mapping(catalog_columns, "--catalog-columns"),
-            ),
-            epsilon=epsilon,
-            delta=delta,
-            users_at_least=users_at_least,
-            typical_plan=(events := _typical_events(typical_plan, epsilon, delta, users_at_least)),
-            name=name,
-            families=tuple(family or ("recommend",)),
-            policy=CleaningPolicy(minimum_events=minimum_events, max_events_per_user=max_events_per_user),
-            metrics=metrics,
-            language_models=_folders(language_model),
-            server=_server(server_address, ca),
-        )
+        with long_work() as progress:
+            made = make_site(
+                folder,
+                Sources(
+                    logs,
+                    catalog,
+                    format,
+                    _mapping(columns, "--columns"),
+                    _mapping(catalog_columns, "--catalog-columns"),
+                ),
+                epsilon=epsilon,
+                delta=delta,
+                users_at_least=users_at_least,
+                typical_plan=(events := _typical_events(typical_plan, epsilon, delta, users_at_least)),
+                name=name,
+                families=tuple(family or ("recommend",)),
+                policy=CleaningPolicy(minimum_events=minimum_events, max_events_per_user=max_events_per_user),
+                metrics=metrics,
+                language_models=_folders(language_model),
+                server=_server(server_address, ca),
+                progress=progress,
+            )
     except ValueError as error:
         if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
             raise UserError(str(error)) from error
@@ -364,8 +367,12 @@ def check(folder: Folder, as_json: AsJson = False) -> None:
     from client.check import check_site
 
     console = Console(stderr=as_json)
-    with console.status("checking …"):
-        findings = list(check_site(folder.expanduser().resolve()))
+    with console.status("checking …") as status:
+
+        def tell(what: str, done: int, of: int | None) -> None:
+            status.update(f"checking … {what}" + (f" {done / of:.0%}" if of else ""))
+
+        findings = list(check_site(folder.expanduser().resolve(), tell))
     if as_json:
         print(json.dumps([vars(each) for each in findings], indent=2))
     else:
@@ -425,6 +432,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
     """
     from client.ledger import Ledger
     from client.ledger_errors import LedgerDamagedError
+    from client.long_work import long_work
     from client.making import data_unchanged
     from client.site import Site
     from common.privacy.faults import ReceiptError
@@ -436,7 +444,8 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
             committed = ledger.genesis.dataset_commitment
     except (ReceiptError, LedgerDamagedError) as error:
         _refuse(site.name, error.reason, str(error), as_json)
-    unchanged = data_unchanged(site, committed)
+    with long_work() as progress:
+        unchanged = data_unchanged(site, committed, progress)
     if unchanged is False:
         _refuse(site.name, "other_data", "the histories are not those that the ledger began with", as_json)
     facts = {

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from client.connection import Connection, make_connection
 from client.ledger import Ledger
@@ -22,14 +27,15 @@ from client.site import Site, SiteError
 from client.units import UNITS, write_units
 from common.assets import DEFAULT_LANGUAGE_MODEL
 from common.events.catalog import read_catalog
-from common.events.cleaning import CleaningPolicy, CleaningReport, clean
+from common.events.cleaning import CleaningPolicy, CleaningReport, Progress, clean_to
 from common.events.deidentify import load_secret, new_secret
 from common.events.histories import Histories
-from common.events.readers import read_log
+from common.events.readers import scan_log
 from common.privacy.enrolment import enrolment_to_bytes
 from common.privacy.mechanisms import Event
 
 SECRET, CATALOG, ENROLMENT, CERTIFICATE = "secret", "catalog.jsonl", "enrolment.json", "closing.json"
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def make_site(
     metrics: bool = False,
     language_models: Mapping[str, str] | None = None,
     server: tuple[str, Path] | None = None,
+    progress: Progress | None = None,
 ) -> MadeSite:
     """A new site in a folder that does not exist yet or is empty.
 
@@ -85,6 +92,7 @@ def make_site(
         metrics: whether noisy metrics may be released.
         language_models: that a plan may name, beside the default one: name -> the site's own folder.
         server: HOST:PORT and the file of its certificate authority; None for a site without a connection.
+        progress: told how far the log is read and bound, which may take long.
 
     Raises:
         SiteError: the folder holds something, or there are too few users.
@@ -108,15 +116,16 @@ def make_site(
         node_key = None if server is None else make_connection(partial, *server)
         secret = new_secret(partial / SECRET)
         catalog = read_catalog(sources.catalog, columns=sources.catalog_columns)
-        log = read_log(sources.logs, sources.format, sources.columns)
-        histories, report = clean(log, catalog, policy or CleaningPolicy(), secret)
+        log = scan_log(sources.logs, sources.format, sources.columns)
+        histories, report = clean_to(
+            partial / "histories", log, catalog, policy or CleaningPolicy(), secret, progress
+        )
         if len(histories) < users_at_least:
             raise SiteError(
                 f"the cleaned log has {len(histories)} users, but --users-at-least is {users_at_least}: "
                 "promise fewer, as sums are divided by that public number"
             )
         catalog.save(partial / CATALOG)
-        histories.save(partial / "histories")
         site = Site(
             folder=partial,
             name=name or folder.name,
@@ -141,7 +150,7 @@ def make_site(
             epsilon=epsilon,
             delta=delta,
             typical_plan=typical_plan,
-            dataset_commitment=commitment(histories, secret),
+            dataset_commitment=commitment(histories, secret, progress),
         ) as ledger:
             (partial / ENROLMENT).write_bytes(enrolment_to_bytes(ledger.entries()[0], node_key) + b"\n")
             key_id = ledger.key_id
@@ -194,19 +203,38 @@ def connect_site(folder: Path, server: tuple[str, Path] | None = None) -> str:
     return node_key
 
 
-def commitment(histories: Histories, secret: bytes) -> str:
+def commitment(histories: Histories, secret: bytes, progress: Progress | None = None) -> str:
     """HMAC-SHA-256, hex, of the histories under the site's secret: tells nothing to who lacks the secret."""
     digest = hashlib.sha256(b"fedtide/histories/1\n")
-    for array in (histories.users, histories.offsets, histories.items, histories.times, histories.kinds):
-        digest.update(f"{array.dtype.str}{array.shape}\n".encode())
-        digest.update(array.tobytes())
-    digest.update(histories.values.tobytes())
+    names = ("users", "offsets", "items", "times", "kinds", "values")
+    arrays = [(name, getattr(histories, name)) for name in names]
+    done, of = 0, sum(array.nbytes for _, array in arrays)
+    for name, array in arrays:
+        if name != "values":
+            digest.update(f"{array.dtype.str}{array.shape}\n".encode())
+        for piece in _pieces(array):
+            digest.update(piece)
+            done += len(piece)
+            if progress is not None:
+                progress("fingerprinting", done, of)
     digest.update("\n".join(histories.kind_names).encode())
     return hmac.digest(secret, b"fedtide/commitment\0" + digest.digest(), hashlib.sha256).hex()
 
 
-def data_unchanged(site: Site, committed: str | None) -> bool | None:
+def _pieces(array: npt.NDArray[Any]) -> Iterator[memoryview]:
+    """The array's bytes; of one that is mapped from a file, no more than a piece is mapped in memory at a time."""
+    base: object = array.base
+    for first in range(0, len(array), _PIECE):
+        piece = array[first : first + _PIECE]
+        if isinstance(array, np.memmap) and isinstance(base, mmap.mmap) and array.filename is not None:
+            offset = array.offset + first * array.itemsize
+            piece = np.memmap(array.filename, array.dtype, "r", offset, piece.shape)
+        yield np.ascontiguousarray(piece).view(np.uint8).data
+
+
+def data_unchanged(site: Site, committed: str | None, progress: Progress | None = None) -> bool | None:
     """Whether the histories are those that the ledger began with; None where there is nothing to compare."""
     if committed is None or not (site.folder / SECRET).is_file():
         return None
-    return commitment(Histories.load(site.histories_folder), load_secret(site.folder / SECRET)) == committed
+    histories = Histories.load(site.histories_folder)
+    return commitment(histories, load_secret(site.folder / SECRET), progress) == committed

@@ -166,7 +166,7 @@ def _read(
     for batch in _batches(log.frame, items):
         dropped += _put_down(batch, users, items, kinds, spill)
         events += len(batch)
-        progress("reading", events, None)
+        progress("reading", events, log.events)
     return _ordered(users, kinds, events, dropped)
 
 

@@ -58,11 +58,13 @@ class Log:
         frame: unusable times and values are null.
         untidy: texts of users, items and kinds are as the file has them; cleaning tidies each distinct one once.
         default_kind: of an event that names none.
+        events: how many there are, where the file says.
     """
 
     frame: pl.LazyFrame
     untidy: bool = False
     default_kind: str = DEFAULT_KIND
+    events: int | None = None
 
     def tidied(self) -> pl.LazyFrame:
         """The frame with tidy texts, each event's tidied by itself."""
@@ -105,6 +107,7 @@ def scan_log(path: str | Path, format: str = "auto", columns: Mapping[str, str] 
         )
         if table.head(1).collect().is_empty():
             raise LogError(f"log {path} holds no event: give one that has some")
+        events = int(table.select(pl.len()).collect().item()) if format == "parquet" else None
     except pl.exceptions.PolarsError as error:
         raise _unreadable(path, format) from error
     rated = format in ("movielens", "recbole") and "value" in picked
@@ -119,7 +122,7 @@ def scan_log(path: str | Path, format: str = "auto", columns: Mapping[str, str] 
         kind=_text(picked["kind"], schema) if "kind" in picked else pl.lit(None, dtype=pl.String),
         value=value.cast(EVENT_SCHEMA["value"]),
     )
-    return Log(frame, untidy=True, default_kind="rating" if rated else DEFAULT_KIND)
+    return Log(frame, untidy=True, default_kind="rating" if rated else DEFAULT_KIND, events=events)
 
 
 def _text(name: str, schema: pl.Schema) -> pl.Expr:

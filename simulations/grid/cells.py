@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from common.assets import home, language_model
 from common.config import Plan, make_plan
-from common.events.cleaning import CleaningPolicy, clean
+from common.events.cleaning import CleaningPolicy
 from common.events.histories import Histories
 from common.models.build import BuiltModel, build_model, item_texts
 from common.models.interface import InterestModel
@@ -38,8 +38,8 @@ from simulations.grid.protocols import (
 )
 from simulations.grid.sequential import SequentialSettings, train_sequential
 from simulations.online_retail import load_online_retail
-from simulations.partition import divide, log_of_site
-from simulations.sites import simulated_secret, whole_histories
+from simulations.partition import divide
+from simulations.sites import histories_of_sites, whole_histories
 
 FAMILIES = ("recommend", "dual", "lstm-vae", "classifier", "ensemble", "lstm-lm")
 PRIVATE = ("20", "8", "2")
@@ -162,10 +162,7 @@ def data_of(bench: Bench, retail: Path | None) -> BenchData:
     held_out = hold_out(whole, bench.protocol)
     sites = divide(dataset, "zip" if bench.data == "movielens-100k" else "hash", 10)
     ten = []
-    for number in range(10):
-        own, _ = clean(
-            log_of_site(dataset, sites, number), dataset.catalog, CleaningPolicy(), simulated_secret(0)
-        )
+    for own in histories_of_sites(dataset, sites, CleaningPolicy(), seed=0):
         ten.append(held_out.training.select(np.flatnonzero(np.isin(held_out.training.users, own.users))))
     return BenchData(dataset, held_out, ten)
 
