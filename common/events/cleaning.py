@@ -261,7 +261,7 @@ def _bound(
 
 def _at_once(work: Callable[[int, int], Result], arguments: list[tuple[int, int]]) -> Iterator[Result]:
     """Results in order, from as many threads as there are cores; no more are held than are being made."""
-    workers = min(len(os.sched_getaffinity(0)), _WORKERS_AT_MOST)
+    workers = min(os.cpu_count() or 1, _WORKERS_AT_MOST)
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as threads:
         for each in arguments:
