@@ -128,6 +128,10 @@ class _Shared:
             self._made[key] = (x, self._make(x))  # x is kept, or its memory could be another's
         return self._made[key][1]
 
+    def forget(self) -> None:
+        """Gives up all that was made, and what it was made of."""
+        self._made.clear()
+
 
 def _gram(x: Tensor) -> Tensor:
     return x @ x.transpose(1, 2)
@@ -211,18 +215,26 @@ def _is_small(a: Tensor, g: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _clipped(
-    taken: dict[str, tuple[Tensor, Tensor]], biased: set[str], clip_norm: float
-) -> dict[str, Tensor]:
-    """Name of weight or bias -> clipped sum, float64, from (a, g) of each layer."""
-    double, gram = _Shared(lambda x: x.double()), _Shared(_gram)
-    weights = {
-        name: _Gradients(a, g) if _is_small(a, g) else _Factored(double(a), double(g), gram)
-        for name, (a, g) in taken.items()
-    }
-    biases = {name: double(taken[name][1]).sum(dim=1) for name in biased}  # [users, outputs]
+def _add_clipped(
+    taken: dict[str, tuple[Tensor, Tensor]], biased: set[str], clip_norm: float, into: dict[str, Tensor]
+) -> None:
+    """Writes the clipped sums of weights and biases, from (a, g) of each layer, which are given up here.
+
+    Args:
+        into: name of weight or bias -> float64, of its shape.
+    """
+    double, gram = _Shared(lambda x: x.to(torch.float64, copy=True)), _Shared(_gram)
+    weights: dict[str, _Gradients | _Factored] = {}
+    biases: dict[str, Tensor] = {}
+    for name, (a, g) in taken.items():
+        weights[name] = _Gradients(a, g) if _is_small(a, g) else _Factored(double(a), double(g), gram)
+        if name in biased:
+            biases[name] = double(g).sum(dim=1)  # [users, outputs]
+    taken.clear()
+    double.forget()
     parts = [weight.squared_norms() for weight in weights.values()]
     norms = torch.stack([*parts, *(bias.square().sum(dim=1) for bias in biases.values())]).sum(dim=0).sqrt()
+    gram.forget()
     factors = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
     finite = norms.isfinite()
     if not bool(finite.all()):  # such a user contributes nothing: a contribution like any other
@@ -230,9 +242,17 @@ def _clipped(
         biases = {name: torch.where(finite.unsqueeze(1), bias, 0.0) for name, bias in biases.items()}
         for weight in weights.values():
             weight.forget(finite)
-    scaled = _Shared(lambda g: g * factors.view(-1, 1, 1))
-    found = {f"{name}.weight": weight.weighted_sum(factors, scaled) for name, weight in weights.items()}
-    return found | {f"{name}.bias": factors @ bias for name, bias in biases.items()}
+    scaled = _Shared(lambda g: g.mul_(factors.view(-1, 1, 1)))
+    for name, weight in weights.items():
+        into[f"{name}.weight"].copy_(weight.weighted_sum(factors, scaled))
+    for name, bias in biases.items():
+        into[f"{name}.bias"].copy_(factors @ bias)
+
+
+def _named_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Views of a flat vector, of the parameters' shapes."""
+    parts = flat.split([parameter.numel() for parameter in parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
 
 
 @contextmanager
@@ -242,7 +262,8 @@ def clipped_sums(model: InterestModel) -> Iterator[ClippedSum]:
     The model is changed inside alone: its trainable Linear layers record. What else is trainable is refused.
 
     Raises:
-        RowsAreNotUsersError: from the function: the loss or a layer's rows are not users, or a parameter got none.
+        RowsAreNotUsersError: something else than recording layers' weights and biases is trainable; or, from the
+            function: the loss or a layer's rows are not users, or a parameter got none.
     """
     layers = [
         _Layer(name, module)
@@ -251,15 +272,18 @@ def clipped_sums(model: InterestModel) -> Iterator[ClippedSum]:
     ]
     biased = {layer.name for layer in layers if layer.module.bias is not None}
     parameters = model.trainable()
+    coordinates = sum(parameter.numel() for parameter in parameters.values())
+    recorded = {f"{layer.name}.{part}" for layer in layers for part, _ in layer.module.named_parameters()}
+    if recorded != set(parameters) - {WITNESS}:
+        odd = ", ".join(sorted(recorded ^ (set(parameters) - {WITNESS}))[:4])
+        raise RowsAreNotUsersError(f"{odd} is trainable on one side only: no row a user")
     device = next(iter(parameters.values())).device
     tap = torch.zeros((), requires_grad=True, device=device)
 
     def total(batch: HistoryBatch, clip_norm: float) -> Tensor:
         users = len(batch)
         if users == 0:  # transformers cannot run on no rows; no user contributes nothing
-            return torch.zeros(
-                sum(p.numel() for p in parameters.values()), dtype=torch.float64, device=device
-            )
+            return torch.zeros(coordinates, dtype=torch.float64, device=device)
         for layer in layers:
             layer.calls.clear()
         batch = batch.evened()
@@ -270,13 +294,9 @@ def clipped_sums(model: InterestModel) -> Iterator[ClippedSum]:
             )
         losses.sum().backward()
         taken = {layer.name: layer.taken(len(batch), users) for layer in layers}
-        found = _clipped(taken, biased, clip_norm)
-        if model.witness is not None:  # zero whatever the loss does: no user reaches it
-            found[WITNESS] = torch.zeros(model.witness.shape, dtype=torch.float64, device=device)
-        if set(found) != set(parameters):
-            odd = ", ".join(sorted(set(found) ^ set(parameters))[:4])
-            raise RowsAreNotUsersError(f"{odd} is trainable on one side only: no row a user")
-        return torch.cat([found[name].flatten() for name in parameters])
+        found = torch.zeros(coordinates, dtype=torch.float64, device=device)
+        _add_clipped(taken, biased, clip_norm, _named_parts(found, parameters))  # the witness stays zero
+        return found
 
     model.train()
     for layer in layers:

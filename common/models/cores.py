@@ -28,43 +28,48 @@ class _RecurrentCore(nn.Module):
 
 
 class _LstmThroughTime(torch.autograd.Function):
-    """Gates before activation for all events -> hidden states; the backward pass is BPTT without weights' gradients.
+    """Both maps' outputs for all events -> hidden states; backward is BPTT without weights' gradients.
 
     The gradient with respect to the gates is all that `input_map` and `state_map` need: both are Linear calls
     outside this function, and autograd (or Opacus' hooks) does the rest.
     """
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, cells: Tensor, state_weight: Tensor) -> Tensor:
-        # gates: [users, events, 4 hidden] before activation; cells: [users, events, hidden] c_t
-        ctx.save_for_backward(gates, cells, state_weight)
-        _, _, _, o = gates.chunk(4, dim=-1)
-        return torch.sigmoid(o) * torch.tanh(cells)
+    def forward(
+        ctx: Any,
+        from_input: Tensor,
+        from_state: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        tanh_cells: Tensor,
+        states: Tensor,
+        state_weight: Tensor,
+    ) -> Tensor:
+        # from_input, from_state: [users, events, 4 hidden], whose sum went into `gates`, which are after activation;
+        # cells, tanh_cells, states: [users, events, hidden] c_{t-1}, tanh(c_t), h_t
+        ctx.save_for_backward(gates, cells, tanh_cells, state_weight)
+        return states.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         (grad_hidden,) = grads
-        gates, cells, state_weight = ctx.saved_tensors
+        gates, previous, tanh_c, state_weight = ctx.saved_tensors
+        users, events, hidden = tanh_c.shape
         i, f, g, o = gates.chunk(4, dim=-1)
-        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-        tanh_c = torch.tanh(cells)
-        previous = torch.cat([torch.zeros_like(cells[:, :1]), cells[:, :-1]], dim=1)  # c_{t-1}
         to_o = tanh_c * o * (1 - o)
         to_c = o * (1 - tanh_c * tanh_c)
-        to_i, to_f, to_g = g * i * (1 - i), previous * f * (1 - f), i * (1 - g * g)
+        to_ifg = torch.stack([g * i * (1 - i), previous * f * (1 - f), i * (1 - g * g)], dim=2)
         grad_gates = torch.empty_like(gates)
-        grad_h = torch.zeros_like(cells[:, 0])
-        grad_c = torch.zeros_like(cells[:, 0])
-        for t in range(cells.shape[1] - 1, -1, -1):
-            grad_h = grad_h + grad_hidden[:, t]
-            grad_c = grad_c + grad_h * to_c[:, t]
-            step = torch.cat(
-                [grad_c * to_i[:, t], grad_c * to_f[:, t], grad_c * to_g[:, t], grad_h * to_o[:, t]], dim=-1
-            )
-            grad_gates[:, t] = step
-            grad_h = step @ state_weight
-            grad_c = grad_c * f[:, t]
-        return grad_gates, None, None
+        grad_ifg = grad_gates.view(users, events, 4, hidden)[:, :, :3]
+        grad_h, grad_c = grad_hidden[:, -1], torch.zeros_like(tanh_c[:, 0])
+        for t in range(events - 1, -1, -1):
+            grad_c.addcmul_(grad_h, to_c[:, t])
+            torch.mul(grad_c.unsqueeze(1), to_ifg[:, t], out=grad_ifg[:, t])
+            torch.mul(grad_h, to_o[:, t], out=grad_gates[:, t, 3 * hidden :])
+            if t:
+                grad_h = torch.addmm(grad_hidden[:, t - 1], grad_gates[:, t], state_weight)
+                grad_c.mul_(f[:, t])
+        return grad_gates, grad_gates, None, None, None, None, None
 
 
 class LstmCore(_RecurrentCore):
@@ -83,20 +88,25 @@ class LstmCore(_RecurrentCore):
         """x: [users, events, input_width] -> [users, events, hidden_width]."""
         from_input = self.input_map(x)  # [users, events, 4 hidden]
         weight = self.state_map.weight.detach()
+        users, events, hidden = *x.shape[:2], self.hidden_width
         with torch.no_grad():
-            h = x.new_zeros(x.shape[0], self.hidden_width)
-            c = torch.zeros_like(h)
-            previous, cells = [], []
-            for step in from_input.detach().unbind(dim=1):
-                previous.append(h)
-                i, f, g, o = torch.addmm(step, h, weight.T).chunk(4, dim=-1)
-                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-                h = torch.sigmoid(o) * torch.tanh(c)
-                cells.append(c)
-            h_previous = torch.stack(previous, dim=1)  # [users, events, hidden]
-            c_all = torch.stack(cells, dim=1)
-        gates = from_input + self.state_map(h_previous)
-        states: Tensor = _LstmThroughTime.apply(gates, c_all, weight)  # type: ignore[no-untyped-call]
+            gates, tanh_c = torch.empty_like(from_input), from_input.new_empty(users, events, hidden)
+            h, c = from_input.new_zeros(2, users, events + 1, hidden)  # h_{t-1} and c_{t-1} at t
+            hs, cs = h.unbind(dim=1), c.unbind(dim=1)
+            steps = zip(from_input.unbind(dim=1), gates.unbind(dim=1), tanh_c.unbind(dim=1), strict=True)
+            for t, (inwards, step, tanh) in enumerate(steps):
+                torch.addmm(inwards, hs[t], weight.T, out=step)
+                i_and_f, i, f, g, o = step[:, : 2 * hidden], *step.chunk(4, dim=-1)
+                i_and_f.sigmoid_()
+                g.tanh_()
+                o.sigmoid_()
+                torch.mul(f, cs[t], out=cs[t + 1]).addcmul_(i, g)
+                torch.tanh(cs[t + 1], out=tanh)
+                torch.mul(o, tanh, out=hs[t + 1])
+        from_state = self.state_map(h[:, :-1])
+        states: Tensor = _LstmThroughTime.apply(  # type: ignore[no-untyped-call]
+            from_input, from_state, gates, c[:, :-1], tanh_c, h[:, 1:], weight
+        )
         return states
 
 
