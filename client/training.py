@@ -200,7 +200,7 @@ def check_rows_are_users(model: InterestModel) -> None:
         with torch.no_grad():
             for parameter in trainable.values():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(device))
-        batch = model.prepare(_made_up_histories(model, device))
+        batch = model.prepare(made_up_histories(model, device))
         _check_witness(model, batch)
         with per_user_gradients(model) as gradients:
             rows = gradients(batch)
@@ -274,8 +274,11 @@ def _check_witness(model: InterestModel, batch: HistoryBatch) -> None:
         )
 
 
-def _made_up_histories(model: InterestModel, device: torch.device) -> HistoryBatch:
-    """Four users with five, four, two and one events, liked and not, over the first items of the catalog."""
+def made_up_histories(model: InterestModel, device: torch.device) -> HistoryBatch:
+    """Four users with five, four, two and one events, liked and not, over the first items of the catalog.
+
+    No user of any site: for what a model must show before it sees one.
+    """
     vectors = getattr(model, "vectors", None)
     one = torch.zeros(1, 1, dtype=torch.int64, device=device)
     catalog = len(vectors) if isinstance(vectors, Tensor) else model.scores(HistoryBatch(one, one)).shape[1]

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from common.models.own_weights import rows_times, weight_of
+
 
 class _RecurrentCore(nn.Module):
     """The two maps that a gated recurrence is made of, each one Linear call for all events."""
@@ -67,7 +69,7 @@ class _LstmThroughTime(torch.autograd.Function):
             torch.mul(grad_c.unsqueeze(1), to_ifg[:, t], out=grad_ifg[:, t])
             torch.mul(grad_h, to_o[:, t], out=grad_gates[:, t, 3 * hidden :])
             if t:
-                grad_h = torch.addmm(grad_hidden[:, t - 1], grad_gates[:, t], state_weight)
+                grad_h = rows_times(grad_gates[:, t], state_weight, plus=grad_hidden[:, t - 1])
                 grad_c.mul_(f[:, t])
         return grad_gates, grad_gates, None, None, None, None, None
 
@@ -87,7 +89,7 @@ class LstmCore(_RecurrentCore):
     def forward(self, x: Tensor) -> Tensor:
         """x: [users, events, input_width] -> [users, events, hidden_width]."""
         from_input = self.input_map(x)  # [users, events, 4 hidden]
-        weight = self.state_map.weight.detach()
+        weight = weight_of(self.state_map)
         users, events, hidden = *x.shape[:2], self.hidden_width
         with torch.no_grad():
             gates, tanh_c = torch.empty_like(from_input), from_input.new_empty(users, events, hidden)
@@ -95,7 +97,7 @@ class LstmCore(_RecurrentCore):
             hs, cs = h.unbind(dim=1), c.unbind(dim=1)
             steps = zip(from_input.unbind(dim=1), gates.unbind(dim=1), tanh_c.unbind(dim=1), strict=True)
             for t, (inwards, step, tanh) in enumerate(steps):
-                torch.addmm(inwards, hs[t], weight.T, out=step)
+                rows_times(hs[t], weight.mT, plus=inwards, out=step)
                 i_and_f, i, f, g, o = step[:, : 2 * hidden], *step.chunk(4, dim=-1)
                 i_and_f.sigmoid_()
                 g.tanh_()
@@ -140,7 +142,7 @@ class _GruThroughTime(torch.autograd.Function):
             grad_input[:, t] = torch.cat([d_r, d_z, d_n], dim=-1)
             of_state = torch.cat([d_r, d_z, d_n * r[:, t]], dim=-1)
             grad_state[:, t] = of_state
-            carried = grad_h * z[:, t] + of_state @ state_weight
+            carried = grad_h * z[:, t] + rows_times(of_state, state_weight)
         return grad_input, grad_state, None, None
 
 
@@ -161,14 +163,14 @@ class GruCore(_RecurrentCore):
     def forward(self, x: Tensor) -> Tensor:
         """x: [users, events, input_width] -> [users, events, hidden_width]."""
         from_input = self.input_map(x)  # [users, events, 3 hidden]
-        weight = self.state_map.weight.detach()
+        weight = weight_of(self.state_map)
         with torch.no_grad():
             h = x.new_zeros(x.shape[0], self.hidden_width)
             previous, states = [], []
             for step in from_input.detach().unbind(dim=1):
                 previous.append(h)
                 a_r, a_z, a_n = step.chunk(3, dim=-1)
-                s_r, s_z, s_n = (h @ weight.T).chunk(3, dim=-1)
+                s_r, s_z, s_n = rows_times(h, weight.mT).chunk(3, dim=-1)
                 z = torch.sigmoid(a_z + s_z)
                 n = torch.tanh(a_n + torch.sigmoid(a_r + s_r) * s_n)
                 h = (1 - z) * n + z * h
