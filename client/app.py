@@ -50,24 +50,16 @@ def answered(
         note: told of the request, where it was one, and of the answer; for the site's own metrics.
         until: when the message expires, in seconds since 1970.
     """
-    from client.ledger_errors import LedgerDiskError
-    from client.site import Site, answer
-    from common.wire import Reason, Refusal, WireError, answer_to_records, request_from_records
+    from client.site import Site, answer, refusal_of
+    from common.wire import answer_to_records, request_from_records
 
     reply: Update | Refusal
     request: Request | None = None
     try:
         site, request = Site.load(folder()), request_from_records(content)
         reply = answer(site, request, until=until)
-    except WireError:
-        reply = Refusal(Reason.POLICY)
-    except LedgerDiskError as error:  # its text tells nothing of the data, and nothing of it is sent
-        _log.error("%s", error)
-        reply = Refusal(Reason.FAILED)
     except Exception as error:
-        # Flower would send the exception's text to the server, and texts may depend on the data.
-        _log.error("the site failed before or after its work: %s", type(error).__name__)
-        reply = Refusal(Reason.FAILED)
+        reply = refusal_of(error)
     note(request, reply)
     return answer_to_records(reply)
 

@@ -7,6 +7,7 @@ it changes nothing.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from common.models.interface import InterestModel
 
 Stamp = tuple[tuple[str, int, int, int, int], ...]
 
+_catalogs: dict[Path, tuple[Stamp, Catalog]] = {}
 _histories: dict[Path, tuple[Stamp, Histories]] = {}
 _batches: dict[tuple[int, Hashable], tuple[object, Histories, HistoryBatch]] = {}
 
@@ -64,11 +66,22 @@ def device_of(plan: Plan) -> torch.device:
     return torch.device(plan.performance.device)
 
 
+def kept_catalog(file: Path) -> Catalog:
+    """The catalog in a file: read again where it was written or replaced."""
+    facts = file.stat() if file.exists() else None
+    stamp: Stamp = () if facts is None else (_facts(file.name, facts),)
+    if file not in _catalogs or _catalogs[file][0] != stamp or not stamp:
+        _catalogs.clear()
+        _catalogs[file] = (stamp, Catalog.load(file))
+    return _catalogs[file][1]
+
+
 def kept_histories(folder: Path) -> Histories:
     """The histories in a folder: read again where a file of it was written, replaced, added or removed."""
     stamp = _stamp(folder)
     if folder not in _histories or _histories[folder][0] != stamp:
-        forget()
+        _histories.clear()
+        _batches.clear()
         _histories[folder] = (stamp, Histories.load(folder))
     return _histories[folder][1]
 
@@ -92,6 +105,7 @@ def kept_batch(
 
 def forget() -> None:
     """Drops all that is kept."""
+    _catalogs.clear()
     _histories.clear()
     _batches.clear()
 
@@ -99,6 +113,9 @@ def forget() -> None:
 def _stamp(folder: Path) -> Stamp:
     found = []
     for file in sorted(folder.iterdir()):
-        facts = file.stat()
-        found.append((file.name, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino))
+        found.append(_facts(file.name, file.stat()))
     return tuple(found)
+
+
+def _facts(name: str, facts: os.stat_result) -> tuple[str, int, int, int, int]:
+    return name, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size, facts.st_ino

@@ -12,22 +12,27 @@ import logging
 import math
 import os
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from client.kept import device_of, kept_batch, kept_histories, site_model
+from client.kept import device_of, kept_batch, kept_catalog, kept_histories, site_model
 from client.ledger import Ledger
 from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerError
+from client.ledger_reading import Reservation
 from client.lower_states import LOWER_STATES, prepare_kept
 from client.policy import POLICY, Limits, check_plan, read_policy
 from client.statistics import release_metrics, release_statistics
 from client.training import StepSettings, check_rows_are_users, train_round
 from common.config import Plan, PlanError, make_plan
 from common.events.catalog import Catalog
+from common.events.histories import Histories
 from common.events.labels import padded_labels
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
@@ -39,7 +44,7 @@ from common.privacy.faults import AfterCloseError, ReceiptError, SecondReservati
 from common.privacy.mechanisms import Event
 from common.privacy.noise import LARGEST_DIMENSION, SecureGaussian, SecurePoissonSampler
 from common.sums import POPULARITY, PairLayout
-from common.wire import Reason, Refusal, Request, Update, state_from_bytes, state_to_bytes
+from common.wire import Reason, Refusal, Request, Update, WireError, state_from_bytes, state_to_bytes
 
 _log = logging.getLogger("fedtide.site")
 
@@ -137,11 +142,72 @@ class Site:
         (self.folder / "progress").write_text(f"{request_round} {step} {steps}", encoding="ascii")
 
 
+@dataclass(frozen=True)
+class Charged:
+    """A request whose cost is reserved: the round is charged from here on, whatever happens.
+
+    Attributes:
+        catalog, model: with what was broadcast loaded; no model where a sum needs none.
+        ledger: open, in the thread that opened it.
+        held: the newest entry that the server says it holds.
+    """
+
+    site: Site
+    request: Request
+    plan: Plan
+    catalog: Catalog
+    model: InterestModel | None
+    ledger: Ledger
+    reservation: Reservation
+    held: int
+
+    def ready(self) -> InterestModel | None:
+        """The model with what was broadcast, loaded again: sites of one process share it."""
+        return _ready_model(self.site, self.plan, self.request, self.catalog)
+
+    def released(self, state: dict[str, torch.Tensor]) -> Update | Refusal:
+        """Commits what leaves the site, with its receipt."""
+        try:
+            sent = encoded(state, self.plan.precision(self.request.phase))  # the noise is in it
+        except Exception as error:
+            return self.failed(error)
+        content = self.request.phase.content
+        receipt = self.ledger.release(
+            self.reservation, state_to_bytes(sent), content=content, anchored_seq=self.held
+        )
+        return Update(state=sent, receipt=receipt.to_bytes())
+
+    def failed(self, error: Exception) -> Refusal:
+        """Gives the reservation up. The text of an error may depend on the data, so only its type is logged."""
+        self.ledger.burn(self.reservation)
+        _log.error(
+            "site %s failed in a round after its reservation: %s", self.site.name, type(error).__name__
+        )
+        return Refusal(Reason.FAILED)
+
+
 def answer(site: Site, request: Request, *, until: float = math.inf) -> Update | Refusal:
     """One exchange at a site: reserve, compute, commit, answer. Never raises for what a request or the data do.
 
     Args:
         until: when the request expires, in seconds since 1970: nothing is spent for an answer that nobody awaits.
+    """
+    charged = charge(site, request, until=until)
+    if not isinstance(charged, Charged):
+        return charged
+    with charged.ledger:
+        try:
+            state = release_of(charged)
+        except Exception as error:
+            return charged.failed(error)
+        return charged.released(state)
+
+
+def charge(site: Site, request: Request, *, until: float = math.inf) -> Charged | Update | Refusal:
+    """The first half of an exchange: everything up to the reservation. Looks at no user's data.
+
+    Returns:
+        The reservation, with the ledger open; or the answer, where there is one without it.
     """
     try:
         plan, event = _accepted_plan(site, request)
@@ -151,91 +217,112 @@ def answer(site: Site, request: Request, *, until: float = math.inf) -> Update |
     if request.phase is Phase.METRICS and not site.metrics:
         _log.warning("site %s refuses: its policy releases no metrics", site.name)
         return Refusal(Reason.POLICY)
-    with Ledger.open(site.ledger_folder) as ledger:
-        kept = ledger.outbox(request.run, request.round, nonce=request.nonce)
-        if kept is not None:  # a retry sends the same bytes
-            update, receipt = kept
-            return Update(state=state_from_bytes(update), receipt=receipt.to_bytes())
-        stated = plan.stated(request.phase)
-        try:  # no user's data is looked at here, so the error's text may be logged
-            catalog = Catalog.load(site.catalog)
-            plan.check_catalog(catalog.digest())
-            model = _ready_model(site, plan, request, catalog)
-        except PlanError as error:
-            _log.warning("site %s refuses a plan: %s", site.name, error)
-            return Refusal(Reason.PLAN)
-        except Exception as error:
-            _log.warning("site %s refuses a model: %s", site.name, error)
-            return Refusal(Reason.MODEL)
-        try:
-            # Without an anchor the server may hold the genesis alone: another server than before, say.
-            held = 0
-            if request.anchor is not None:
-                anchor = Countersignature.from_bytes(request.anchor)
-                if anchor.site_key_id == ledger.key_id:  # else this node had another ledger before
-                    ledger.anchor(anchor)
-                    held = anchor.seq
-            ledger.recover()  # not before: a copy from an old backup must write nothing
-            if time.time() > until:
-                _log.warning(
-                    "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine "
-                    "was too slow for the plan's round_deadline, or stood still, or its clock is ahead",
-                    site.name,
-                    request.round,
-                )
-                return Refusal(Reason.EXPIRED)
-            reservation = ledger.reserve(
-                run=request.run,
-                round=request.round,
-                attempt=request.attempt,
-                event=event,
-                plan_hash=plan.digest(),
-                model_hash=request.model_digest,
-                nonce=request.nonce,
-                clip_norm=stated.clip_norm,
-                normaliser=stated.normaliser,
-                learning_rate=stated.learning_rate,
+    ledger = Ledger.open(site.ledger_folder)
+    charged: Charged | Update | Refusal | None = None
+    try:
+        charged = _charge(site, request, plan, event, ledger, until)
+    finally:
+        if not isinstance(charged, Charged):
+            ledger.disconnect()
+    return charged
+
+
+def _charge(
+    site: Site, request: Request, plan: Plan, event: Event, ledger: Ledger, until: float
+) -> Charged | Update | Refusal:
+    kept = ledger.outbox(request.run, request.round, nonce=request.nonce)
+    if kept is not None:  # a retry sends the same bytes
+        update, receipt = kept
+        return Update(state=state_from_bytes(update), receipt=receipt.to_bytes())
+    stated = plan.stated(request.phase)
+    try:  # no user's data is looked at here, so the error's text may be logged
+        catalog = kept_catalog(site.catalog)
+        plan.check_catalog(catalog.digest())
+        model = _ready_model(site, plan, request, catalog)
+    except PlanError as error:
+        _log.warning("site %s refuses a plan: %s", site.name, error)
+        return Refusal(Reason.PLAN)
+    except Exception as error:
+        _log.warning("site %s refuses a model: %s", site.name, error)
+        return Refusal(Reason.MODEL)
+    try:
+        # Without an anchor the server may hold the genesis alone: another server than before, say.
+        held = 0
+        if request.anchor is not None:
+            anchor = Countersignature.from_bytes(request.anchor)
+            if anchor.site_key_id == ledger.key_id:  # else this node had another ledger before
+                ledger.anchor(anchor)
+                held = anchor.seq
+        ledger.recover()  # not before: a copy from an old backup must write nothing
+        if time.time() > until:
+            _log.warning(
+                "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine "
+                "was too slow for the plan's round_deadline, or stood still, or its clock is ahead",
+                site.name,
+                request.round,
             )
-        except BudgetRefusedError as error:
-            _log.warning("site %s refuses: %s", site.name, error)
-            return Refusal(Reason.BUDGET)
-        except AfterCloseError:
-            return Refusal(Reason.CLOSED)
-        except LedgerDiskError as error:
-            _log.error("site %s refuses a request: %s", site.name, error)
-            return Refusal(Reason.FAILED)
-        except (SecondReservationError, ReceiptError, LedgerError) as error:
-            _log.warning("site %s refuses a request: %s", site.name, error)
-            return Refusal(Reason.POLICY)
-        # From here on the round is charged, whatever happens: a failure is one word to the server.
-        try:
-            released = _release(site, plan, request, catalog, model)
-            sent = encoded(released, plan.precision(request.phase))  # the noise is in it
-        except Exception as error:
-            ledger.burn(reservation)
-            # The text of an error may depend on the data, so only its type is logged.
-            _log.error("site %s failed in a round after its reservation: %s", site.name, type(error).__name__)
-            return Refusal(Reason.FAILED)
-        receipt_bytes = ledger.release(
-            reservation, state_to_bytes(sent), content=request.phase.content, anchored_seq=held
-        ).to_bytes()
-    return Update(state=sent, receipt=receipt_bytes)
+            return Refusal(Reason.EXPIRED)
+        reservation = ledger.reserve(
+            run=request.run,
+            round=request.round,
+            attempt=request.attempt,
+            event=event,
+            plan_hash=plan.digest(),
+            model_hash=request.model_digest,
+            nonce=request.nonce,
+            clip_norm=stated.clip_norm,
+            normaliser=stated.normaliser,
+            learning_rate=stated.learning_rate,
+        )
+    except BudgetRefusedError as error:
+        _log.warning("site %s refuses: %s", site.name, error)
+        return Refusal(Reason.BUDGET)
+    except AfterCloseError:
+        return Refusal(Reason.CLOSED)
+    except LedgerDiskError as error:
+        _log.error("site %s refuses a request: %s", site.name, error)
+        return Refusal(Reason.FAILED)
+    except (SecondReservationError, ReceiptError, LedgerError) as error:
+        _log.warning("site %s refuses a request: %s", site.name, error)
+        return Refusal(Reason.POLICY)
+    return Charged(site, request, plan, catalog, model, ledger, reservation, held)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a server learns of an exception: one word. Flower would send its text, and texts may depend on the data."""
+    if isinstance(error, WireError):
+        return Refusal(Reason.POLICY)
+    if isinstance(error, LedgerDiskError):  # its text tells nothing of the data, and nothing of it is sent
+        _log.error("%s", error)
+    else:
+        _log.error("the site failed before or after its work: %s", type(error).__name__)
+    return Refusal(Reason.FAILED)
 
 
 def _accepted_plan(site: Site, request: Request) -> tuple[Plan, Event]:
     """The plan, and what its round costs; looks at no data."""
-    try:
-        values: Any = json.loads(request.plan)
-    except (ValueError, RecursionError) as error:
-        raise PlanError("the plan is no JSON") from error
-    if not isinstance(values, dict):
-        raise PlanError("the plan is no table")
-    plan = make_plan(values)
+    plan = _plan(request.plan)
     event = plan.exchange(request.round, request.phase).event
     check_plan(plan, site.limits, site.families, site.users_at_least)
     if request.phase is Phase.TRANSITIONS and POPULARITY not in request.released:
         raise PlanError("transitions are asked for before popularity was released")
     return plan, event
+
+
+@lru_cache(maxsize=8)
+def _plan(text: str) -> Plan:
+    """Of one run every request carries the same."""
+    try:
+        values: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError("the plan is no JSON") from error
+    if not isinstance(values, dict):
+        raise PlanError("the plan is no table")
+    return make_plan(values)
+
+
+_LOADED: WeakKeyDictionary[InterestModel, Hashable] = WeakKeyDictionary()
+"""Models that hold what a request broadcast, untrained since: the sites of one process share a model."""
 
 
 def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> InterestModel | None:
@@ -248,8 +335,8 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
     """
     if plan.performance.threads is not None:
         torch.set_num_threads(plan.performance.threads)
-    priors = make_priors(request.released, plan.statistics, len(catalog))
     if request.phase in (Phase.POPULARITY, Phase.TRANSITIONS):
+        make_priors(request.released, plan.statistics, len(catalog))
         statistics = plan.statistics
         pairs = PairLayout(statistics.most_items(len(catalog)), statistics.symmetric)
         places = len(catalog) if request.phase is Phase.POPULARITY else pairs.places
@@ -260,19 +347,25 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
             )
         return None
     model = site_model(plan, catalog, offline=site.offline, language_models=site.limits.language_models)
+    loaded = (request.plan, request.round, request.phase, request.model_digest)
+    if _LOADED.get(model) == loaded:
+        return model
+    priors = make_priors(request.released, plan.statistics, len(catalog))
     model.hold_adapters(False)  # one model serves all rounds of a warm site
     model.load_trainable({name: tensor.to(device_of(plan)) for name, tensor in request.state.items()})
     model.set_released(priors)
     if request.phase is Phase.UPDATE:
         model.hold_adapters(plan.holds_adapters(request.round))
         check_rows_are_users(model)
+    _LOADED[model] = loaded
     return model
 
 
-def _release(
-    site: Site, plan: Plan, request: Request, catalog: Catalog, model: InterestModel | None
-) -> dict[str, torch.Tensor]:
+def release_of(charged: Charged) -> dict[str, torch.Tensor]:
     """What leaves the site for a request whose cost is reserved: the first look at the data is here."""
+    site, plan, request, model = charged.site, charged.plan, charged.request, charged.model
+    if model is not None:
+        _LOADED.pop(model, None)
     whole = kept_histories(site.histories_folder)
     histories, held_out = whole, None
     if plan.metrics.share:  # each user's last event is for the metrics, and for nothing else
@@ -281,21 +374,17 @@ def _release(
     noise = SecureGaussian()
     if model is None:
         places = plan.privacy.witness_places
-        return release_statistics(histories, len(catalog), plan.statistics, request, noise, places)
+        return release_statistics(histories, len(charged.catalog), plan.statistics, request, noise, places)
     if held_out is not None and request.phase is Phase.METRICS:
         return release_metrics(model, histories, held_out, plan, noise)
-
-    def prepared() -> HistoryBatch:
-        everyone, longest = range(len(histories)), plan.model.max_events
-        items, times = histories.padded(everyone, longest)
-        labels = padded_labels(histories, everyone, longest, plan.model.label_rule)
-        batch = HistoryBatch.of(items, times, device_of(plan), labels=labels)
-        return prepare_kept(model, batch, plan.performance.micro_batch, site.folder / LOWER_STATES)
-
     settings = StepSettings.of(plan)
 
     def on_step(step: int) -> None:
         site.note_progress(request.round, step, settings.steps)
+
+    def prepared() -> HistoryBatch:
+        batch = _batch(histories, plan)
+        return prepare_kept(model, batch, plan.performance.micro_batch, site.folder / LOWER_STATES)
 
     return train_round(
         model,
@@ -305,3 +394,17 @@ def _release(
         noise=noise,
         on_step=on_step,
     )
+
+
+def _batch(histories: Histories, plan: Plan) -> HistoryBatch:
+    """Every user, as the model reads them."""
+    everyone, longest = range(len(histories)), plan.model.max_events
+    items, times = histories.padded(everyone, longest)
+    labels = padded_labels(histories, everyone, longest, plan.model.label_rule)
+    return HistoryBatch.of(items, times, device_of(plan), labels=labels)
+
+
+def training_batch(charged: Charged) -> HistoryBatch:
+    """What a round of private fine-tuning reads of the site's data, anew: for sites that are trained together."""
+    histories = Histories.load(charged.site.histories_folder)
+    return _batch(histories.without_last(1)[0] if charged.plan.metrics.share else histories, charged.plan)

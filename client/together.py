@@ -1,353 +1,144 @@
-"""Private rounds of many simulated sites at once: the rows of all sites in one batch, each site with its own weights.
+"""Many simulated sites that answer in one go: each charges and releases on its own ledger, and all train in one batch.
 
-What `training.train_round` releases for one site, this releases for each of many that begin from the same broadcast
-parameters: a Poisson sample of that site's users, clipped sums of its own users alone, its own noise. Only the
-arithmetic is shared: after the first step each site has parameters of its own, so every Linear layer multiplies
-[sites, rows, in] by [sites, in, out], and sums over a site's rows alone. Sites with fewer sampled users than others
-have empty rows beside theirs, whose factor is zero. Norms, products and noise are as exact as for one site.
-
-A model shows first, on made-up users, that its sites do not touch each other; one that reads histories with a
-language model is trained one site after the other.
+For simulations, where one process holds many sites. Each site's exchange is what `site.answer` does, step by step;
+only the training of those that were asked for the same round of the same model is shared (`training_together.py`).
+Where a model does not allow that, its sites are trained one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from flwr.app import RecordDict
+from torch import Tensor
 
-from client.bookkeeping import RowsAreNotUsersError, clipped_sums, squared_norms
-from client.training import StepSettings, check_rows_are_users, made_up_histories
-from common.models.batches import HistoryBatch, concatenate
+from client.site import Charged, Site, charge, refusal_of, release_of, training_batch
+from client.training import StepSettings
+from client.training_together import NotTogetherError, check_sites_apart, train_together
+from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
-from common.models.own_weights import OWN_WEIGHTS
-from common.privacy.noise import GaussianNoise, UserSampler, private_sum
+from common.phases import Phase
+from common.privacy.noise import SecureGaussian, SecurePoissonSampler
+from common.wire import Refusal, Update, answer_to_records, request_from_records
 
-_ROWS = 512
-"""Rows of one product, for memory alone."""
-_ALLOWED = 1e-4
-"""Of a site's sum: what float32 may make of another order of additions in a forward pass."""
+_log = logging.getLogger("fedtide.site")
 
-_SHOWN: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
-"""Models that showed that their sites do not touch each other, with their trainable parameters then."""
+_MOST_NOTED = 16
+"""Sites whose steps a console can show."""
 
 
-class NotTogetherError(ValueError):
-    """A model's sites cannot be trained in one batch: train them one after the other."""
+@dataclass(frozen=True)
+class Question:
+    """A message for a site: where the site is, the content, and when it expires, in seconds since 1970."""
+
+    folder: Path
+    content: RecordDict
+    until: float
 
 
-class _Recorded(torch.autograd.Function):
-    """Each site's rows by its own weight; the backward pass records (a, g), as in `bookkeeping.py`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tap: Tensor, calls: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        sites = len(weight)
-        ctx.save_for_backward(x, weight)
-        ctx.calls = calls
-        rows = x.reshape(sites, -1, x.shape[-1])
-        found = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
-        return found.view(*x.shape[:-1], weight.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.calls.append((x.detach(), grads[0]))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        rows = grads[0].reshape(len(weight), -1, grads[0].shape[-1])
-        return torch.bmm(rows, weight).view(x.shape), None, None, None, None
+def answered_together(questions: Sequence[Question]) -> list[RecordDict]:
+    """The answers, in order. Never raises, and tells no text. All sites' ledgers are open meanwhile."""
+    return [answer_to_records(each) for each in _answered(questions)]
 
 
-@dataclass
-class _Layer:
-    """A trainable Linear layer: where its parameters stand in a site's flat ones, and its calls of this pass."""
+def _answered(questions: Sequence[Question]) -> list[Update | Refusal]:
+    charged: dict[int, Charged] = {}
+    answers: dict[int, Update | Refusal] = {}
+    try:
+        for place, question in enumerate(questions):
+            found = _charged(question)
+            if isinstance(found, Charged):
+                charged[place] = found
+            else:
+                answers[place] = found
+        alike: dict[Hashable, list[int]] = {}
+        for place, each in charged.items():
+            alike.setdefault(_kind(each, place), []).append(place)
+        for places in alike.values():
+            answers |= _released({place: charged[place] for place in places})
+    finally:
+        for each in charged.values():
+            each.ledger.disconnect()
+    return [answers[place] for place in range(len(questions))]
 
-    name: str
-    module: nn.Linear
-    weight_at: slice
-    bias_at: slice | None
-    weight: Tensor = field(default_factory=lambda: torch.empty(0))
-    bias: Tensor | None = None
-    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def take(self, parameters: Tensor) -> None:
-        """Uses the parameters [sites, coordinates] from now on."""
-        shape = self.module.weight.shape
-        self.weight = parameters[:, self.weight_at].reshape(-1, *shape)
-        self.bias = None if self.bias_at is None else parameters[:, self.bias_at]
-        setattr(self.module, OWN_WEIGHTS, self.weight)
-        self.calls.clear()
+def _charged(question: Question) -> Charged | Update | Refusal:
+    try:
+        site = Site.load(question.folder)
+        return charge(site, request_from_records(question.content), until=question.until)
+    except Exception as error:
+        return refusal_of(error)
 
-    def forward(self, tap: Tensor) -> Callable[[Tensor], Tensor]:
-        def recorded(x: Tensor) -> Tensor:
-            found: Tensor = _Recorded.apply(x, self.weight, self.bias, tap, self.calls)  # type: ignore[no-untyped-call]
-            return found
 
-        return recorded
+def _kind(charged: Charged, place: int) -> Hashable:
+    """What sites must share to be trained together; a site that shares it with none stands alone."""
+    request = charged.request
+    if request.phase is not Phase.UPDATE:
+        return place
+    return request.plan, request.round, request.model_digest, id(charged.model)
 
-    def taken(self, users: int) -> tuple[Tensor, Tensor]:
-        """a [rows, places, inputs] and g [rows, places, outputs], float64.
 
-        Raises:
-            RowsAreNotUsersError: the layer was not called, or a call's rows are not users.
-        """
-        if not self.calls or any(x.ndim < 2 or x.shape[0] != users for x, _ in self.calls):
-            raise RowsAreNotUsersError(f"layer {self.name} has not one row a user")
-        a, g = (
-            torch.cat([call[side].double().reshape(users, -1, call[side].shape[-1]) for call in self.calls], dim=1)
-            for side in (0, 1)
+def _released(charged: dict[int, Charged]) -> dict[int, Update | Refusal]:
+    first = next(iter(charged.values()))
+    if len(charged) > 1:
+        try:
+            model = first.ready()
+            if model is not None:
+                check_sites_apart(model)
+                return _trained(charged, model)
+        except NotTogetherError as error:  # said of made-up users, before any history was looked at
+            _log.info("sites are trained one after the other: %s", error)
+    return {place: _alone(each) for place, each in charged.items()}
+
+
+def _alone(charged: Charged) -> Update | Refusal:
+    try:
+        charged.ready()
+        state = release_of(charged)
+    except Exception as error:
+        return charged.failed(error)
+    return _committed(charged, state)
+
+
+def _trained(charged: dict[int, Charged], model: InterestModel) -> dict[int, Update | Refusal]:
+    """One batch for all; a site whose histories cannot be read leaves it, and stays charged."""
+    answers: dict[int, Update | Refusal] = {}
+    batches: dict[int, HistoryBatch] = {}
+    for place, each in charged.items():
+        try:
+            batches[place] = training_batch(each)
+        except Exception as error:
+            answers[place] = each.failed(error)
+    if not batches:
+        return answers
+    first = charged[next(iter(batches))]
+    settings = StepSettings.of(first.plan)
+
+    def on_step(step: int) -> None:
+        for place in batches if len(batches) <= _MOST_NOTED else ():
+            charged[place].site.note_progress(first.request.round, step, settings.steps)
+
+    try:
+        states = train_together(
+            model,
+            list(batches.values()),
+            settings,
+            samplers=[SecurePoissonSampler() for _ in batches],
+            noises=[SecureGaussian() for _ in batches],
+            on_step=on_step,
         )
-        self.calls.clear()
-        return a, g
+    except Exception as error:  # nothing of it has left a site
+        return answers | {place: charged[place].failed(error) for place in batches}
+    return answers | {
+        place: _committed(charged[place], state) for place, state in zip(batches, states, strict=True)
+    }
 
 
-SumsOfSites = Callable[[Tensor, HistoryBatch, Tensor, float], Tensor]
-"""(parameters [sites, coordinates], rows site after site and as many for each, [rows] whether a row is a user, C) ->
-[sites, coordinates] float64."""
-
-
-@contextmanager
-def clipped_sums_of_sites(model: InterestModel) -> Iterator[SumsOfSites]:
-    """Gives a function to each site's sum of its users' gradients, each clipped to C as a whole.
-
-    Raises:
-        NotTogetherError: something other than Linear layers is trainable.
-        RowsAreNotUsersError: from the function: rows are not users.
-    """
-    layers, coordinates = _layers(model)
-    tap = torch.zeros((), requires_grad=True, device=next(iter(model.trainable().values())).device)
-
-    def sums(parameters: Tensor, batch: HistoryBatch, real: Tensor, clip_norm: float) -> Tensor:
-        for layer in layers:
-            layer.take(parameters)
-        losses = model.per_user_loss(batch)
-        if losses.shape != (len(batch),):
-            raise RowsAreNotUsersError(
-                f"the loss has shape {tuple(losses.shape)}, but must be one number a user"
-            )
-        losses.sum().backward()
-        with torch.no_grad():
-            return _clipped(layers, len(parameters), real, clip_norm, coordinates)
-
-    model.train()
-    for layer in layers:
-        layer.module.forward = layer.forward(tap)  # type: ignore[method-assign, assignment]
+def _committed(charged: Charged, state: dict[str, Tensor]) -> Update | Refusal:
     try:
-        yield sums
-    finally:
-        for layer in layers:
-            del layer.module.forward
-            if hasattr(layer.module, OWN_WEIGHTS):
-                delattr(layer.module, OWN_WEIGHTS)
-            layer.calls.clear()
-
-
-def _layers(model: InterestModel) -> tuple[list[_Layer], int]:
-    """The trainable Linear layers, and the number of coordinates, the witness' included."""
-    places, start = {}, 0
-    for name, parameter in model.trainable().items():
-        places[name] = slice(start, start + parameter.numel())
-        start += parameter.numel()
-    layers, covered = [], {name for name, parameter in model.trainable().items() if parameter is model.witness}
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and f"{name}.weight" in places:
-            bias = f"{name}.bias"
-            layers.append(_Layer(name, module, places[f"{name}.weight"], places.get(bias)))
-            covered |= {f"{name}.weight", bias}
-    if set(places) - covered:
-        raise NotTogetherError(f"{min(set(places) - covered)} is no part of a Linear layer")
-    return layers, start
-
-
-def _clipped(layers: list[_Layer], sites: int, real: Tensor, clip_norm: float, coordinates: int) -> Tensor:
-    """[sites, coordinates] float64; what no layer holds (the witness) is zero."""
-    rows = len(real)
-    taken = [layer.taken(rows) for layer in layers]
-    squared = torch.zeros(rows, dtype=torch.float64, device=real.device)
-    for layer, (a, g) in zip(layers, taken, strict=True):
-        squared = squared + squared_norms(a, g)
-        if layer.bias_at is not None:
-            squared = squared + g.sum(dim=1).square().sum(dim=1)
-    norms = squared.sqrt()
-    kept = norms.isfinite() & real  # who is no number contributes nothing: a contribution like any other
-    factors = torch.where(kept, (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-    if not bool(kept.all()):
-        keep = kept.view(-1, 1, 1)
-        taken = [(torch.where(keep, a, 0.0), torch.where(keep, g, 0.0)) for a, g in taken]
-    found = torch.zeros(sites, coordinates, dtype=torch.float64, device=real.device)
-    for layer, (a, g) in zip(layers, taken, strict=True):
-        scaled = (g * factors.view(-1, 1, 1)).reshape(sites, -1, g.shape[-1])
-        product = torch.bmm(scaled.mT, a.reshape(sites, -1, a.shape[-1]))  # [sites, outputs, inputs]
-        found[:, layer.weight_at] = product.flatten(1)
-        if layer.bias_at is not None:
-            found[:, layer.bias_at] = scaled.sum(dim=1)
-    return found
-
-
-def check_sites_apart(model: InterestModel) -> None:
-    """Shows on made-up users that each of two sites, with other parameters, gets the sum that it gets alone.
-
-    What was shown for a model once is not shown again. The parameters come back unchanged.
-
-    Raises:
-        NotTogetherError: it does not, or the model reads histories with a language model.
-        UnvouchedLayerError: the model's rows are not users.
-    """
-    check_rows_are_users(model)
-    trainable = model.trainable()
-    if _SHOWN.get(model) == tuple(trainable):
-        return
-    device = next(iter(trainable.values())).device
-    histories = made_up_histories(model, device)
-    if model.prepare(histories).token_states is not None:
-        raise NotTogetherError("the model reads histories with a language model")
-    start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    generator = torch.Generator().manual_seed(1)
-    users, alone, moved = (torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0])), [], []
-    try:
-        for own in users:
-            with torch.no_grad():
-                for name, parameter in trainable.items():
-                    drawn = torch.randn(parameter.shape, generator=generator).to(device)
-                    parameter.copy_(start[name] + 0.1 * drawn)
-            moved.append(_flat(trainable))
-            with clipped_sums(model) as clipped:
-                alone.append(clipped(histories.rows(own.to(device)), 1.0))
-        with clipped_sums_of_sites(model) as sums:
-            index, real = _places(list(users), len(histories))
-            batch = concatenate([histories, _empty_row(histories)]).rows(index.to(device))
-            together = sums(torch.stack(moved), batch, real.to(device), 1.0)
-    except RowsAreNotUsersError as error:
-        raise NotTogetherError(f"the model's rows are not users of sites: {error}") from error
-    finally:
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(start[name])
-                parameter.grad = None
-    for own_sum, found in zip(alone, together, strict=True):
-        if not bool((own_sum - found).norm() <= _ALLOWED * own_sum.norm().clamp(min=1.0)):
-            raise NotTogetherError("a site's sum beside another site's is not its sum alone")
-    _SHOWN[model] = tuple(trainable)
-
-
-def train_together(
-    model: InterestModel,
-    sites: Sequence[HistoryBatch],
-    settings: StepSettings,
-    *,
-    samplers: Sequence[UserSampler],
-    noises: Sequence[GaussianNoise],
-) -> list[dict[str, Tensor]]:
-    """One round of user-level DP-SGD at each of many sites, from the model's present parameters.
-
-    Args:
-        model: with the round's broadcast parameters loaded; it is left as it is.
-        sites: every user of each site, one row each.
-        settings: public, the same for all.
-        samplers, noises: one for each site, as `train_round` takes one.
-
-    Returns:
-        Each site's update, as `train_round` returns it.
-
-    Raises:
-        NotTogetherError, UnvouchedLayerError: said before any history is looked at.
-        RowsAreNotUsersError: a step's rows were not users.
-    """
-    check_sites_apart(model)
-    trainable = model.trainable()
-    device = next(iter(trainable.values())).device
-    start = _flat(trainable)  # [coordinates]
-    parameters = start.expand(len(sites), -1).clone()
-    joined, offsets = _joined(sites)
-    with clipped_sums_of_sites(model) as sums:
-        for _ in range(settings.steps):
-            taken = [
-                torch.as_tensor(np.flatnonzero(sampler.sample(len(site), settings.sampling_rate))) + offset
-                for site, sampler, offset in zip(sites, samplers, offsets, strict=True)
-            ]
-            total = torch.zeros(len(sites), len(start), dtype=torch.float64, device=device)
-            for group in _groups([len(each) for each in taken]):
-                for part in _parts([taken[site] for site in group]):
-                    index, real = _places(part, len(joined) - 1)
-                    which = torch.tensor(group, device=device)
-                    batch = joined.rows(index.to(device))
-                    total[which] += sums(parameters[which], batch, real.to(device), settings.clip_norm)
-            for site, noise in enumerate(noises):
-                noised = private_sum(
-                    total[site],
-                    clip_norm=settings.clip_norm,
-                    noise_multiplier=settings.noise_multiplier,
-                    noise=noise,
-                )
-                parameters[site] -= settings.learning_rate * (noised / settings.normaliser)
-    change = (parameters - start).cpu()
-    return [_named(change[site], trainable) for site in range(len(sites))]
-
-
-def _flat(trainable: dict[str, nn.Parameter]) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainable.values()])
-
-
-def _named(flat: Tensor, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    parts = flat.split([parameter.numel() for parameter in like.values()])
-    return {name: part.view(like[name].shape).clone() for name, part in zip(like, parts, strict=True)}
-
-
-def _empty_row(batch: HistoryBatch) -> HistoryBatch:
-    """One user without events, as wide as the batch."""
-    like = batch.items[:0]
-    return HistoryBatch(
-        items=like.new_full((1, like.shape[1]), -1),
-        times=like.new_zeros((1, like.shape[1])),
-        labels=None if batch.labels is None else batch.labels.new_full((1, like.shape[1]), float("nan")),
-    )
-
-
-def _joined(sites: Sequence[HistoryBatch]) -> tuple[HistoryBatch, list[int]]:
-    """All sites' rows as wide as the longest, one empty row after them, and where each site begins."""
-    widest = max(1, *(site.items.shape[1] for site in sites)) if sites else 1
-    wide = []
-    for site in sites:
-        room = (0, widest - site.items.shape[1])
-        labels = None if site.labels is None else pad(site.labels, room, value=float("nan"))
-        wide.append(HistoryBatch(pad(site.items, room, value=-1), pad(site.times, room), labels))
-    offsets = np.cumsum([0, *(len(site) for site in sites)]).tolist()
-    everyone = concatenate(wide)
-    return concatenate([everyone, _empty_row(everyone)]), offsets[:-1]
-
-
-def _groups(counts: list[int]) -> Iterator[list[int]]:
-    """Sites whose samples are about as large, so that few rows are empty; those without a user are in none."""
-    group: list[int] = []
-    for site in sorted(range(len(counts)), key=counts.__getitem__):
-        if counts[site] == 0:
-            continue
-        if group and (len(group) + 1) * min(counts[site], _ROWS) > _ROWS:
-            yield group
-            group = []
-        group.append(site)
-    if group:
-        yield group
-
-
-def _parts(taken: list[Tensor]) -> Iterator[list[Tensor]]:
-    """At most `_ROWS` rows of each site at a time."""
-    for start in range(0, max(len(each) for each in taken), _ROWS):
-        yield [each[start : start + _ROWS] for each in taken]
-
-
-def _places(taken: list[Tensor], empty: int) -> tuple[Tensor, Tensor]:
-    """[rows] places in the joined batch, as many for each site, `empty` where it has no more; and which are users."""
-    most = max(len(each) for each in taken)
-    index = torch.stack([pad(each, (0, most - len(each)), value=empty) for each in taken]).flatten()
-    real = torch.stack([torch.arange(most) < len(each) for each in taken]).flatten()
-    return index, real
+        return charged.released(state)
+    except Exception as error:
+        return refusal_of(error)

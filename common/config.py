@@ -236,10 +236,21 @@ class ServerPlan(_Frozen):
         "connected sites, until round_deadline",
     )
     grace: Annotated[float, Field(ge=0)] = Field(default=30.0, description="seconds, after the quorum")
+    sites_per_round: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="how many of the connected sites are asked in a round, chosen at random; none: all. No promise "
+        "rests on it: each site counts on being asked every time",
+    )
     update_norm_bound: Annotated[float, Field(gt=0)] = 1e6
 
     @model_validator(mode="after")
     def _quorum_is_enough(self) -> ServerPlan:
+        least = max(self.minimum_sites, self.quorum or 0)
+        if self.sites_per_round is not None and self.sites_per_round < least:
+            raise ValueError(
+                f"sites_per_round is {self.sites_per_round}, but a round needs {least} updates: ask more sites, or "
+                "lower quorum or minimum_sites"
+            )
         if self.quorum is not None and self.quorum < self.minimum_sites:
             raise ValueError(
                 f"quorum is {self.quorum}, but a round needs minimum_sites = {self.minimum_sites} updates: raise the "

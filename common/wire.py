@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ class Request:
     phase: Phase = Phase.UPDATE
     released: State = field(default_factory=dict)
 
-    @property
+    @cached_property
     def model_digest(self) -> str:
         """sha256 of all that is broadcast: the parameters, and beside them what was released before."""
         return state_digest({**self.state, **{f"released/{n}": t for n, t in self.released.items()}})
@@ -171,12 +172,21 @@ def _state(
     return state
 
 
-def request_to_records(request: Request) -> RecordDict:
-    """The content of a request message."""
+def request_to_records(request: Request, like: RecordDict | None = None) -> RecordDict:
+    """The content of a request message.
+
+    Args:
+        like: of another request with the same parameters and released statistics, whose arrays are used again.
+    """
     return RecordDict(
         {
+<<<<<<< HEAD
             "model": _arrays(_halves(request.state)),
             "released": _arrays(request.released),
+=======
+            "model": _arrays(request.state) if like is None else like["model"],
+            "released": _arrays(request.released) if like is None else like["released"],
+>>>>>>> 24f0e1d (Many simulated sites answer in one go; the server takes a batch of answers in at once; a plan may ask a part of the sites)
             "round": ConfigRecord(
                 {
                     "run": request.run,

@@ -80,6 +80,10 @@ class Expectation:
     content: str = "update"
     precision: Precision = "float32"
 
+    def of(self, nonce: str) -> Expectation:
+        """The same, asked with another nonce."""
+        return replace(self, request=replace(self.request, nonce=nonce))
+
 
 def admit(
     content: RecordDict, expected: Expectation, registry: Registry, taken: Collection[str]

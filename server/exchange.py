@@ -20,6 +20,7 @@ from common.config import Plan
 from common.models.lora import is_adapter
 from common.phases import Exchange, Phase
 from common.precision import decoded
+from common.privacy.anchors import Countersignature
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import event_to_fields
 from common.privacy.receipts import Receipt, check_receipt
@@ -28,8 +29,8 @@ from common.sums import METRICS, POPULARITY, TRANSITIONS, PairLayout
 from common.wire import MESSAGE_TYPES, Reason, Request, payload_bytes, request_to_records, state_from_bytes
 from common.witness import witness_name
 from server.admission import Admitted, Expectation, LeftOut, admit
-from server.registry import Registry, RegistryError
-from server.runs import RunError, RunFolder, append_line
+from server.registry import Extension, Registry, RegistryError
+from server.runs import RunError, RunFolder, append_lines
 
 _log = logging.getLogger("fedtide.server")
 
@@ -145,9 +146,9 @@ def ask_sites(
     names |= {node: site.name for node, site in sites.items() if node in requests}
     _log.info("round %d (%s) begins: %d sites are asked", exchange.round, exchange.phase, len(requests))
     end = time.monotonic() + deadline
-    messages = []
-    for node, request in requests.items():
-        content = request_to_records(request)
+    messages: list[Message] = []
+    for node, request in requests.items():  # of one round: all carry the same arrays
+        content = request_to_records(request, messages[0].content if messages else None)
         record.bytes_down += payload_bytes(content)
         # A request that outlives its round must not be answered: it would spend budget for nothing.
         messages.append(
@@ -160,11 +161,24 @@ def ask_sites(
             )
         )
     asked = dict(zip(grid.push_messages(messages), requests.items(), strict=True)) if messages else {}
+    expected = _expectation(plan, any_request, exchange, catalog)
     pause = _SHORTEST_POLL
+
+    def leave_out(verdict: LeftOut, node: int) -> None:
+        record.left_out.append({"node": str(node), **asdict(verdict)})
+        _log.warning(
+            "round %d: %s is left out: %s%s",
+            exchange.round,
+            verdict.site or names[node],
+            verdict.reason,
+            _AT_SITE if verdict.reason in set(Reason) else "",
+        )
+
     while asked and time.monotonic() < end:
         if quorum is not None and len(admitted) >= quorum:
             end, quorum = min(end, time.monotonic() + plan.server.grace), None
         replies = list(grid.pull_messages(list(asked)))
+        fit: list[tuple[Admitted, int]] = []
         for reply in replies:
             # An error made by the server's own link has no sender, so the node is told by what it replies to.
             found = asked.pop(reply.metadata.reply_to_message_id, None)
@@ -184,25 +198,22 @@ def ask_sites(
             record.bytes_up += payload_bytes(reply.content)
             verdict = admit(
                 reply.content,
-                _expectation(plan, request, exchange, catalog),
+                expected.of(request.nonce),
                 registry,
-                [each.key_id for each in admitted],
+                {each.key_id for each in admitted} | {each.key_id for each, _ in fit},
             )
             if isinstance(verdict, Admitted):
-                verdict = _taken_in(verdict, node, registry, run, lines)
-            if isinstance(verdict, LeftOut):
-                record.left_out.append({"node": str(node), **asdict(verdict)})
-                _log.warning(
-                    "round %d: %s is left out: %s%s",
-                    exchange.round,
-                    verdict.site or names[node],
-                    verdict.reason,
-                    _AT_SITE if verdict.reason in set(Reason) else "",
-                )
+                fit.append((verdict, node))
+            else:
+                leave_out(verdict, node)
+        taken = _taken_in(exchange.round, fit, registry, run, lines)
+        for (_, node), outcome in zip(fit, taken, strict=True):
+            if isinstance(outcome, LeftOut):
+                leave_out(outcome, node)
                 continue
-            admitted.append(verdict)
-            record.admitted.append(verdict.site)
-            _log.info("round %d: %s is admitted", exchange.round, verdict.site)
+            admitted.append(outcome)
+            record.admitted.append(outcome.site)
+            _log.info("round %d: %s is admitted", exchange.round, outcome.site)
         if replies:
             pause = _SHORTEST_POLL
         elif asked:
@@ -215,37 +226,54 @@ def ask_sites(
 
 
 def _taken_in(
-    verdict: Admitted, node: int, registry: Registry, run: RunFolder, lines: Mapping[str, dict[str, Any]]
-) -> Admitted | LeftOut:
-    """Update, head and receipt on the disk, in this order, before the update counts.
+    number: int,
+    fit: Sequence[tuple[Admitted, int]],
+    registry: Registry,
+    run: RunFolder,
+    lines: Mapping[str, dict[str, Any]],
+) -> list[Admitted | LeftOut]:
+    """Updates, heads and receipts on the disk, in this order, before the updates count.
 
     A crash between two of them is made good by asking again: the site answers the same bytes, whose head the
     registry may hold already.
 
     Args:
+        fit: what was admitted, each with the node that it came from.
         lines: key id -> the line that receipts.jsonl has of this round already.
     """
+    if not fit:
+        return []
+    run.save_updates(number, {verdict.key_id: verdict.sent for verdict, _ in fit})
+    anchors = registry.accept_all(
+        [Extension(verdict.chain, verdict.receipt.entries[-1].seq, node) for verdict, node in fit]
+    )
+    taken: list[Admitted | LeftOut] = []
+    new = []
+    for (verdict, _), anchor in zip(fit, anchors, strict=True):
+        if isinstance(anchor, ReceiptError):  # another process took in another history of this site meanwhile
+            said = "the site's chain is not the one that was verified"
+            taken.append(LeftOut(anchor.reason, said, site=verdict.site))
+            continue
+        taken.append(verdict)
+        if verdict.key_id not in lines:
+            new.append(_line(verdict, anchor))
+    if new:
+        append_lines(run.receipts_file, new)
+    return taken
+
+
+def _line(verdict: Admitted, anchor: Countersignature) -> dict[str, Any]:
     reserve = verdict.receipt.reserve
-    run.save_update(reserve.round, verdict.key_id, verdict.sent)
-    try:
-        anchor = registry.accept(verdict.chain, seq=verdict.receipt.entries[-1].seq, node=node)
-    except ReceiptError as error:  # another process took in another history of this site meanwhile
-        return LeftOut(error.reason, "the site's chain is not the one that was verified", site=verdict.site)
-    if verdict.key_id not in lines:
-        append_line(
-            run.receipts_file,
-            {
-                "run": reserve.run,
-                "round": reserve.round,
-                "site": verdict.site,
-                "key_id": verdict.key_id,
-                "delta": verdict.chain.genesis.delta,
-                "event": event_to_fields(reserve.event),
-                "receipt": verdict.receipt.to_bytes().decode("ascii"),
-                "anchor": anchor.to_bytes().decode("ascii"),
-            },
-        )
-    return verdict
+    return {
+        "run": reserve.run,
+        "round": reserve.round,
+        "site": verdict.site,
+        "key_id": verdict.key_id,
+        "delta": verdict.chain.genesis.delta,
+        "event": event_to_fields(reserve.event),
+        "receipt": verdict.receipt.to_bytes().decode("ascii"),
+        "anchor": anchor.to_bytes().decode("ascii"),
+    }
 
 
 def _is_whole(line: Mapping[str, Any], run: RunFolder) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -18,10 +19,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.privacy.anchors import Countersignature
-from common.privacy.canonical import encode
 from common.privacy.chain import Chain, verified_chain
 from common.privacy.entries import Entry
 from common.privacy.equivocation import EquivocationProof
+from common.privacy.faults import ReceiptError
 from common.privacy.rules import check_genesis
 
 _SCHEMA = """
@@ -36,6 +37,7 @@ CREATE TABLE IF NOT EXISTS proofs (id INTEGER PRIMARY KEY, key_id TEXT NOT NULL,
 """
 
 
+_CHAINS_KEPT = 512
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -52,19 +54,45 @@ class EnrolledSite:
     barred: bool
 
 
+@dataclass(frozen=True)
+class Extension:
+    """A chain as `check_receipt` extended it.
+
+    Attributes:
+        seq: of the entry to countersign, where it is not the head: a receipt that was accepted before.
+        node: Flower's id of the node that answered, so that its next request carries this site's anchor.
+    """
+
+    chain: Chain
+    seq: int | None = None
+    node: int | None = None
+
+
 class RegistryReader:
     """Reads an existing registry, or an auditor's copy of one; needs no key, and writes nothing."""
 
     def __init__(self, folder: Path) -> None:
         """Raises `RegistryError`: there is no registry in the folder."""
         self._file = folder / "registry.sqlite"
-        self._chains: dict[str, Chain] = {}
+        self._chains: OrderedDict[str, Chain] = OrderedDict()
+        self._kept: sqlite3.Connection | None = None
         if not self._file.is_file():
             raise RegistryError(f"{folder} holds no registry: `fedtide server enroll` makes one")
 
     @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Within, one connection serves everything; it is closed at the end, so that the file alone is whole then."""
+        self._kept = sqlite3.connect(self._file, timeout=30, isolation_level=None)
+        try:
+            yield
+        finally:
+            self._kept.close()
+            self._kept = None
+
+    @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self._file, timeout=30, isolation_level=None)
+        kept = self._kept
+        db = kept or sqlite3.connect(self._file, timeout=30, isolation_level=None)
         try:
             yield db
         except sqlite3.DatabaseError as error:
@@ -75,7 +103,8 @@ class RegistryReader:
                 "restore it from a backup"
             ) from error
         finally:
-            db.close()
+            if db is not kept:
+                db.close()
 
     def sites(self) -> list[EnrolledSite]:
         """All enrolled sites, by name."""
@@ -103,10 +132,17 @@ class RegistryReader:
             if not stored:
                 raise RegistryError(f"no site is enrolled under key {key_id[:16]}")
             heads = {anchor.seq: anchor.head for anchor in self.anchors(key_id)}
-            self._chains[key_id] = verified_chain(stored, anchored_heads=heads, key_id=key_id)
+            self._keep(verified_chain(stored, anchored_heads=heads, key_id=key_id))
         elif stored:
-            self._chains[key_id] = known.extended(stored)
+            self._keep(known.extended(stored))
         return self._chains[key_id]
+
+    def _keep(self, chain: Chain) -> None:
+        """In memory: the chains of the sites that answered last, and no more of them."""
+        self._chains[chain.key_id] = chain
+        self._chains.move_to_end(chain.key_id)
+        while len(self._chains) > _CHAINS_KEPT:
+            self._chains.popitem(last=False)
 
     def anchors(self, key_id: str) -> list[Countersignature]:
         """Every head of the site's chain that was countersigned, oldest first."""
@@ -174,7 +210,7 @@ class Registry(RegistryReader):
             with self._transaction() as db:
                 db.execute("INSERT INTO sites (key_id, name) VALUES (?, ?)", (genesis.key_id, name))
                 db.execute(
-                    "INSERT INTO entries VALUES (?, 0, ?)", (genesis.key_id, encode(genesis.to_fields()))
+                    "INSERT INTO entries VALUES (?, 0, ?)", (genesis.key_id, genesis.to_bytes())
                 )
         except sqlite3.IntegrityError as error:
             raise RegistryError(
@@ -183,41 +219,66 @@ class Registry(RegistryReader):
         return EnrolledSite(name, genesis.key_id, barred=False)
 
     def accept(self, chain: Chain, *, seq: int | None = None, node: int | None = None) -> Countersignature:
-        """Stores an extended chain and countersigns its head, durably, before the head counts as seen.
-
-        What is stored already is stored once, and the same head gets the same countersignature.
-
-        Args:
-            chain: as `check_receipt` extended it.
-            seq: of the entry to countersign, where it is not the head: a receipt that was accepted before.
-            node: Flower's id of the node that answered, so that its next request carries this site's anchor.
+        """One site's: see `accept_all`.
 
         Raises:
             ForkError: meanwhile another process stored another history of this site.
         """
-        known = self.chain(chain.key_id)
+        (found,) = self.accept_all([Extension(chain, seq, node)])
+        if isinstance(found, ReceiptError):
+            raise found
+        return found
+
+    def accept_all(self, extensions: Sequence[Extension]) -> list[Countersignature | ReceiptError]:
+        """Stores extended chains and countersigns their heads, durably, before any head counts as seen.
+
+        What is stored already is stored once, and the same head gets the same countersignature.
+
+        Returns:
+            For each the countersignature, or the fault where meanwhile another process stored another history of
+            that site, of which nothing is stored then.
+        """
+        known = [self.chain(each.chain.key_id) for each in extensions]
+        found: list[Countersignature | ReceiptError] = []
+        accepted: list[Chain] = []
         with self._transaction() as db:
-            stored = _stored(db, chain.key_id, len(known.entries))
-            held = known.extended(stored)
-            same = sum(1 for _ in takewhile(_alike, zip(held.entries, chain.entries, strict=False)))
-            whole = held.extended(chain.entries[same:])
-            seen = chain.head if seq is None else whole.entries[seq]
-            anchor = Countersignature.sign(self._key, site_key_id=chain.key_id, seq=seen.seq, head=seen.hash)
-            db.executemany(
-                "INSERT INTO entries VALUES (?, ?, ?)",
-                [
-                    (chain.key_id, entry.seq, encode(entry.to_fields()))
-                    for entry in whole.entries[len(held.entries) :]
-                ],
-            )
-            db.execute(
-                "INSERT OR IGNORE INTO anchors VALUES (?, ?, ?)",
-                (chain.key_id, anchor.seq, anchor.to_bytes()),
-            )
-            if node is not None:
-                db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (str(node), chain.key_id))
-        self._chains[chain.key_id] = whole
-        return anchor
+            for each, held in zip(extensions, known, strict=True):
+                try:
+                    anchor, whole = self._accepted(db, each, held)
+                except ReceiptError as error:
+                    found.append(error)
+                else:
+                    found.append(anchor)
+                    accepted.append(whole)
+        for whole in accepted:
+            self._keep(whole)
+        return found
+
+    def _accepted(
+        self, db: sqlite3.Connection, extension: Extension, known: Chain
+    ) -> tuple[Countersignature, Chain]:
+        """Checks all before it writes any."""
+        chain = extension.chain
+        stored = _stored(db, chain.key_id, len(known.entries))
+        held = known.extended(stored) if stored else known
+        same = sum(1 for _ in takewhile(_alike, zip(held.entries, chain.entries, strict=False)))
+        # A chain that begins as the one held was verified as it was made; of another, the rest is looked at here.
+        whole = chain if same == len(held.entries) else held.extended(chain.entries[same:])
+        seen = chain.head if extension.seq is None else whole.entries[extension.seq]
+        anchor = Countersignature.sign(self._key, site_key_id=chain.key_id, seq=seen.seq, head=seen.hash)
+        db.executemany(
+            "INSERT INTO entries VALUES (?, ?, ?)",
+            [
+                (chain.key_id, entry.seq, entry.to_bytes())
+                for entry in whole.entries[len(held.entries) :]
+            ],
+        )
+        db.execute(
+            "INSERT OR IGNORE INTO anchors VALUES (?, ?, ?)", (chain.key_id, anchor.seq, anchor.to_bytes())
+        )
+        if extension.node is not None:
+            db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (str(extension.node), chain.key_id))
+        return anchor, whole
 
     def sites_by_node(self) -> dict[int, EnrolledSite]:
         """Node -> the site that last answered from it."""

@@ -73,7 +73,7 @@ def run_rounds(
             _log.info("run %s goes on after round %d", run.name, progress.done)
         fewest = max(fewest_updates(plan.server), plan.server.quorum or 0)
         nodes = wait_for_nodes(grid, nodes_expected or fewest, plan.server.round_deadline)
-        check_aggregation(plan.server, len(nodes))
+        check_aggregation(plan.server, min(len(nodes), plan.server.sites_per_round or len(nodes)))
     first_update = next((each.round for each in schedule if each.phase is Phase.UPDATE), None)
     catalog = len(run.catalog())
     final: State | None = None
@@ -89,10 +89,11 @@ def run_rounds(
             progress.state = final = progress.final(plan)
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
             kept = run.receipts(exchange.round) if run.nonces(exchange.round) else []
-            requests = _requests(plan, run, exchange, progress, nodes, registry)
-            admitted = ask_sites(
-                grid, requests, plan, exchange, registry, record, run, catalog, kept, names()
-            )
+            with registry.kept_open():
+                requests = _requests(plan, run, exchange, progress, nodes, registry)
+                admitted = ask_sites(
+                    grid, requests, plan, exchange, registry, record, run, catalog, kept, names()
+                )
             if len(admitted) >= fewest_updates(plan.server):
                 _aggregate(plan, run, exchange, progress, admitted, record)
             _log.info(
@@ -115,11 +116,20 @@ def run_rounds(
 def _requests(
     plan: Plan, run: RunFolder, exchange: Exchange, progress: Progress, nodes: list[int], registry: Registry
 ) -> dict[int, Request]:
-    """Node -> what it is asked, with the nonce that it has in this round for good."""
+    """Node -> what it is asked, with the nonce that it has in this round for good.
+
+    Where the plan asks a part of the sites, chance chooses them once for each round; it is no part of any promise.
+    """
     nonces = run.nonces(exchange.round)
+    most = plan.server.sites_per_round
+    if most is not None and nonces:
+        nodes = [node for node in nodes if node in nonces]
+    elif most is not None and most < len(nodes):
+        nodes = sorted(secrets.SystemRandom().sample(nodes, most))
     if any(node not in nonces for node in nodes):
         nonces = {node: secrets.token_hex(16) for node in nodes} | nonces
         run.save_nonces(exchange.round, nonces)
+    plan_text = plan.model_dump_json()
     statistics = exchange.phase.content == "statistics"
     requests, sites = {}, registry.sites_by_node()
     state = {} if statistics else broadcast(progress.state, plan.wire.parameters)
@@ -130,8 +140,13 @@ def _requests(
             round=exchange.round,
             attempt=1,
             nonce=nonces[node],
+<<<<<<< HEAD
             plan=plan.model_dump_json(),
             state=state,
+=======
+            plan=plan_text,
+            state={} if statistics else progress.state,
+>>>>>>> 24f0e1d (Many simulated sites answer in one go; the server takes a batch of answers in at once; a plan may ask a part of the sites)
             anchor=None if anchor is None else anchor.to_bytes(),
             phase=exchange.phase,
             released=progress.released,

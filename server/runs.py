@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,26 +46,44 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         RunError: the disk is full or the file cannot be written; nothing half-written is left.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_all_whole(path.parent, {path.name: data})
+
+
+def write_all_whole(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files of a folder, each so that it is there whole or not at all; by name.
+
+    Raises:
+        RunError: the disk is full or a file cannot be written; nothing half-written is left.
+    """
+    for name, data in files.items():
+        aside = folder / f".{name}.{os.getpid()}.partial"
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(folder / name)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise _disk_error(folder / name, error) from error
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        _sync_names(path.parent)
+        _sync_names(folder)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+        raise _disk_error(folder, error) from error
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON line and syncs it.
+    """Adds one JSON line and syncs it: see `append_lines`."""
+    append_lines(path, [record])
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Adds a JSON line for each record, all or none, and syncs them.
 
     Raises:
         RunError: the disk is full or the file cannot be written; what stood in the file stands there still, no more.
     """
-    line = json.dumps(record, sort_keys=True).encode() + b"\n"
+    line = b"".join(json.dumps(record, sort_keys=True).encode() + b"\n" for record in records)
     try:
         with path.open("ab", buffering=0) as file:
             whole = file.tell()
@@ -223,11 +241,18 @@ class RunFolder:
     def _round_file(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:05d}.safetensors"
 
-    def save_update(self, number: int, key_id: str, sent: State) -> None:
-        """An admitted update of a round as it travelled, so that an auditor can hold it against its receipt."""
-        file = self.update_file(number, key_id)
-        file.parent.mkdir(exist_ok=True)
-        write_whole(file, state_to_bytes(sent))
+    def save_updates(self, number: int, sent: Mapping[str, State]) -> None:
+        """Admitted updates of a round as they travelled, so that an auditor can hold each against its receipt.
+
+        Args:
+            sent: by the id of the site's key.
+        """
+        folder = self.update_file(number, "").parent
+        folder.mkdir(exist_ok=True)
+        write_all_whole(
+            folder,
+            {self.update_file(number, key_id).name: state_to_bytes(state) for key_id, state in sent.items()},
+        )
 
     def update(self, number: int, key_id: str) -> dict[str, Tensor]:
         """An admitted update of a round, float32, by the id of its site's key."""

@@ -1,13 +1,14 @@
 """A Flower grid in one process: the same apps and messages, really serialised, without Ray.
 
-For tests and for finding faults. One message is answered at each pull, so that rounds show progress.
+Sites that are asked to train at the same time may be answered in one go (`client/together.py`); otherwise one message
+is answered at each pull, so that rounds show progress.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
@@ -20,7 +21,15 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from common.phases import Phase
+from common.wire import MESSAGE_TYPES
+
 _log = logging.getLogger("fedtide.inline")
+
+NodeConfigs = Mapping[int, Mapping[str, bool | float | int | str]]
+AnswerTogether = Callable[[Sequence[tuple[Message, Context]]], list[RecordDict]]
+AT_ONCE = 128
+"""Messages that are answered in one go."""
 
 
 def over_the_wire(message: Message) -> Message:
@@ -35,18 +44,17 @@ class InlineGrid(Grid):  # type: ignore[misc]
 
     Args:
         client_app: answers every message.
-        node_configs: node id -> its configuration.
+        node_configs: node id -> its configuration; looked up when a node is asked, and not before.
+        together: answers many messages that ask for training at once, in order; None: each by itself.
     """
 
     def __init__(
-        self, client_app: ClientApp, node_configs: Mapping[int, Mapping[str, bool | float | int | str]]
+        self, client_app: ClientApp, node_configs: NodeConfigs, together: AnswerTogether | None = None
     ) -> None:
         self._app = client_app
         self._run = Run.create_empty(run_id=1)
-        self._contexts = {
-            node: Context(run_id=1, node_id=node, node_config=dict(config), state=RecordDict(), run_config={})
-            for node, config in node_configs.items()
-        }
+        self._configs = node_configs
+        self._together = together
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}
 
@@ -68,10 +76,10 @@ class InlineGrid(Grid):  # type: ignore[misc]
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
+        return list(self._configs)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node) for node in self._contexts]
+        return [NodeInfo(node_id=node) for node in self._configs]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         pushed = []
@@ -82,22 +90,40 @@ class InlineGrid(Grid):  # type: ignore[misc]
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        for message_id in message_ids:
-            message = self._waiting.pop(message_id, None)
-            if message is not None:
-                return [over_the_wire(self._answer(over_the_wire(message)))]
-        return []
+        asked = [self._waiting[each] for each in message_ids if each in self._waiting]
+        training = [each for each in asked if each.metadata.message_type == MESSAGE_TYPES[Phase.UPDATE]]
+        if self._together is not None and len(training) > 1:
+            chosen = training[:AT_ONCE]
+        else:
+            chosen = asked[:1]
+        for message in chosen:
+            del self._waiting[message.metadata.message_id]
+        return [over_the_wire(reply) for reply in self._answers([over_the_wire(each) for each in chosen])]
+
+    def _answers(self, messages: list[Message]) -> list[Message]:
+        if self._together is None or len(messages) < 2:
+            replies = [self._answer(message) for message in messages]
+        else:
+            contents = self._together([(each, self._context(each)) for each in messages])
+            replies = [
+                Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)
+            ]
+        for reply in replies:
+            reply.metadata.__dict__["_message_id"] = f"reply-{next(self._numbers)}"
+        return replies
+
+    def _context(self, message: Message) -> Context:
+        node = message.metadata.dst_node_id
+        config = dict(self._configs[node])
+        return Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
 
     def _answer(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
         try:
-            reply = self._app(message, context)
+            return self._app(message, self._context(message))
         except Exception as error:  # as Flower does for any exception of a ClientApp: an error reply, and on
             _log.exception("a ClientApp raised")
             code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-            reply = Message(Error(code=code, reason=type(error).__name__), reply_to=message)
-        reply.metadata.__dict__["_message_id"] = f"reply-{next(self._numbers)}"
-        return reply
+            return Message(Error(code=code, reason=type(error).__name__), reply_to=message)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -114,12 +140,13 @@ class InlineGrid(Grid):  # type: ignore[misc]
 def run_inline(
     server_app: ServerApp,
     client_app: ClientApp,
-    node_configs: Mapping[int, Mapping[str, bool | float | int | str]],
+    node_configs: NodeConfigs,
     run_config: Mapping[str, bool | float | int | str],
+    together: AnswerTogether | None = None,
 ) -> None:
     """Runs a ServerApp against ClientApps in this process; exceptions of the ServerApp come through."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
     context = Context(
         run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
-    server_app(grid=InlineGrid(client_app, node_configs), context=context)
+    server_app(grid=InlineGrid(client_app, node_configs, together), context=context)

@@ -77,6 +77,10 @@ class Catalog:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the content in row order: two catalogs with one digest are the same."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(b"fedtide/catalog/1\n")
         for line in self._lines():
             digest.update(line)

@@ -1,7 +1,7 @@
 """Recurrences whose rows may belong to several sites, each with weights of its own.
 
 One site at a time, a layer's weight is [out, in]. In a simulation that trains many sites in one batch
-(`client/together.py`) it is [sites, out, in], rows stand site after site, and each site has as many.
+(`client/training_together.py`) it is [sites, out, in], rows stand site after site, and each site has as many.
 """
 
 from __future__ import annotations

@@ -94,9 +94,11 @@ def _check(value: object, depth: int) -> None:
             for key in value:
                 if not isinstance(key, str):
                     raise UnsupportedTypeError(f"a key is a {type(key).__name__}, but must be a string")
-                _check(key, depth + 1)
+                if not _PRINTABLE.match(key):
+                    raise NonAsciiError("strings may hold printable ASCII only")
         for item in value.values() if isinstance(value, dict) else value:
-            _check(item, depth + 1)
+            if type(item) is not str or not _PRINTABLE.match(item):  # most are, and calls are what costs
+                _check(item, depth + 1)
     elif value is None or isinstance(value, bool):
         raise LiteralError("true, false and null have no canonical form: use a string")
     elif isinstance(value, int):

@@ -223,7 +223,11 @@ class Entry:
     @cached_property
     def hash(self) -> str:
         """SHA-256, in hex, of the signed entry's canonical bytes: what the next entry's `prev` repeats."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        return hashlib.sha256(self._bytes).hexdigest()
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return encode(self.to_fields(), longest=LONGEST_ENTRY)
 
     def _statement(self) -> dict[str, Value]:
         return {
@@ -253,7 +257,7 @@ class Entry:
 
     def to_bytes(self) -> bytes:
         """The signed entry's canonical bytes."""
-        return encode(self.to_fields(), longest=LONGEST_ENTRY)
+        return self._bytes
 
     @classmethod
     def from_fields(cls, value: Value) -> Entry:

@@ -53,7 +53,7 @@ def made_run(
                 sampler=SecurePoissonSampler(),
                 noise=SecureGaussian(),
             )
-            run.save_update(number, key, update)
+            run.save_updates(number, {key: update})
             receipts.append({"round": number, "site": name, "key_id": key})
         records.append({"round": number, "admitted": names})
     for file, lines in ((run.rounds_file, records), (run.receipts_file, receipts)):
