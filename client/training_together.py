@@ -2,9 +2,11 @@
 
 What `training.train_round` releases for one site, this releases for each of many that begin from the same broadcast
 parameters: a Poisson sample of that site's users, clipped sums of its own users alone, its own noise. Only the
-arithmetic is shared: after the first step each site has parameters of its own, so every Linear layer multiplies
-[sites, rows, in] by [sites, in, out], and sums over a site's rows alone. Sites with fewer sampled users than others
-have empty rows beside theirs, whose factor is zero. Norms, products and noise are as exact as for one site.
+arithmetic is shared. After the first step each site has parameters of its own, so a site's sampled users stand in units
+of EVEN rows, the last one filled up with its first user; every Linear layer multiplies [units, rows, in] by the weights
+of each unit's site; a user's part of the sum goes to that site. Norms, sums and noise are float64, as for one site. As
+all batches have the same shape, whoever else was sampled, at whichever site, changes no user's numbers, even by
+rounding (`bookkeeping.py` says why that counts).
 
 A model shows first, on made-up users, that its sites do not touch each other; one that reads histories with a
 language model is trained one site after the other.
@@ -25,13 +27,17 @@ from torch.nn.functional import pad
 
 from client.bookkeeping import RowsAreNotUsersError, clipped_sums, squared_norms
 from client.training import StepSettings, check_rows_are_users, made_up_histories
-from common.models.batches import HistoryBatch, concatenate
+from common.models.batches import EVEN, HistoryBatch, concatenate
+from common.models.heads import moving_part
 from common.models.interface import InterestModel
 from common.models.own_weights import OWN_WEIGHTS
 from common.privacy.noise import GaussianNoise, UserSampler, private_sum
 
 _ALLOWED = 1e-4
 """Of a site's sum: what float32 may make of another order of additions in a forward pass."""
+
+_SHOWN_AT = (1e-3, 1e6)
+"""Clip norms at which sites are compared: all gradients clipped, and none."""
 
 _SHOWN: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 """Models that showed that their sites do not touch each other, with their trainable parameters then."""
@@ -42,27 +48,34 @@ class NotTogetherError(ValueError):
 
 
 class _Recorded(torch.autograd.Function):
-    """Each site's rows by its own weight; the backward pass records (a, g), as in `bookkeeping.py`."""
+    """Each unit's rows by its site's weight; the backward pass records (a, g), as in `bookkeeping.py`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tap: Tensor, calls: list[tuple[Tensor, Tensor]]
+        ctx: Any,
+        x: Tensor,
+        moving: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tap: Tensor,
+        calls: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        sites = len(weight)
         ctx.save_for_backward(x, weight)
-        ctx.calls = calls
-        rows = x.reshape(sites, -1, x.shape[-1])
-        found = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+        ctx.moving, ctx.calls = moving.shape, calls
+        rows = x.reshape(len(weight), -1, x.shape[-1])
+        added = rows.new_zeros(1) if bias is None else bias.unsqueeze(1)
+        found = torch.baddbmm(added, rows, weight.mT, beta=0 if bias is None else 1)
         return found.view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[None, Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.calls.append((x.detach(), grads[0]))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
+        ctx.calls.append((x, grads[0]))
+        if not ctx.needs_input_grad[1]:
+            return None, None, None, None, None, None
         rows = grads[0].reshape(len(weight), -1, grads[0].shape[-1])
-        return torch.bmm(rows, weight).view(x.shape), None, None, None, None
+        through = torch.bmm(rows, weight[:, :, : ctx.moving[-1]])
+        return None, through.view(ctx.moving), None, None, None, None
 
 
 @dataclass
@@ -78,44 +91,47 @@ class _Layer:
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def take(self, parameters: Tensor) -> None:
-        """Uses the parameters [sites, coordinates] from now on."""
-        shape = self.module.weight.shape
-        self.weight = parameters[:, self.weight_at].reshape(-1, *shape)
+        """Uses the parameters [units, coordinates] from now on."""
+        self.weight = parameters[:, self.weight_at].reshape(-1, *self.module.weight.shape)
         self.bias = None if self.bias_at is None else parameters[:, self.bias_at]
         setattr(self.module, OWN_WEIGHTS, self.weight)
         self.calls.clear()
 
     def forward(self, tap: Tensor) -> Callable[[Tensor], Tensor]:
         def recorded(x: Tensor) -> Tensor:
-            found: Tensor = _Recorded.apply(x, self.weight, self.bias, tap, self.calls)  # type: ignore[no-untyped-call]
+            found: Tensor = _Recorded.apply(  # type: ignore[no-untyped-call]
+                x.detach(), moving_part(x), self.weight, self.bias, tap, self.calls
+            )
             return found
 
         return recorded
 
-    def taken(self, users: int) -> tuple[Tensor, Tensor]:
+    def taken(self, rows: int) -> tuple[Tensor, Tensor]:
         """a [rows, places, inputs] and g [rows, places, outputs], float64.
 
         Raises:
             RowsAreNotUsersError: the layer was not called, or a call's rows are not users.
         """
-        if not self.calls or any(x.ndim < 2 or x.shape[0] != users for x, _ in self.calls):
+        if not self.calls or any(x.ndim < 2 or x.shape[0] != rows for x, _ in self.calls):
             raise RowsAreNotUsersError(f"layer {self.name} has not one row a user")
         a, g = (
-            torch.cat([call[side].double().reshape(users, -1, call[side].shape[-1]) for call in self.calls], dim=1)
+            torch.cat(
+                [call[side].double().reshape(rows, -1, call[side].shape[-1]) for call in self.calls], dim=1
+            )
             for side in (0, 1)
         )
         self.calls.clear()
         return a, g
 
 
-SumsOfSites = Callable[[Tensor, HistoryBatch, Tensor, float], Tensor]
-"""(parameters [sites, coordinates], rows site after site and as many for each, [rows] whether a row is a user, C) ->
-[sites, coordinates] float64."""
+SumsOfUnits = Callable[[Tensor, HistoryBatch, Tensor, float], Tensor]
+"""(parameters [units, coordinates], rows unit after unit, [units, EVEN] whether a row is a user, C) -> each unit's
+clipped sum [units, coordinates] float64."""
 
 
 @contextmanager
-def clipped_sums_of_sites(model: InterestModel) -> Iterator[SumsOfSites]:
-    """Gives a function to each site's sum of its users' gradients, each clipped to C as a whole.
+def clipped_sums_of_units(model: InterestModel) -> Iterator[SumsOfUnits]:
+    """Gives a function to each unit's sum of its users' gradients, each clipped to C as a whole.
 
     Raises:
         NotTogetherError: something other than Linear layers is trainable.
@@ -134,7 +150,7 @@ def clipped_sums_of_sites(model: InterestModel) -> Iterator[SumsOfSites]:
             )
         losses.sum().backward()
         with torch.no_grad():
-            return _clipped(layers, len(parameters), real, clip_norm, coordinates)
+            return _clipped(layers, real, clip_norm, coordinates)
 
     model.train()
     for layer in layers:
@@ -155,7 +171,10 @@ def _layers(model: InterestModel) -> tuple[list[_Layer], int]:
     for name, parameter in model.trainable().items():
         places[name] = slice(start, start + parameter.numel())
         start += parameter.numel()
-    layers, covered = [], {name for name, parameter in model.trainable().items() if parameter is model.witness}
+    layers, covered = (
+        [],
+        {name for name, parameter in model.trainable().items() if parameter is model.witness},
+    )
     for name, module in model.named_modules():
         if type(module) is nn.Linear and f"{name}.weight" in places:
             bias = f"{name}.bias"
@@ -166,9 +185,9 @@ def _layers(model: InterestModel) -> tuple[list[_Layer], int]:
     return layers, start
 
 
-def _clipped(layers: list[_Layer], sites: int, real: Tensor, clip_norm: float, coordinates: int) -> Tensor:
-    """[sites, coordinates] float64; what no layer holds (the witness) is zero."""
-    rows = len(real)
+def _clipped(layers: list[_Layer], real: Tensor, clip_norm: float, coordinates: int) -> Tensor:
+    """[units, coordinates] float64; what no layer holds (the witness) is zero."""
+    units, rows = len(real), real.numel()
     taken = [layer.taken(rows) for layer in layers]
     squared = torch.zeros(rows, dtype=torch.float64, device=real.device)
     for layer, (a, g) in zip(layers, taken, strict=True):
@@ -176,15 +195,17 @@ def _clipped(layers: list[_Layer], sites: int, real: Tensor, clip_norm: float, c
         if layer.bias_at is not None:
             squared = squared + g.sum(dim=1).square().sum(dim=1)
     norms = squared.sqrt()
-    kept = norms.isfinite() & real  # who is no number contributes nothing: a contribution like any other
+    kept = norms.isfinite() & real.flatten()
     factors = torch.where(kept, (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-    if not bool(kept.all()):
+    if not bool(
+        norms.isfinite().all()
+    ):  # who is no number contributes nothing: a contribution like any other
         keep = kept.view(-1, 1, 1)
         taken = [(torch.where(keep, a, 0.0), torch.where(keep, g, 0.0)) for a, g in taken]
-    found = torch.zeros(sites, coordinates, dtype=torch.float64, device=real.device)
+    found = torch.zeros(units, coordinates, dtype=torch.float64, device=real.device)
     for layer, (a, g) in zip(layers, taken, strict=True):
-        scaled = (g * factors.view(-1, 1, 1)).reshape(sites, -1, g.shape[-1])
-        product = torch.bmm(scaled.mT, a.reshape(sites, -1, a.shape[-1]))  # [sites, outputs, inputs]
+        scaled = (g * factors.view(-1, 1, 1)).reshape(units, -1, g.shape[-1])
+        product = torch.bmm(scaled.mT, a.reshape(units, -1, a.shape[-1]))  # [units, outputs, inputs]
         found[:, layer.weight_at] = product.flatten(1)
         if layer.bias_at is not None:
             found[:, layer.bias_at] = scaled.sum(dim=1)
@@ -210,20 +231,24 @@ def check_sites_apart(model: InterestModel) -> None:
         raise NotTogetherError("the model reads histories with a language model")
     start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     generator = torch.Generator().manual_seed(1)
-    users, alone, moved = (torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0])), [], []
+    everyone, moved = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0])], []
+    alone: dict[float, list[Tensor]] = {clip_norm: [] for clip_norm in _SHOWN_AT}
     try:
-        for own in users:
+        for own in everyone:
             with torch.no_grad():
                 for name, parameter in trainable.items():
                     drawn = torch.randn(parameter.shape, generator=generator).to(device)
                     parameter.copy_(start[name] + 0.1 * drawn)
             moved.append(_flat(trainable))
             with clipped_sums(model) as clipped:
-                alone.append(clipped(histories.rows(own.to(device)), 1.0))
-        with clipped_sums_of_sites(model) as sums:
-            index, real = _places(list(users), len(histories))
-            batch = concatenate([histories, _empty_row(histories)]).rows(index.to(device))
-            together = sums(torch.stack(moved), batch, real.to(device), 1.0)
+                for clip_norm, found in alone.items():
+                    found.append(clipped(histories.rows(own.to(device)), clip_norm))
+        with clipped_sums_of_units(model) as sums:
+            parameters = torch.stack(moved)
+            together = {
+                clip_norm: _sums(sums, parameters, histories, everyone, clip_norm, 2 * EVEN)
+                for clip_norm in _SHOWN_AT
+            }
     except RowsAreNotUsersError as error:
         raise NotTogetherError(f"the model's rows are not users of sites: {error}") from error
     finally:
@@ -231,9 +256,10 @@ def check_sites_apart(model: InterestModel) -> None:
             for name, parameter in trainable.items():
                 parameter.copy_(start[name])
                 parameter.grad = None
-    for own_sum, found in zip(alone, together, strict=True):
-        if not bool((own_sum - found).norm() <= _ALLOWED * own_sum.norm().clamp(min=1.0)):
-            raise NotTogetherError("a site's sum beside another site's is not its sum alone")
+    for clip_norm in _SHOWN_AT:
+        for own_sum, sum_beside in zip(alone[clip_norm], together[clip_norm], strict=True):
+            if not bool((own_sum - sum_beside).norm() <= _ALLOWED * own_sum.norm()):
+                raise NotTogetherError("a site's sum beside another site's is not its sum alone")
     _SHOWN[model] = tuple(trainable)
 
 
@@ -264,23 +290,16 @@ def train_together(
     """
     check_sites_apart(model)
     trainable = model.trainable()
-    device = next(iter(trainable.values())).device
     start = _flat(trainable)  # [coordinates]
     parameters = start.expand(len(sites), -1).clone()
     joined, offsets = _joined(sites)
-    with clipped_sums_of_sites(model) as sums:
+    with clipped_sums_of_units(model) as sums:
         for step in range(settings.steps):
             taken = [
                 torch.as_tensor(np.flatnonzero(sampler.sample(len(site), settings.sampling_rate))) + offset
                 for site, sampler, offset in zip(sites, samplers, offsets, strict=True)
             ]
-            total = torch.zeros(len(sites), len(start), dtype=torch.float64, device=device)
-            for group in _groups([len(each) for each in taken], settings.micro_batch):
-                for part in _parts([taken[site] for site in group], settings.micro_batch):
-                    index, real = _places(part, len(joined) - 1)
-                    which = torch.tensor(group, device=device)
-                    batch = joined.rows(index.to(device))
-                    total[which] += sums(parameters[which], batch, real.to(device), settings.clip_norm)
+            total = _sums(sums, parameters, joined, taken, settings.clip_norm, settings.micro_batch)
             for site, noise in enumerate(noises):
                 noised = private_sum(
                     total[site],
@@ -295,6 +314,43 @@ def train_together(
     return [_named(change[site], trainable) for site in range(len(sites))]
 
 
+def _sums(
+    sums: SumsOfUnits,
+    parameters: Tensor,
+    histories: HistoryBatch,
+    taken: Sequence[Tensor],
+    clip_norm: float,
+    most_rows: int,
+) -> Tensor:
+    """[sites, coordinates] float64: the clipped sum of each site's users.
+
+    Args:
+        parameters: [sites, coordinates].
+        histories: of all sites.
+        taken: of each site the rows of its users.
+        most_rows: of one batch, for memory alone; every batch has as many, whoever was taken.
+    """
+    total = torch.zeros(parameters.shape, dtype=torch.float64, device=parameters.device)
+    units = [(site, unit) for site, own in enumerate(taken) for unit in own.split(EVEN) if len(unit)]
+    at_once = max(1, most_rows // EVEN)
+    for first in range(0, len(units), at_once):
+        batch = units[first : first + at_once]
+        lacking = at_once - len(batch)
+        sites = torch.tensor([site for site, _ in batch] + [batch[0][0]] * lacking, device=parameters.device)
+        rows = [_filled(unit) for _, unit in batch]
+        index = torch.cat([*rows, *[rows[0]] * lacking]).to(parameters.device)
+        real = torch.stack([torch.arange(EVEN) < len(unit) for _, unit in batch]).to(parameters.device)
+        real = pad(real, (0, 0, 0, lacking), value=False)
+        found = sums(parameters[sites], histories.rows(index), real, clip_norm)
+        total.index_add_(0, sites[: len(batch)], found[: len(batch)])
+    return total
+
+
+def _filled(unit: Tensor) -> Tensor:
+    """[EVEN] rows: the unit's, and its first again."""
+    return torch.cat([unit, unit[:1].expand(EVEN - len(unit))])
+
+
 def _flat(trainable: dict[str, nn.Parameter]) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainable.values()])
 
@@ -304,52 +360,13 @@ def _named(flat: Tensor, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: part.view(like[name].shape).clone() for name, part in zip(like, parts, strict=True)}
 
 
-def _empty_row(batch: HistoryBatch) -> HistoryBatch:
-    """One user without events, as wide as the batch."""
-    like = batch.items[:0]
-    return HistoryBatch(
-        items=like.new_full((1, like.shape[1]), -1),
-        times=like.new_zeros((1, like.shape[1])),
-        labels=None if batch.labels is None else batch.labels.new_full((1, like.shape[1]), float("nan")),
-    )
-
-
 def _joined(sites: Sequence[HistoryBatch]) -> tuple[HistoryBatch, list[int]]:
-    """All sites' rows as wide as the longest, one empty row after them, and where each site begins."""
-    widest = max(1, *(site.items.shape[1] for site in sites)) if sites else 1
+    """All sites' rows as wide as the longest, and where each site begins."""
+    widest = max(1, *(site.items.shape[1] for site in sites))
     wide = []
     for site in sites:
         room = (0, widest - site.items.shape[1])
         labels = None if site.labels is None else pad(site.labels, room, value=float("nan"))
         wide.append(HistoryBatch(pad(site.items, room, value=-1), pad(site.times, room), labels))
     offsets = np.cumsum([0, *(len(site) for site in sites)]).tolist()
-    everyone = concatenate(wide)
-    return concatenate([everyone, _empty_row(everyone)]), offsets[:-1]
-
-
-def _groups(counts: list[int], rows: int) -> Iterator[list[int]]:
-    """Sites whose samples are about as large, so that few rows are empty; those without a user are in none."""
-    group: list[int] = []
-    for site in sorted(range(len(counts)), key=counts.__getitem__):
-        if counts[site] == 0:
-            continue
-        if group and (len(group) + 1) * counts[site] > rows:
-            yield group
-            group = []
-        group.append(site)
-    if group:
-        yield group
-
-
-def _parts(taken: list[Tensor], rows: int) -> Iterator[list[Tensor]]:
-    """At most so many rows of each site at a time."""
-    for start in range(0, max(len(each) for each in taken), rows):
-        yield [each[start : start + rows] for each in taken]
-
-
-def _places(taken: list[Tensor], empty: int) -> tuple[Tensor, Tensor]:
-    """[rows] places in the joined batch, as many for each site, `empty` where it has no more; and which are users."""
-    most = max(len(each) for each in taken)
-    index = torch.stack([pad(each, (0, most - len(each)), value=empty) for each in taken]).flatten()
-    real = torch.stack([torch.arange(most) < len(each) for each in taken]).flatten()
-    return index, real
+    return concatenate(wide), offsets[:-1]

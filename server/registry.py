@@ -209,9 +209,7 @@ class Registry(RegistryReader):
         try:
             with self._transaction() as db:
                 db.execute("INSERT INTO sites (key_id, name) VALUES (?, ?)", (genesis.key_id, name))
-                db.execute(
-                    "INSERT INTO entries VALUES (?, 0, ?)", (genesis.key_id, genesis.to_bytes())
-                )
+                db.execute("INSERT INTO entries VALUES (?, 0, ?)", (genesis.key_id, genesis.to_bytes()))
         except sqlite3.IntegrityError as error:
             raise RegistryError(
                 f"site {name!r} or its key is enrolled already: `fedtide server sites` lists them"
@@ -268,10 +266,7 @@ class Registry(RegistryReader):
         anchor = Countersignature.sign(self._key, site_key_id=chain.key_id, seq=seen.seq, head=seen.hash)
         db.executemany(
             "INSERT INTO entries VALUES (?, ?, ?)",
-            [
-                (chain.key_id, entry.seq, entry.to_bytes())
-                for entry in whole.entries[len(held.entries) :]
-            ],
+            [(chain.key_id, entry.seq, entry.to_bytes()) for entry in whole.entries[len(held.entries) :]],
         )
         db.execute(
             "INSERT OR IGNORE INTO anchors VALUES (?, ?, ?)", (chain.key_id, anchor.seq, anchor.to_bytes())

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
 
 
+TOGETHER_FROM = 16
+"""So many sites of one process answer in one go; fewer show their progress one by one."""
+
+
 def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite]) -> None:
     from client.app import app as client_app
     from client.app import site_folder
@@ -42,7 +46,10 @@ def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite])
 
     with _environment(environment):
         configs = {number + 2: {"partition-id": number} for number in range(len(sites))}
-        run_inline(server_app, client_app, configs, {"run-dir": environment[RUN_FOLDER]}, together)
+        many = len(sites) >= TOGETHER_FROM
+        run_inline(
+            server_app, client_app, configs, {"run-dir": environment[RUN_FOLDER]}, together if many else None
+        )
 
 
 @contextlib.contextmanager

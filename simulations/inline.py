@@ -92,10 +92,7 @@ class InlineGrid(Grid):  # type: ignore[misc]
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         asked = [self._waiting[each] for each in message_ids if each in self._waiting]
         training = [each for each in asked if each.metadata.message_type == MESSAGE_TYPES[Phase.UPDATE]]
-        if self._together is not None and len(training) > 1:
-            chosen = training[:AT_ONCE]
-        else:
-            chosen = asked[:1]
+        chosen = training[:AT_ONCE] if self._together is not None and len(training) > 1 else asked[:1]
         for message in chosen:
             del self._waiting[message.metadata.message_id]
         return [over_the_wire(reply) for reply in self._answers([over_the_wire(each) for each in chosen])]
@@ -106,7 +103,8 @@ class InlineGrid(Grid):  # type: ignore[misc]
         else:
             contents = self._together([(each, self._context(each)) for each in messages])
             replies = [
-                Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)
+                Message(content, reply_to=message)
+                for content, message in zip(contents, messages, strict=True)
             ]
         for reply in replies:
             reply.metadata.__dict__["_message_id"] = f"reply-{next(self._numbers)}"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from common.privacy.anchors import Countersignature
 from common.privacy.entries import Burnt
 from common.privacy.equivocation import EquivocationProof
 from common.privacy.faults import ForkError, NoEquivocationError, ReceiptError, TruncatedError
-from server.registry import Registry, RegistryError, RegistryReader
+from server.registry import Extension, Registry, RegistryError, RegistryReader
 from tests.common.privacy.honest_chain import STRANGER, Writer, honest
 
 
@@ -111,6 +112,25 @@ def test_a_fork_between_two_processes_is_found_when_it_is_stored(registry: Regis
     assert caught.value.proof is not None
     caught.value.proof.verify(site.genesis.public_key)
     assert [entry.hash for entry in registry.chain(key).entries] == [entry.hash for entry in site.entries[:9]]
+
+
+def test_a_fork_in_a_batch_keeps_no_other_site_out(registry: Registry, folder: Path) -> None:
+    site, lying, other = honest(), honest(), Registry(folder)
+    lying.entries, lying.spent = lying.entries[:6], site.entries[4].body.spent
+    lying.add(Burnt(lying.reserve("run-q", 1).hash))
+    second = Writer(STRANGER)
+    other.enroll("second", second.entries[0])
+    held = other.chain(site.entries[0].key_id)
+    registry.accept(registry.chain(site.entries[0].key_id).extended(site.entries[:9]))
+    second.reserve("run-a", 1)
+    fork = Extension(held.extended(lying.entries))
+    sound = Extension(other.chain(second.entries[0].key_id).extended(second.entries))
+    with other.kept_open():
+        found = other.accept_all([fork, sound])
+    assert isinstance(found[0], ForkError)
+    assert isinstance(found[1], Countersignature)
+    assert registry.chain(second.entries[0].key_id).head.seq == 1
+    assert registry.chain(site.entries[0].key_id).head.seq == 8
 
 
 def test_a_site_is_barred_by_a_proof_only(registry: Registry) -> None:
