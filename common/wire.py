@@ -180,13 +180,8 @@ def request_to_records(request: Request, like: RecordDict | None = None) -> Reco
     """
     return RecordDict(
         {
-<<<<<<< HEAD
-            "model": _arrays(_halves(request.state)),
-            "released": _arrays(request.released),
-=======
-            "model": _arrays(request.state) if like is None else like["model"],
+            "model": _arrays(_halves(request.state)) if like is None else like["model"],
             "released": _arrays(request.released) if like is None else like["released"],
->>>>>>> 24f0e1d (Many simulated sites answer in one go; the server takes a batch of answers in at once; a plan may ask a part of the sites)
             "round": ConfigRecord(
                 {
                     "run": request.run,

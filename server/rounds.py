@@ -140,13 +140,8 @@ def _requests(
             round=exchange.round,
             attempt=1,
             nonce=nonces[node],
-<<<<<<< HEAD
-            plan=plan.model_dump_json(),
-            state=state,
-=======
             plan=plan_text,
-            state={} if statistics else progress.state,
->>>>>>> 24f0e1d (Many simulated sites answer in one go; the server takes a batch of answers in at once; a plan may ask a part of the sites)
+            state=state,
             anchor=None if anchor is None else anchor.to_bytes(),
             phase=exchange.phase,
             released=progress.released,

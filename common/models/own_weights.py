@@ -19,9 +19,7 @@ def weight_of(layer: nn.Linear) -> Tensor:
     return layer.weight.detach() if own is None else own
 
 
-def rows_times(
-    rows: Tensor, weight: Tensor, plus: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
+def rows_times(rows: Tensor, weight: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Each row by the matrix of its site, and something added.
 
     Args:

@@ -126,7 +126,17 @@ def other(value: Any) -> list[Any]:
         case float():
             return [value / 2, value * 1.5, 0.5]
         case str():
-            return [*FAMILIES, "gru", "lora", "median", "cpu", "interest", "float32", "bfloat16", f"{value}-x"]
+            return [
+                *FAMILIES,
+                "gru",
+                "lora",
+                "median",
+                "cpu",
+                "interest",
+                "float32",
+                "bfloat16",
+                f"{value}-x",
+            ]
         case None:
             return [2, 0.5, 2.0]
         case tuple() | list():
