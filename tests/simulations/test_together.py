@@ -98,7 +98,7 @@ def test_a_failed_batch_releases_nothing_and_burns_every_site(
         for path in outcome.run.path.rglob("*")
         if path.suffix in (".log", ".jsonl")
     )
-    assert "film" not in said
+    assert "user 17" not in said
 
 
 def test_a_model_that_cannot_be_trained_together_is_trained_one_by_one(
