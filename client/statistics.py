@@ -186,7 +186,10 @@ def release_metrics(
         chosen = rows[start : start + users_at_once]
         items, times = histories.padded(chosen, plan.model.max_events)
         with torch.no_grad():
-            scores = model.scores(HistoryBatch.of(items, times, device)).cpu().numpy().astype(np.float64)
+            batch = HistoryBatch.of(
+                items, times, device
+            ).evened()  # no rank may turn on how many users there are
+            scores = model.scores(batch)[: len(chosen)].cpu().numpy().astype(np.float64)
         # A failure would tell of the user whose scores overflow; the worst rank is a contribution like another.
         scores = np.nan_to_num(scores, nan=-1e30, posinf=1e30, neginf=-1e30)
         seen = np.zeros(scores.shape, dtype=bool)

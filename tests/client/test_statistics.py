@@ -18,6 +18,7 @@ from client.statistics import (
     metric_sum,
     noised,
     popularity_sum,
+    release_metrics,
     sum_of,
     transition_sum,
     unit,
@@ -25,10 +26,14 @@ from client.statistics import (
     user_popularity,
     user_transitions,
 )
+from common.config import make_plan
 from common.events.histories import Histories
+from common.models.batches import HistoryBatch
+from common.models.families.recommend import Recommend
 from common.privacy.noise import SecureGaussian
 from common.privacy.statistics import noise_chi_square
-from common.sums import PairLayout, most_items, top_items
+from common.sums import METRICS, PairLayout, most_items, top_items
+from tests.client.training_cases import a_model
 
 CATALOG = 40
 TOP = torch.arange(0, CATALOG, 2)
@@ -208,3 +213,34 @@ def test_two_releases_of_one_sum_differ() -> None:
     contribution: Contribution = (np.arange(3), np.full(3, 3**-0.5))
     total = sum_of(iter([contribution]), 50)
     assert not torch.equal(noised(total, NOISE, SecureGaussian()), noised(total, NOISE, SecureGaussian()))
+
+
+class Noiseless:
+    """What must never be used outside of tests."""
+
+    def normal(self, size: int) -> npt.NDArray[np.float64]:
+        return np.zeros(size)
+
+
+def test_a_users_rank_does_not_turn_on_how_many_others_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FewRowsKernel(Recommend):
+        """Scores are all alike but for a rounding, which is another where there are few rows: what BLAS does."""
+
+        def scores(self, batch: HistoryBatch) -> Tensor:
+            place = torch.arange(len(self.vectors), dtype=torch.float32)
+            return (1.0 + 1e-6 * place * (1 if len(batch) >= 4 else -1)).expand(len(batch), -1)
+
+    plan = make_plan({"metrics": {"share": 0.1, "noise_multiplier": 1.0, "top": 10}})
+    model = a_model(FewRowsKernel)
+
+    def released(users: int) -> Tensor:
+        held_out = np.full(users, len(model.vectors) - 1)
+        histories = histories_of([[1, 2]] * users)
+        return release_metrics(model, histories, held_out, plan, Noiseless())[METRICS]
+
+    def most() -> float:
+        return max(float((released(users + 1) - released(users)).norm()) for users in range(12))
+
+    assert most() <= 1 + 1e-5
+    monkeypatch.setattr("common.models.batches.EVEN", 1)
+    assert most() > 2
