@@ -47,6 +47,8 @@ Progress = Callable[[str, int, int | None], None]
 Result = TypeVar("Result")
 
 _BATCH = 1 << 18
+_LARGEST_BATCH = 1 << 21
+_SHARE = 8  # of what was read already, a batch may be one part in so many
 _GROUP = 1 << 18
 _WORKERS_AT_MOST = 4
 
@@ -179,16 +181,16 @@ def _put_down(
     unnamed = (numbers == NOBODY) | rows.is_null().to_numpy()
     timeless = times.is_null().to_numpy() & ~unnamed
     unknown = (rows == UNKNOWN_ITEM).fill_null(False).to_numpy() & ~unnamed & ~timeless
-    columns = {
-        "user": numbers,
-        "item": rows.fill_null(UNKNOWN_ITEM).to_numpy(),
-        "time": times.fill_null(0).to_numpy(),
-        "kind": kinds.of(batch["kind"]),
-        "value": batch["value"].to_numpy(),
-    }
-    if (useless := unnamed | timeless | unknown).any():
-        columns = {name: column[~useless] for name, column in columns.items()}
-    spill.add(users.digests[:, 0][columns["user"]], **columns)
+    useful = np.flatnonzero(~(unnamed | timeless | unknown))
+    spill.add(
+        users.buckets[numbers[useful]],
+        useful,
+        user=numbers,
+        item=rows.fill_null(UNKNOWN_ITEM).to_numpy(),
+        time=times.fill_null(0).to_numpy(),
+        kind=kinds.of(batch["kind"]),
+        value=batch["value"].to_numpy(),
+    )
     return np.array([reason.sum() for reason in (unnamed, timeless, unknown)], dtype=np.int64)
 
 
@@ -201,13 +203,26 @@ def _batches(frame: pl.LazyFrame, items: Items) -> Iterator[pl.DataFrame]:
         pl.col("value").cast(pl.Float32).fill_null(np.nan),
     )
     try:
-        for batch in plan.collect_batches(chunk_size=_BATCH, engine="streaming"):
-            yield batch.rechunk()
+        yield from _grown(plan.collect_batches(chunk_size=_BATCH, engine="streaming"))
     except (pl.exceptions.PolarsError, OSError) as error:
         # The library's own text may quote a row, which is a user's data.
         raise LogError(
             "the log cannot be read to its end: look for a damaged row or a cut-off file"
         ) from error
+
+
+def _grown(batches: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """Batches put together as a log turns out to be large: fewer events then come with a user not met in theirs."""
+    held: list[pl.DataFrame] = []
+    read = 0
+    for batch in batches:
+        held.append(batch)
+        read += len(batch)
+        if sum(map(len, held)) >= min(read // _SHARE, _LARGEST_BATCH):
+            yield pl.concat(held).rechunk()
+            held.clear()
+    if held:
+        yield pl.concat(held).rechunk()
 
 
 def _ordered(users: Users, kinds: Kinds, events: int, dropped: npt.NDArray[np.int64]) -> _Read:

@@ -112,6 +112,7 @@ class Users:
         same_as: the number of the user that a text names: its own, but for texts that are not trimmed; NOBODY
             where it names none.
         digests: [texts met, 16] uint8, the pseudonyms.
+        buckets: uint8, their first bytes.
         tie_keys: uint64, as `deidentify.tie_key`.
     """
 
@@ -120,6 +121,7 @@ class Users:
         self._numbers, self._all_themselves = Numbers(), True
         self.same_as = np.empty(0, dtype=np.uint32)
         self.digests = np.empty((0, 16), dtype=np.uint8)
+        self.buckets = np.empty(0, dtype=np.uint8)
         self.tie_keys = np.empty(0, dtype=np.uint64)
 
     @property
@@ -168,6 +170,7 @@ class Users:
         tie_keys[own] = [self._keyed.tie_key(user) for user in raw]
         self.same_as = np.concatenate([self.same_as, same_as])
         self.digests = np.concatenate([self.digests, digests])
+        self.buckets = self.digests[:, 0].copy()
         self.tie_keys = np.concatenate([self.tie_keys, tie_keys])
 
 

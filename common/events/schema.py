@@ -55,6 +55,8 @@ def time_expression(name: str, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
         return column.cast(pl.Datetime("ms", getattr(dtype, "time_zone", None))).dt.epoch("s")
+    if dtype.is_integer():
+        return _from_whole(column.cast(pl.Int64, strict=False))
     if dtype.is_numeric():
         return _from_number(column.cast(pl.Float64))
     if dtype != pl.String:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -23,6 +23,9 @@ EVENT = np.dtype([("user", "<u4"), ("item", "<i4"), ("time", "<i8"), ("kind", "<
 
 BUCKETS = 256
 """Users fall to buckets by the first byte of the pseudonym, so buckets in order are pseudonyms in order."""
+
+
+_AT_ONCE = 1 << 18  # events that are put in order while they are in the processor's cache
 
 
 class SpillError(LogError):
@@ -58,13 +61,28 @@ class Spill:
         """[BUCKETS] events in each."""
         return sum((np.diff(begins) for begins in self._begins), start=np.zeros(BUCKETS, dtype=np.int64))
 
-    def add(self, buckets: npt.NDArray[np.uint8], **columns: npt.NDArray[np.generic]) -> None:
-        """Puts down events, each with its bucket.
+    def add(
+        self,
+        buckets: npt.NDArray[np.uint8],
+        places: npt.NDArray[np.int64],
+        **columns: npt.NDArray[np.generic],
+    ) -> None:
+        """Puts down the events at some places of the columns, each in its bucket.
 
         Raises:
             SpillError: they cannot be written.
         """
-        order = np.argsort(buckets, kind="stable")
+        for first in range(0, len(places), _AT_ONCE):
+            some = slice(first, first + _AT_ONCE)
+            self._add(buckets[some], places[some], columns)
+
+    def _add(
+        self,
+        buckets: npt.NDArray[np.uint8],
+        places: npt.NDArray[np.int64],
+        columns: Mapping[str, npt.NDArray[np.generic]],
+    ) -> None:
+        order = places[np.argsort(buckets, kind="stable")]
         events = np.empty(len(order), dtype=EVENT)
         for name, column in columns.items():
             events[name] = column[order]
