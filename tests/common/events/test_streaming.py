@@ -57,7 +57,9 @@ def _small_pieces() -> Iterator[None]:
     """Batches of some events and groups of few, so that users and ties span them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cleaning, "_BATCH", 7)
+        patch.setattr(cleaning, "_SHARE", 2)
         patch.setattr(cleaning, "_GROUP", 5)
+        patch.setattr(spill, "_AT_ONCE", 3)
         yield
 
 
