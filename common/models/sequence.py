@@ -107,7 +107,9 @@ class SequenceModel(InterestModel):
         return self.width + self.task.features + (TIME_FEATURES if self.with_times else 0)
 
     def prepare(self, batch: HistoryBatch) -> HistoryBatch:
-        return batch if self.encoder is None else self.encoder.lower(batch)
+        if self.encoder is None or batch.token_states is not None:
+            return batch
+        return self.encoder.lower(batch)
 
     @abstractmethod
     def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:

@@ -143,3 +143,18 @@ def test_a_model_without_lower_layers_and_a_site_without_users_write_nothing(tmp
     assert empty.token_states is not None
     assert len(empty) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_prepared_histories_run_no_lower_layer_again_and_are_the_same(
+    tmp_path: Path, runs: list[int]
+) -> None:
+    model = lora_model()
+    wanted = model.scores(batch())
+    prepared = kept(tmp_path, model)
+    runs.clear()
+    torch.testing.assert_close(model.scores(prepared), wanted)
+    assert runs == []
+    model.scores(batch())
+    assert runs == [len(USERS)]  # without preparation it would be seen
+    longer = prepared.followed_by(torch.ones(len(USERS), dtype=torch.int64))
+    assert longer.token_states is None  # states of other histories are never taken along
