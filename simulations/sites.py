@@ -106,6 +106,33 @@ def _kinds_of_sites(dataset: Dataset, sites: npt.NDArray[np.int64]) -> dict[int,
     return dict(found.iter_rows())
 
 
+def make_site(
+    folder: Path, name: str, training: Histories, plan: Plan, catalog_file: Path, budget: float
+) -> None:
+    """One new site: its histories, and a ledger whose cap is `budget` (epsilon)."""
+    folder.mkdir(parents=True, mode=0o700)
+    site = Site(
+        folder=folder,
+        name=name,
+        catalog=catalog_file,
+        users_at_least=plan.privacy.users_per_site,
+        families=tuple(FAMILIES),
+        metrics=plan.metrics.share > 0,
+    )
+    site.save()
+    training.save(site.histories_folder)
+    Ledger.create(
+        site.ledger_folder, epsilon=budget, delta=plan.privacy.delta, typical_plan=plan.events()
+    ).disconnect()
+
+
+def enroll_site(folder: Path, name: str, registry: Registry) -> None:
+    """Hands a site's genesis to the server, where it does not hold it yet."""
+    with Ledger.open(Site.load(folder).ledger_folder) as ledger:
+        if registry.site(ledger.key_id) is None:
+            registry.enroll(name, ledger.entries(0)[0])
+
+
 def make_sites(
     dataset: Dataset,
     sites: npt.NDArray[np.int64],
@@ -162,28 +189,9 @@ def make_sites(
                     f"{name} has {len(training)} users, but the plan's sampling counts on at least "
                     f"{plan.privacy.users_per_site}: use fewer sites, or lower privacy.users_per_site"
                 )
-            folder.mkdir(parents=True, mode=0o700)
-            site = Site(
-                folder=folder,
-                name=name,
-                catalog=catalog_file,
-                users_at_least=plan.privacy.users_per_site,
-                families=tuple(FAMILIES),
-                metrics=plan.metrics.share > 0,
-            )
-            site.save()
-            training.save(site.histories_folder)
-            Ledger.create(
-                site.ledger_folder,
-                epsilon=budget,
-                delta=plan.privacy.delta,
-                typical_plan=plan.events(),
-            ).disconnect()
-        site = Site.load(folder)
-        with Ledger.open(site.ledger_folder) as ledger:
-            genesis = next(iter(ledger.entries(0)))
-            if registry.site(ledger.key_id) is None:
-                registry.enroll(name, genesis)
-        training = Histories.load(site.histories_folder)
+            make_site(folder, name, training, plan, catalog_file, budget)
+        with registry.kept_open():
+            enroll_site(folder, name, registry)
+        training = Histories.load(Site.load(folder).histories_folder)
         made.append(SimulatedSite(name=name, folder=folder, users=len(training), events=training.events))
     return made
