@@ -11,7 +11,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
 from typing import TypeVar
@@ -24,11 +23,11 @@ from common.events.binding import Bound, Events, bind
 from common.events.catalog import Catalog
 from common.events.histories import Histories
 from common.events.histories_files import HistoriesWriter
-from common.events.numbering import NOBODY, UNKNOWN_ITEM, Items, Kinds, Users
+from common.events.intake import Progress, Reading, read_once
 from common.events.readers import Log
 from common.events.rules import ORDERING_RULE, REASONS, CleaningPolicy, CleaningReport, Duplicates
 from common.events.schema import LogError
-from common.events.spill import BUCKETS, Spill
+from common.events.spill import Spill
 
 __all__ = [
     "ORDERING_RULE",
@@ -41,14 +40,8 @@ __all__ = [
     "clean_to",
 ]
 
-Progress = Callable[[str, int, int | None], None]
-"""Told what is being done, how many events are done, and of how many where that is known."""
-
 Result = TypeVar("Result")
 
-_BATCH = 1 << 18
-_LARGEST_BATCH = 1 << 21
-_SHARE = 8  # of what was read already, a batch may be one part in so many
 _GROUP = 1 << 18
 _WORKERS_AT_MOST = 4
 
@@ -70,7 +63,7 @@ def clean(
     """
     parts: list[tuple[npt.NDArray[np.str_], Bound]] = []
     with Spill() as spill:
-        read = _read(log, catalog, secret, spill, _silent)
+        read = read_once(log, catalog, secret, spill, _silent)
         report = _report(read, _bound(read, policy, spill, _silent), lambda *part: parts.append(part))
     bound = [part for _, part in parts]
     lengths = np.concatenate([part.lengths[part.lengths > 0] for part in bound])
@@ -106,7 +99,7 @@ def clean_to(
     progress = progress or _silent
     try:
         with HistoriesWriter(folder) as writer, Spill(writer.partial) as spill:
-            read = _read(log, catalog, secret, spill, progress)
+            read = read_once(log, catalog, secret, spill, progress)
 
             def write(names: npt.NDArray[np.str_], part: Bound) -> None:
                 lengths = part.lengths[part.lengths > 0]
@@ -132,122 +125,8 @@ def _silent(what: str, done: int, of: int | None) -> None:
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """What is known once a log was read to its end.
-
-    Attributes:
-        events: in the log.
-        dropped: events for each of the first three reasons.
-        digests, tie_keys: [users, 16] and [users], in the order of the pseudonyms.
-        rows: [numbers] the place of a numbered user in that order.
-        begins: [BUCKETS + 1] users in the buckets before.
-        kind_names: sorted.
-        kinds: [numbers] the place of a numbered kind among them.
-    """
-
-    events: int
-    dropped: tuple[int, int, int]
-    digests: npt.NDArray[np.uint8]
-    tie_keys: npt.NDArray[np.uint64]
-    rows: npt.NDArray[np.uint32]
-    begins: npt.NDArray[np.int64]
-    kind_names: tuple[str, ...]
-    kinds: npt.NDArray[np.int16]
-
-
-def _read(
-    log: pl.LazyFrame | Log, catalog: Catalog, secret: bytes, spill: Spill, progress: Progress
-) -> _Read:
-    """Reads a log once; its usable events lie in the spill then."""
-    log = log if isinstance(log, Log) else Log(log, untidy=False)
-    users = Users(secret, untidy=log.untidy)
-    items = Items(catalog, untidy=log.untidy)
-    kinds = Kinds(log.default_kind, untidy=log.untidy)
-    events, dropped = 0, np.zeros(3, dtype=np.int64)
-    for batch in _batches(log.frame, items):
-        dropped += _put_down(batch, users, items, kinds, spill)
-        events += len(batch)
-        progress("reading", events, log.events)
-    return _ordered(users, kinds, events, dropped)
-
-
-def _put_down(
-    batch: pl.DataFrame, users: Users, items: Items, kinds: Kinds, spill: Spill
-) -> npt.NDArray[np.int64]:
-    """Puts down a batch's usable events; [3] events dropped for each of the first reasons."""
-    numbers = users.of(batch["user"])
-    rows, times = items.of(batch), batch["time"]
-    unnamed = (numbers == NOBODY) | rows.is_null().to_numpy()
-    timeless = times.is_null().to_numpy() & ~unnamed
-    unknown = (rows == UNKNOWN_ITEM).fill_null(False).to_numpy() & ~unnamed & ~timeless
-    useful = np.flatnonzero(~(unnamed | timeless | unknown))
-    spill.add(
-        users.buckets[numbers[useful]],
-        useful,
-        user=numbers,
-        item=rows.fill_null(UNKNOWN_ITEM).to_numpy(),
-        time=times.fill_null(0).to_numpy(),
-        kind=kinds.of(batch["kind"]),
-        value=batch["value"].to_numpy(),
-    )
-    return np.array([reason.sum() for reason in (unnamed, timeless, unknown)], dtype=np.int64)
-
-
-def _batches(frame: pl.LazyFrame, items: Items) -> Iterator[pl.DataFrame]:
-    plan = frame.select(
-        "user",
-        "time",
-        *items.expressions(),
-        pl.col("kind").cast(pl.Categorical()),
-        pl.col("value").cast(pl.Float32).fill_null(np.nan),
-    )
-    try:
-        yield from _grown(plan.collect_batches(chunk_size=_BATCH, engine="streaming"))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        # The library's own text may quote a row, which is a user's data.
-        raise LogError(
-            "the log cannot be read to its end: look for a damaged row or a cut-off file"
-        ) from error
-
-
-def _grown(batches: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-    """Batches put together as a log turns out to be large: fewer events then come with a user not met in theirs."""
-    held: list[pl.DataFrame] = []
-    read = 0
-    for batch in batches:
-        held.append(batch)
-        read += len(batch)
-        if sum(map(len, held)) >= min(read // _SHARE, _LARGEST_BATCH):
-            yield pl.concat(held).rechunk()
-            held.clear()
-    if held:
-        yield pl.concat(held).rechunk()
-
-
-def _ordered(users: Users, kinds: Kinds, events: int, dropped: npt.NDArray[np.int64]) -> _Read:
-    own = np.flatnonzero(users.same_as == np.arange(len(users.same_as)))
-    halves = users.digests[own].view(">u8").astype(np.uint64)  # [users, 2]
-    own = own[np.lexsort((halves[:, 1], halves[:, 0]))]
-    rows = np.zeros(len(users.same_as), dtype=np.uint32)
-    rows[own] = np.arange(len(own), dtype=np.uint32)
-    digests = users.digests[own]
-    names = sorted(kinds.names)
-    place = {name: place for place, name in enumerate(names)}
-    return _Read(
-        events=events,
-        dropped=(int(dropped[0]), int(dropped[1]), int(dropped[2])),
-        digests=digests,
-        tie_keys=users.tie_keys[own],
-        rows=rows,
-        begins=np.searchsorted(digests[:, 0], np.arange(BUCKETS + 1)),
-        kind_names=tuple(names),
-        kinds=np.array([place[name] for name in kinds.names], dtype=np.int16),
-    )
-
-
 def _bound(
-    read: _Read, policy: CleaningPolicy, spill: Spill, progress: Progress
+    read: Reading, policy: CleaningPolicy, spill: Spill, progress: Progress
 ) -> Iterator[tuple[npt.NDArray[np.uint8], Bound]]:
     """Digests and events of some users at a time, in the order of the pseudonyms."""
 
@@ -288,7 +167,7 @@ def _at_once(work: Callable[[int, int], Result], arguments: list[tuple[int, int]
 
 
 def _report(
-    read: _Read,
+    read: Reading,
     parts: Iterator[tuple[npt.NDArray[np.uint8], Bound]],
     keep: Callable[[npt.NDArray[np.str_], Bound], None],
 ) -> CleaningReport:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.events import cleaning, numbering, spill
+from common.events import cleaning, intake, numbering, spill
 from common.events.catalog import Catalog
 from common.events.cleaning import CleaningPolicy, clean, clean_to
 from common.events.deidentify import Keyed, pseudonym
@@ -56,8 +56,8 @@ def _difference(found: Histories, expected: Histories) -> str | None:
 def _small_pieces() -> Iterator[None]:
     """Batches of some events and groups of few, so that users and ties span them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cleaning, "_BATCH", 7)
-        patch.setattr(cleaning, "_SHARE", 2)
+        patch.setattr(intake, "_BATCH", 7)
+        patch.setattr(intake, "_SHARE", 2)
         patch.setattr(cleaning, "_GROUP", 5)
         patch.setattr(spill, "_AT_ONCE", 3)
         yield
@@ -176,7 +176,7 @@ def test_two_users_never_become_one_though_their_hashes_are_equal(monkeypatch: p
     rows: list[Row] = [
         (f"user-{event % 90}", ITEMS[event % 6], event // 90, "view", None) for event in range(540)
     ]
-    monkeypatch.setattr(cleaning, "_BATCH", 64)
+    monkeypatch.setattr(intake, "_BATCH", 64)
     monkeypatch.setattr(numbering, "Numbers", _Colliding)
     _check(rows, _log(rows), CleaningPolicy())
     monkeypatch.setattr(numbering, "Numbers", _Trusting)
@@ -263,7 +263,7 @@ def test_a_row_damaged_in_the_last_piece_leaves_nothing(tmp_path: Path) -> None:
     site, seen = tmp_path / "site", []
     site.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cleaning, "_BATCH", 1 << 16)
+        patch.setattr(intake, "_BATCH", 1 << 16)
         with pytest.raises(LogError, match="cannot be read to its end") as caught:
             clean_to(
                 site / "h",
