@@ -11,7 +11,7 @@ gradients of weights are never computed. Where a gradient is small beside a and 
 in float32, as Opacus does, and the rest is the same.
 
 What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms and sums are
-float64: 1e-12 of C; in float32 the rounding of a long sum could exceed what the noise's inflation covers
+float64 (see `_rounding`); in float32 the rounding of a long sum could exceed what the noise's inflation covers
 (`private_sum`), and no bound on it that holds for every batch is near that. And a and g, which are float32, must not
 depend on how many others there are: BLAS takes other kernels for few rows than for many, and parameters far off
 (which a server may send) make that rounding as large as it gets: a fourth user was seen to move a sum by 3.6 C. So

@@ -35,6 +35,9 @@ from common.privacy.noise import SecureGaussian, private_sum
 from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 
 PLAIN, OWN, HOOKS, GHOST = "plain PyTorch", "Fedtide", "Opacus hooks", "Opacus ghost"
+STOCK_TURNS = 5
+"""Turns of the stock ways, some of which take seconds a step."""
+
 Step = Callable[[], None]
 
 
@@ -247,7 +250,9 @@ def measure(turns: int) -> list[Row]:
     rows = []
     for setting in SETTINGS:
         stock = (HOOKS, GHOST) if setting.width == 64 else (HOOKS,)
-        ms, found = ratios(setting, turns, (PLAIN, OWN, *stock))
+        ms, found = ratios(setting, turns, (PLAIN, OWN))
+        _, found_stock = ratios(setting, STOCK_TURNS, (PLAIN, *stock))
+        found = found_stock | found
         wanted = None if setting.most is None else f"<= {setting.most:.2f}"
         met = None if setting.most is None else found[OWN] <= setting.most
         rows.append(Row(f"{setting}: Fedtide / plain ({ms:.0f} ms)", f"{found[OWN]:.2f}", wanted, met))
@@ -270,14 +275,14 @@ def measure(turns: int) -> list[Row]:
 def main() -> None:
     """Prints the table, and adds it to the page unless told not to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=27)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(given.turns)
     text = (
         f"`python -m simulations.benchmarks.steps`, {machine()}; torch {torch.__version__}, opacus "
-        f"{version('opacus')}, one thread. Ratios of CPU time, medians of {given.turns} turns. Steps of 64 users "
+        f"{version('opacus')}, one thread. Ratios of CPU time, medians of {given.turns} turns (Opacus: {STOCK_TURNS}). Steps of 64 users "
         "(LoRA: 32) with 32 events, over 1,682 items (LoRA: 400). Plain: torch's own LSTM or GRU and SGD; Opacus: its "
         "DPLSTM or DPGRU. Where the loss ranks the whole catalog, it is most of a small model's step whichever way, "
         "and no way can be many times faster than another. At a language model's full width, what Fedtide takes beyond "
