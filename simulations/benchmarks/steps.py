@@ -282,7 +282,8 @@ def main() -> None:
     rows = measure(given.turns)
     text = (
         f"`python -m simulations.benchmarks.steps`, {machine()}; torch {torch.__version__}, opacus "
-        f"{version('opacus')}, one thread. Ratios of CPU time, medians of {given.turns} turns (Opacus: {STOCK_TURNS}). Steps of 64 users "
+        f"{version('opacus')}, one thread. Ratios of CPU time, medians of {given.turns} turns "
+        f"(Opacus: {STOCK_TURNS}). Steps of 64 users "
         "(LoRA: 32) with 32 events, over 1,682 items (LoRA: 400). Plain: torch's own LSTM or GRU and SGD; Opacus: its "
         "DPLSTM or DPGRU. Where the loss ranks the whole catalog, it is most of a small model's step whichever way, "
         "and no way can be many times faster than another. At a language model's full width, what Fedtide takes beyond "
