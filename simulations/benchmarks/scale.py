@@ -232,8 +232,8 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
     text = (
         f"`python -m simulations.benchmarks.scale`, {machine()}; load {before:.1f} before. Sites of {given.users} "
-        f"users with {EVENTS} events each over {ITEMS:,} items, `recommend` on frozen vectors, 5 steps a round at sampling "
-        "rate 0.2; all that a run does is in it: charges, receipts, admission, checkpoints."
+        f"users with {EVENTS} events each over {ITEMS:,} items, `recommend` on frozen vectors, 5 steps a round at "
+        "sampling rate 0.2; all that a run does is in it: charges, receipts, admission, checkpoints."
     )
     section = "\n".join(["## Many sites", "", text, "", *as_table(rows), ""])
     print(section)
