@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CORES = 2
 """That Flower's simulation engine may use."""
+NOTES = ("accounting", "answering")
+"""Mean CPU seconds of a ClientApp in the last round: of Opacus' accountant, and of all that it does."""
 
 
 def _versions(*names: str) -> dict[str, str]:
@@ -97,8 +99,7 @@ def flower(workload: Workload, rounds: int) -> Times:
         start = ArrayRecord(workload.model(DPLSTM).state_dict())
         found = strategy.start(grid, start, num_rounds=rounds, evaluate_fn=round_ended)
         answers = found.train_metrics_clientapp[rounds]
-        clock.notes["accounting"] = float(answers["accounting"])
-        clock.notes["answering"] = float(answers["answering"])
+        clock.notes |= {name: float(answers[name]) for name in NOTES}
 
     with clock:
         run_simulation(
@@ -127,8 +128,7 @@ def _flower_client(workload: Workload) -> ClientApp:
         arrays, seconds = _opacus_round(message, context, workload)
         metrics: dict[str, float | int] = {
             "num-examples": workload.settings.users,
-            "accounting": seconds,
-            "answering": time.process_time() - began,
+            **dict(zip(NOTES, (seconds, time.process_time() - began), strict=True)),
         }
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
         return Message(content, reply_to=message)
