@@ -225,11 +225,11 @@ def _seconds(whole: list[tuple[float, float]], turns: list[Times], size: Size) -
     measured = turns[0].rounds
     if measured >= size.rounds:
         return said
-    start = statistics.median(each.laps[0][0] for each in turns)
+    first = statistics.median(each.laps[1][0] for each in turns)
     each_round = statistics.median(turn.a_round()[0] for turn in turns)
     return (
-        f"{said}, reckoned from {measured} rounds: start-up {start:.0f} s, "
-        f"a round after the first {each_round:.1f} s wall"
+        f"{said}, reckoned from {measured} rounds: the first {first:.0f} s wall, Ray's start-up with it; "
+        f"another {each_round:.0f} s"
     )
 
 
@@ -260,9 +260,7 @@ def main() -> None:
     torch.set_num_threads(1)
     python = given.pfl_python if _can(given.pfl_python) else None
     if python is None:
-        print(
-            f"pfl-research is left out: {given.pfl_python} lacks it; {__doc__.split('pfl-research wants')[0]}"
-        )
+        print(f"pfl-research is left out: {given.pfl_python} cannot import it; --help says how to install it")
     size = Size(given.sites, given.users, given.rounds, given.flower_rounds, given.turns)
     before = os.getloadavg()[0]
     rows, versions = measure(size, python)
