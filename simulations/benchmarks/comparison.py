@@ -37,7 +37,7 @@ from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_tabl
 from simulations.engines import _end_group
 from simulations.sites import enroll_site, make_site
 
-ITEMS, EVENTS, HIDDEN, STEPS, NEGATIVES, RATE = 1_000, 20, 16, 5, 256, 0.2
+ITEMS, USERS, EVENTS, HIDDEN, STEPS, NEGATIVES, RATE = 1_000, 20, 20, 16, 5, 256, 0.2
 _WORDS = ("red", "old", "blue", "small", "green", "tall", "quiet", "warm", "sharp", "soft")
 _THINGS = ("lamp", "chair", "story", "river", "coat", "clock", "stone", "bread", "song", "wheel")
 
@@ -47,7 +47,6 @@ class Size:
     """How much is run: `flower_rounds` are measured of the contender that is slow, and the rest reckoned from them."""
 
     sites: int
-    users: int
     rounds: int
     flower_rounds: int
     turns: int
@@ -63,7 +62,7 @@ def prepare(folder: Path, size: Size) -> Workload:
     catalog.save(folder / "catalog.jsonl")
     (folder / "plan.json").write_text(plan.to_json())
     generator = np.random.default_rng(0)
-    shape = (size.sites, size.users, EVENTS)
+    shape = (size.sites, USERS, EVENTS)
     items = generator.integers(0, ITEMS, shape)
     times = 1_500_000_000 + generator.integers(1, 1000, shape).cumsum(axis=-1)
     registry = Registry(folder / "registry")
@@ -82,7 +81,7 @@ def prepare(folder: Path, size: Size) -> Workload:
 def _plan(size: Size) -> Plan:
     values = {
         "model": {"negatives": NEGATIVES, "max_events": EVENTS, "hidden_width": HIDDEN},
-        "privacy": {"sampling_rate": RATE, "users_per_site": size.users},
+        "privacy": {"sampling_rate": RATE, "users_per_site": USERS},
         "training": {"rounds": size.rounds, "steps_per_round": STEPS},
         "server": {"expected_sites": size.sites, "minimum_sites": 1},
     }
@@ -94,7 +93,7 @@ def _settings(size: Size, plan: Plan) -> Settings:
     assert noise is not None  # it is calibrated
     return Settings(
         sites=size.sites,
-        users=size.users,
+        users=USERS,
         events=EVENTS,
         hidden=plan.model.hidden_width,
         steps=plan.training.steps_per_round,
@@ -245,7 +244,6 @@ def main() -> None:
     )
     parser.add_argument("--pfl-python", default=sys.executable, help="the interpreter that has pfl")
     parser.add_argument("--sites", type=int, default=100)
-    parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
         "--flower-rounds", type=int, default=3, help="that are measured of Flower, at least 2"
@@ -253,15 +251,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
     given = parser.parse_args()
-    if given.flower_rounds < 2:
-        parser.error(
-            f"--flower-rounds is {given.flower_rounds}, but the first is not like the others: give 2 or more"
-        )
+    for name, least in (("sites", 2), ("rounds", 2), ("flower_rounds", 2), ("turns", 1)):
+        if getattr(given, name) < least:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} is {getattr(given, name)}, but must be at least {least}: give more")
     torch.set_num_threads(1)
     python = given.pfl_python if _can(given.pfl_python) else None
     if python is None:
         print(f"pfl-research is left out: {given.pfl_python} cannot import it; --help says how to install it")
-    size = Size(given.sites, given.users, given.rounds, given.flower_rounds, given.turns)
+    size = Size(given.sites, given.rounds, given.flower_rounds, given.turns)
     before = os.getloadavg()[0]
     rows, versions = measure(size, python)
     text = _text(size, versions, (before, os.getloadavg()[0]))
@@ -279,12 +277,12 @@ def _text(size: Size, versions: dict[str, str], load: tuple[float, float]) -> st
         f"minute's) was {load[0]:.1f} before and {load[1]:.1f} after, where 1 a core is full: wall times are the "
         "longer by it. CPU is that of all the contender's processes. The clock holds the whole run, but not the "
         "import of the framework and of torch, nor the making of sites.",
-        f"{size.sites} sites of {size.users} users with {EVENTS} events over {ITEMS:,} items; family `recommend`, item "
+        f"{size.sites} sites of {USERS} users with {EVENTS} events over {ITEMS:,} items; family `recommend`, item "
         f"vectors 64 wide, LSTM state {HIDDEN}, {NEGATIVES} public negatives; {STEPS} steps a round on "
         f"{RATE:.0%} of the users. One model, data, noise multiplier and clip norm, but not one promise:",
         "- **Fedtide** clips each user in every step, adds noise from a cryptographic generator at each site, reserves "
         "in ledgers on disk, signs, checks and countersigns receipts, and writes a checkpoint each round. All in one "
-        "process; sites train in one batch.",
+        "process; sites train in one batch. It builds its model inside the clock; the others get arrays.",
         "- **Flower with Opacus** does as Flower's example `opacus`: at each message a ClientApp makes its model (with "
         "DPLSTM), wraps it by `PrivacyEngine.make_private`, trains an epoch of Poisson batches and asks for epsilon. "
         "The engine is new each time, so that is the epsilon of one round; noise is torch's. FedAvg; no ledger, no "
