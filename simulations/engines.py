@@ -11,45 +11,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from server.app import RUN_FOLDER
 from server.runs import RunError, RunFolder
 from simulations.sites import SimulatedSite
 
-if TYPE_CHECKING:
-    from flwr.app import Context, Message, RecordDict
-
-
-TOGETHER_FROM = 16
-"""So many sites of one process answer in one go; fewer show their progress one by one."""
-
 
 def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite]) -> None:
+    """Server and sites in this process; many sites answer in one go, in a few workers."""
     from client.app import app as client_app
-    from client.app import site_folder
-    from client.together import Question, answered_together
     from server.app import app as server_app
+    from simulations.answering import answering
     from simulations.inline import run_inline
 
-    def together(asked: Sequence[tuple[Message, Context]]) -> list[RecordDict]:
-        return answered_together(
-            [
-                Question(
-                    site_folder(context), message.content, message.metadata.created_at + message.metadata.ttl
-                )
-                for message, context in asked
-            ]
-        )
-
-    with _environment(environment):
+    with _environment(environment), answering(len(sites)) as together:
         configs = {number + 2: {"partition-id": number} for number in range(len(sites))}
-        many = len(sites) >= TOGETHER_FROM
-        run_inline(
-            server_app, client_app, configs, {"run-dir": environment[RUN_FOLDER]}, together if many else None
-        )
+        run_inline(server_app, client_app, configs, {"run-dir": environment[RUN_FOLDER]}, together)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import client.together
-import simulations.engines
+import simulations.answering
 from client.ledger import Ledger
+from server.runs import RunError
 from simulations.audit.receipts import audit_receipts
 from simulations.outcome import Outcome
 from tests.tiny import SITES, tiny_run
@@ -28,7 +30,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         batches.append(len(sites))
         return right(model, sites, *given, **named)
 
-    monkeypatch.setattr(simulations.engines, "TOGETHER_FROM", 2)
+    monkeypatch.setattr(simulations.answering, "TOGETHER_FROM", 2)
     monkeypatch.setattr(client.together, "train_together", counted)
     return batches
 
@@ -123,3 +125,21 @@ def test_a_plan_may_ask_a_part_of_the_sites_each_round(tmp_path: Path, together:
     assert not audit_receipts(outcome.run.path).lies
     nonces = json.loads((outcome.run.path / "rounds" / "00001.nonces.json").read_text())
     assert len(nonces) == 2
+
+
+def test_sites_may_answer_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulations.answering, "TOGETHER_FROM", 2)
+    monkeypatch.setattr(simulations.answering, "WORKERS_FROM", 2)
+    monkeypatch.setattr(simulations.answering.os, "cpu_count", lambda: 2)
+    outcome = tiny_run(tmp_path, plan={"privacy": FAST})
+    assert charged(outcome) == [["released"] * 2] * SITES
+    assert not audit_receipts(outcome.run.path).lies
+
+
+def test_a_worker_that_dies_ends_the_run_with_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulations.answering, "TOGETHER_FROM", 2)
+    monkeypatch.setattr(simulations.answering, "WORKERS_FROM", 2)
+    monkeypatch.setattr(simulations.answering.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(simulations.answering, "_begin", os.abort)
+    with pytest.raises(RunError, match="a worker of the simulation died"):
+        tiny_run(tmp_path, plan={"privacy": FAST})
