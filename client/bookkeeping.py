@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from common.models.batches import HistoryBatch
 from common.models.heads import moving_part
 from common.models.interface import InterestModel
+from common.models.own_weights import gradient_through, linear_of_sites
 from common.witness import WITNESS
 
 ClippedSum = Callable[[HistoryBatch, float], Tensor]
@@ -43,10 +43,11 @@ class RowsAreNotUsersError(RuntimeError):
     """A parameter's per-user gradient does not have one row a user: the step is refused."""
 
 
-class _Recorded(torch.autograd.Function):
+class Recorded(torch.autograd.Function):
     """A Linear layer whose backward pass records (a, g) in place of the gradients of weight and bias.
 
-    `tap` requires a gradient, so that the pass comes here where the layer's input requires none.
+    The weight is [out, in], or [sites, out, in] for rows of several sites. `tap` requires a gradient, so that the pass
+    comes here where the layer's input requires none.
     """
 
     @staticmethod
@@ -62,13 +63,13 @@ class _Recorded(torch.autograd.Function):
         # moving: the first columns of x, or all: the part that a gradient goes through
         ctx.save_for_backward(x, weight)
         ctx.columns, ctx.calls = moving.shape[-1], calls
-        return linear(x, weight, bias)
+        return linear_of_sites(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[None, Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.calls.append((x, grads[0]))
-        through = grads[0] @ weight[:, : ctx.columns] if ctx.needs_input_grad[1] else None
+        through = gradient_through(grads[0], weight, ctx.columns) if ctx.needs_input_grad[1] else None
         return None, through, None, None, None, None
 
 
@@ -84,7 +85,7 @@ class _Layer:
         weight, bias = self.module.weight.detach(), self.module.bias
 
         def recorded(x: Tensor) -> Tensor:
-            found: Tensor = _Recorded.apply(  # type: ignore[no-untyped-call]
+            found: Tensor = Recorded.apply(  # type: ignore[no-untyped-call]
                 x.detach(), moving_part(x), weight, None if bias is None else bias.detach(), tap, self.calls
             )
             return found

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from client.bookkeeping import RowsAreNotUsersError, clipped_sums, squared_norms
+from client.bookkeeping import Recorded, RowsAreNotUsersError, clipped_sums, squared_norms
 from client.training import StepSettings, check_rows_are_users, made_up_histories
 from common.models.batches import EVEN, HistoryBatch, concatenate
 from common.models.heads import moving_part
@@ -45,37 +44,6 @@ _SHOWN: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
 class NotTogetherError(ValueError):
     """A model's sites cannot be trained in one batch: train them one after the other."""
-
-
-class _Recorded(torch.autograd.Function):
-    """Each unit's rows by its site's weight; the backward pass records (a, g), as in `bookkeeping.py`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        moving: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tap: Tensor,
-        calls: list[tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.moving, ctx.calls = moving.shape, calls
-        rows = x.reshape(len(weight), -1, x.shape[-1])
-        added = rows.new_zeros(1) if bias is None else bias.unsqueeze(1)
-        found = torch.baddbmm(added, rows, weight.mT, beta=0 if bias is None else 1)
-        return found.view(*x.shape[:-1], weight.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[None, Tensor | None, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.calls.append((x, grads[0]))
-        if not ctx.needs_input_grad[1]:
-            return None, None, None, None, None, None
-        rows = grads[0].reshape(len(weight), -1, grads[0].shape[-1])
-        through = torch.bmm(rows, weight[:, :, : ctx.moving[-1]])
-        return None, through.view(ctx.moving), None, None, None, None
 
 
 @dataclass
@@ -99,7 +67,7 @@ class _Layer:
 
     def forward(self, tap: Tensor) -> Callable[[Tensor], Tensor]:
         def recorded(x: Tensor) -> Tensor:
-            found: Tensor = _Recorded.apply(  # type: ignore[no-untyped-call]
+            found: Tensor = Recorded.apply(  # type: ignore[no-untyped-call]
                 x.detach(), moving_part(x), self.weight, self.bias, tap, self.calls
             )
             return found
