@@ -212,9 +212,9 @@ def _ratio(others: list[float], own: list[float]) -> float:
 
 
 _NAMES = {
-    FEDTIDE: "Fedtide, inline engine",
-    FLOWER: "Flower with Opacus, two cores",
-    PFL: "pfl-research, simulated backend",
+    FEDTIDE: "Fedtide, inline engine, workers",
+    FLOWER: "Flower with Opacus, Ray",
+    PFL: "pfl-research, one process",
 }
 
 
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
-        "--flower-rounds", type=int, default=3, help="that are measured of Flower, at least 2"
+        "--flower-rounds", type=int, default=2, help="that are measured of Flower, at least 2"
     )
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
@@ -273,7 +273,7 @@ def _text(size: Size, versions: dict[str, str], load: tuple[float, float]) -> st
     named = ", ".join(f"{name} {value}" for name, value in versions.items())
     paragraphs = [
         f"`python -m simulations.benchmarks.comparison`, {machine()}; {named}. Medians of {size.turns} turns, in which "
-        "each contender runs once, alone, in processes of its own, with one thread each. The load of the machine (one "
+        "each contender runs once, alone, in processes of its own, each with one thread. The load of the machine (one "
         f"minute's) was {load[0]:.1f} before and {load[1]:.1f} after, where 1 a core is full: wall times are the "
         "longer by it. CPU is that of all the contender's processes. The clock holds the whole run, but not the "
         "import of the framework and of torch, nor the making of sites.",
@@ -281,15 +281,17 @@ def _text(size: Size, versions: dict[str, str], load: tuple[float, float]) -> st
         f"vectors 64 wide, LSTM state {HIDDEN}, {NEGATIVES} public negatives; {STEPS} steps a round on "
         f"{RATE:.0%} of the users. One model, data, noise multiplier and clip norm, but not one promise:",
         "- **Fedtide** clips each user in every step, adds noise from a cryptographic generator at each site, reserves "
-        "in ledgers on disk, signs, checks and countersigns receipts, and writes a checkpoint each round. All in one "
-        "process; sites train in one batch. It builds its model inside the clock; the others get arrays.",
+        "in ledgers on disk, signs, checks and countersigns receipts, and writes a checkpoint each round. Its sites "
+        "answer in as many workers as there are cores, and train in batches. It builds its model inside the clock; the "
+        "others get arrays.",
         "- **Flower with Opacus** does as Flower's example `opacus`: at each message a ClientApp makes its model (with "
         "DPLSTM), wraps it by `PrivacyEngine.make_private`, trains an epoch of Poisson batches and asks for epsilon. "
         "The engine is new each time, so that is the epsilon of one round; noise is torch's. FedAvg; no ledger, no "
         f"receipts. Its unit is a user too, a row each. Ray has {CORES} cores: {CORES} ClientApps train at once.",
         "- **pfl-research** takes a site for its user: plain steps with torch's LSTM, then its Gaussian mechanism, at "
         "the site, clips the whole update and adds noise, once a round. No clipping of users, no ledger, no messages, "
-        "no checkpoints: less work, for a promise to a site's update.",
+        "no checkpoints: less work, for a promise to a site's update. In one process, as its simulation runs by "
+        "default.",
     ]
     return "\n\n".join([*paragraphs[:2], "\n".join(paragraphs[2:])])
 
