@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from client.bookkeeping import Recorded, RowsAreNotUsersError, clipped_sums, squared_norms
 from client.training import StepSettings, check_rows_are_users, made_up_histories
-from common.models.batches import EVEN, HistoryBatch, concatenate
+from common.models.batches import EVEN, EVEN_EVENTS, HistoryBatch, concatenate
 from common.models.heads import moving_part
 from common.models.interface import InterestModel
 from common.models.own_weights import OWN_WEIGHTS
@@ -329,8 +329,9 @@ def _named(flat: Tensor, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _joined(sites: Sequence[HistoryBatch]) -> tuple[HistoryBatch, list[int]]:
-    """All sites' rows as wide as the longest, and where each site begins."""
+    """All sites' rows as wide as the widest, evened, and where each site begins."""
     widest = max(1, *(site.items.shape[1] for site in sites))
+    widest += -widest % EVEN_EVENTS
     wide = []
     for site in sites:
         room = (0, widest - site.items.shape[1])

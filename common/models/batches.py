@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from torch.nn.functional import pad
 
 EVEN = 8
 """Evened batches have a multiple of so many rows: from there on, BLAS takes one kernel for every row."""
+EVEN_EVENTS = 4
+"""And of so many events: [events, events] float32 of every user begins at a multiple of 64 bytes. Where it does not,
+the same numbers are added in another order at another place of the batch."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,27 @@ class HistoryBatch:
         return self._each(lambda tensor: tensor[:users])
 
     def evened(self) -> HistoryBatch:
-        """The same with its first user repeated at the end, up to a multiple of EVEN rows.
+        """The same with its first user repeated at the end, up to a multiple of EVEN rows, and room for more events.
 
-        A user's numbers then do not depend, even by rounding, on how many others there are. Whoever asks for this
-        takes the results' first rows alone.
+        A user's numbers then do not depend, even by rounding, on how many others there are, nor on the place among
+        them. Whoever asks for this takes the results' first rows alone.
         """
-        users = len(self)
-        lacking = -users % EVEN
+        users, events = self.items.shape
+        lacking, room = -users % EVEN, -events % EVEN_EVENTS
+        wide = replace(self, **self._with_room(room)) if room else self
         if lacking == 0:
-            return self
+            return wide
         index = torch.arange(users + lacking, device=self.items.device)
-        return self.rows(torch.where(index < users, index, 0))
+        return wide.rows(torch.where(index < users, index, 0))
+
+    def _with_room(self, events: int) -> dict[str, Any]:
+        """Items, times and labels with room for more events, as padding."""
+        labels = self.labels
+        return {
+            "items": pad(self.items, (0, events), value=-1),
+            "times": pad(self.times, (0, events)),
+            "labels": None if labels is None else pad(labels, (0, events), value=float("nan")),
+        }
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> HistoryBatch:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -101,11 +114,7 @@ class HistoryBatch:
 
     def widened(self) -> HistoryBatch:
         """The same histories with room for one more event, as padding: none of its tensors is empty."""
-        return HistoryBatch(
-            items=pad(self.items, (0, 1), value=-1),
-            times=pad(self.times, (0, 1)),
-            labels=None if self.labels is None else pad(self.labels, (0, 1), value=float("nan")),
-        )
+        return HistoryBatch(**self._with_room(1))
 
     def followed_by(self, items: Tensor) -> HistoryBatch:
         """Each history with one more event at its end, of unknown label, at the time of the last one.

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from client.training import clipped_sum, prepare_histories, train_round
+from common.models import batches
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.heads import next_item_loss
 from common.privacy.noise import INFLATION
 from tests.client.training_cases import (
     CLIP,
+    ITEMS,
     SETTINGS,
     Everyone,
     SeededGaussian,
     a_model,
     batch_of,
     flat,
+    item_vectors,
     moved,
     some_users,
     step_sum,
@@ -61,6 +64,36 @@ def test_one_user_more_moves_the_clipped_sum_by_at_most_c(others: int, user: lis
     if user is LOUD:
         assert moves > 1 - 1e-6  # the bound is reached, so the test would see more
         assert movement(lambda batch: step_sum(model, batch, 1e12), [], user, LONGEST) > 10
+
+
+def moves_before_others(core: str) -> float:
+    """How far a user put before, among or after others moves a sum, at most, in clip norms; parameters far off."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Recommend(item_vectors(), core=core, hidden_width=4, with_times=True)
+    moved(model, by=100.0)
+    user, most = np.random.default_rng(11).integers(0, ITEMS, size=14).tolist(), 0.0
+    for others in (1, 3, 5, 7, 8, 12, 20):
+        rows = some_users(others, seed=2)
+        for place in {0, others // 2, others}:
+            sums = [
+                step_sum(model, batch_of(given, 14)) for given in (rows, [*rows[:place], user, *rows[place:]])
+            ]
+            most = max(most, float((sums[1] - sums[0]).norm()) / CLIP)
+    return most
+
+
+@pytest.mark.parametrize("core", ["lstm", "gru", "attention", "decay"])
+def test_a_user_moves_the_clipped_sum_by_at_most_c_wherever_the_row_stands(core: str) -> None:
+    assert 1 - 1e-6 < moves_before_others(core) <= 1 + 1e-6
+
+
+def test_uneven_events_are_seen_to_move_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "EVEN_EVENTS", 1)
+    moves = moves_before_others("attention")
+    if moves <= 1 + 1e-6:
+        pytest.skip("this machine's BLAS adds up alike at every place")
+    assert moves > 1 + 1e-5
 
 
 @pytest.mark.parametrize("others", [0, 1, 5, 40])
