@@ -35,6 +35,7 @@ def prepare_kept(
     encoder = model.encoder if isinstance(model, SequenceModel) else None
     if encoder is None or len(histories) == 0:
         return prepare_histories(model, histories, micro_batch)
+    histories = histories.with_even_events()  # as they are prepared
     index = torch.arange(len(histories), device=histories.items.device)
 
     def fill(states: Array) -> None:

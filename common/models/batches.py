@@ -83,13 +83,17 @@ class HistoryBatch:
         A user's numbers then do not depend, even by rounding, on how many others there are, nor on the place among
         them. Whoever asks for this takes the results' first rows alone.
         """
-        users, events = self.items.shape
-        lacking, room = -users % EVEN, -events % EVEN_EVENTS
-        wide = replace(self, **self._with_room(room)) if room else self
+        users, wide = len(self), self.with_even_events()
+        lacking = -users % EVEN
         if lacking == 0:
             return wide
         index = torch.arange(users + lacking, device=self.items.device)
         return wide.rows(torch.where(index < users, index, 0))
+
+    def with_even_events(self) -> HistoryBatch:
+        """The same with room for more events, up to a multiple of EVEN_EVENTS."""
+        room = -self.items.shape[1] % EVEN_EVENTS
+        return replace(self, **self._with_room(room)) if room else self
 
     def _with_room(self, events: int) -> dict[str, Any]:
         """Items, times and labels with room for more events, as padding."""
