@@ -99,7 +99,7 @@ def _alone(charged: Charged) -> Update | Refusal:
         charged.ready()
         state = release_of(charged)
     except Exception as error:
-        return charged.failed(error)
+        return _failed(charged, error)
     return _committed(charged, state)
 
 
@@ -111,7 +111,7 @@ def _trained(charged: dict[int, Charged], model: InterestModel) -> dict[int, Upd
         try:
             batches[place] = training_batch(each)
         except Exception as error:
-            answers[place] = each.failed(error)
+            answers[place] = _failed(each, error)
     if not batches:
         return answers
     first = charged[next(iter(batches))]
@@ -131,7 +131,7 @@ def _trained(charged: dict[int, Charged], model: InterestModel) -> dict[int, Upd
             on_step=on_step,
         )
     except Exception as error:  # nothing of it has left a site
-        return answers | {place: charged[place].failed(error) for place in batches}
+        return answers | {place: _failed(charged[place], error) for place in batches}
     return answers | {
         place: _committed(charged[place], state) for place, state in zip(batches, states, strict=True)
     }
@@ -142,3 +142,11 @@ def _committed(charged: Charged, state: dict[str, Tensor]) -> Update | Refusal:
         return charged.released(state)
     except Exception as error:
         return refusal_of(error)
+
+
+def _failed(charged: Charged, error: Exception) -> Refusal:
+    """Where not even that can be written down, the next recovery of that ledger burns it; other sites go on."""
+    try:
+        return charged.failed(error)
+    except Exception as unwritten:
+        return refusal_of(unwritten)

@@ -123,7 +123,7 @@ def _requests(
     nonces = run.nonces(exchange.round)
     most = plan.server.sites_per_round
     if most is not None and nonces:
-        nodes = [node for node in nodes if node in nonces]
+        nodes = sorted(nonces)  # those chosen before a crash; who is away by now is missing
     elif most is not None and most < len(nodes):
         nodes = sorted(secrets.SystemRandom().sample(nodes, most))
     if any(node not in nonces for node in nodes):

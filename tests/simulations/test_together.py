@@ -143,3 +143,21 @@ def test_a_worker_that_dies_ends_the_run_with_words(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(simulations.answering, "_begin", os.abort)
     with pytest.raises(RunError, match="a worker of the simulation died"):
         tiny_run(tmp_path, plan={"privacy": FAST})
+
+
+def test_a_ledger_that_cannot_even_burn_keeps_no_other_site_from_answering(
+    tmp_path: Path, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = client.together.training_batch
+
+    def full(charged_):  # type: ignore[no-untyped-def]
+        if charged_.site.name == "site-1":
+            charged_.ledger.disconnect()  # as on a disk that fails: nothing more can be written
+            raise OSError("user 17 watched film 3")
+        return right(charged_)
+
+    monkeypatch.setattr(client.together, "training_batch", full)
+    outcome = tiny_run(tmp_path, plan={"privacy": FAST, "training": {"rounds": 1, "steps_per_round": 1}})
+    (record,) = outcome.run.records()
+    assert len(record["admitted"]) == SITES - 1
+    assert charged(outcome)[1] == ["open"]  # charged all the same
