@@ -193,10 +193,27 @@ class Ledger(LedgerReader):
     # --- the only way in
 
     @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is written within is committed to disk together, at the end; where it raises, nothing of it.
+
+        Raises:
+            LedgerBusyError, LedgerDiskError, ForeignProcessError: at its beginning or its end.
+        """
+        with self._exclusive():
+            yield
+
+    @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """One writer at a time, over all processes; committed to disk at the end, or nothing at all."""
+        """One writer at a time, over all processes; committed to disk at the end, or nothing at all.
+
+        Within another one it is a part of that, which is undone by itself where it raises.
+        """
         if self._process != os.getpid():
             raise ForeignProcessError("this ledger was opened before a fork: open it again in this process")
+        if self._db.in_transaction:
+            with self._part():
+                yield
+            return
         try:
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
@@ -211,6 +228,20 @@ class Ledger(LedgerReader):
             if isinstance(error, sqlite3.Error) and is_disk_fault(error):
                 raise disk_error(self._folder) from error
             raise
+
+    @contextmanager
+    def _part(self) -> Iterator[None]:
+        self._db.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException as error:
+            if self._db.in_transaction:  # a full disk may have ended the whole of it
+                self._db.execute("ROLLBACK TO part")
+                self._db.execute("RELEASE part")
+            if isinstance(error, sqlite3.Error) and is_disk_fault(error):
+                raise disk_error(self._folder) from error
+            raise
+        self._db.execute("RELEASE part")
 
     def _append(self, body: AnyBody) -> Entry:
         head = self._head()

@@ -234,7 +234,6 @@ def _charge(
     if kept is not None:  # a retry sends the same bytes
         update, receipt = kept
         return Update(state=state_from_bytes(update), receipt=receipt.to_bytes())
-    stated = plan.stated(request.phase)
     try:  # no user's data is looked at here, so the error's text may be logged
         catalog = kept_catalog(site.catalog)
         plan.check_catalog(catalog.digest())
@@ -246,23 +245,48 @@ def _charge(
         _log.warning("site %s refuses a model: %s", site.name, error)
         return Refusal(Reason.MODEL)
     try:
-        # Without an anchor the server may hold the genesis alone: another server than before, say.
-        held = 0
-        if request.anchor is not None:
-            anchor = Countersignature.from_bytes(request.anchor)
-            if anchor.site_key_id == ledger.key_id:  # else this node had another ledger before
-                ledger.anchor(anchor)
-                held = anchor.seq
-        ledger.recover()  # not before: a copy from an old backup must write nothing
-        if time.time() > until:
-            _log.warning(
-                "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine "
-                "was too slow for the plan's round_deadline, or stood still, or its clock is ahead",
-                site.name,
-                request.round,
-            )
-            return Refusal(Reason.EXPIRED)
-        reservation = ledger.reserve(
+        with ledger.at_once():  # the disk is waited for once
+            held = _anchored(ledger, request)
+            ledger.recover()  # not before: a copy from an old backup must write nothing
+            reservation = _reserved(site, request, plan, event, ledger, until)
+    except LedgerDiskError as error:
+        _log.error("site %s refuses a request: %s", site.name, error)
+        return Refusal(Reason.FAILED)
+    except (ReceiptError, LedgerError) as error:
+        _log.warning("site %s refuses a request: %s", site.name, error)
+        return Refusal(Reason.POLICY)
+    if isinstance(reservation, Refusal):
+        return reservation
+    return Charged(site, request, plan, catalog, model, ledger, reservation, held)
+
+
+def _anchored(ledger: Ledger, request: Request) -> int:
+    """Keeps the server's countersignature; the newest entry that it holds.
+
+    Without an anchor that may be the genesis alone: another server than before, say.
+    """
+    if request.anchor is not None:
+        anchor = Countersignature.from_bytes(request.anchor)
+        if anchor.site_key_id == ledger.key_id:  # else this node had another ledger before
+            ledger.anchor(anchor)
+            return anchor.seq
+    return 0
+
+
+def _reserved(
+    site: Site, request: Request, plan: Plan, event: Event, ledger: Ledger, until: float
+) -> Reservation | Refusal:
+    if time.time() > until:
+        _log.warning(
+            "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine "
+            "was too slow for the plan's round_deadline, or stood still, or its clock is ahead",
+            site.name,
+            request.round,
+        )
+        return Refusal(Reason.EXPIRED)
+    stated = plan.stated(request.phase)
+    try:
+        return ledger.reserve(
             run=request.run,
             round=request.round,
             attempt=request.attempt,
@@ -279,13 +303,11 @@ def _charge(
         return Refusal(Reason.BUDGET)
     except AfterCloseError:
         return Refusal(Reason.CLOSED)
-    except LedgerDiskError as error:
-        _log.error("site %s refuses a request: %s", site.name, error)
-        return Refusal(Reason.FAILED)
+    except LedgerDiskError:
+        raise
     except (SecondReservationError, ReceiptError, LedgerError) as error:
         _log.warning("site %s refuses a request: %s", site.name, error)
         return Refusal(Reason.POLICY)
-    return Charged(site, request, plan, catalog, model, ledger, reservation, held)
 
 
 def refusal_of(error: Exception) -> Refusal:

@@ -3,7 +3,7 @@
 What `training.train_round` releases for one site, this releases for each of many that begin from the same broadcast
 parameters: a Poisson sample of that site's users, clipped sums of its own users alone, its own noise. Only the
 arithmetic is shared. After the first step each site has parameters of its own, so a site's sampled users stand in units
-of EVEN rows, the last one filled up with its first user; every Linear layer multiplies [units, rows, in] by the weights
+of UNIT rows, the last one filled up with its first user; every Linear layer multiplies [units, rows, in] by the weights
 of each unit's site; a user's part of the sum goes to that site. Norms, sums and noise are float64, as for one site. As
 all batches have the same shape, whoever else was sampled, at whichever site, changes no user's numbers, even by
 rounding (`bookkeeping.py` says why that counts).
@@ -26,11 +26,14 @@ from torch.nn.functional import pad
 
 from client.bookkeeping import Recorded, RowsAreNotUsersError, clipped_sums, squared_norms
 from client.training import StepSettings, check_rows_are_users, made_up_histories
-from common.models.batches import EVEN, EVEN_EVENTS, HistoryBatch, concatenate
+from common.models.batches import EVEN_EVENTS, HistoryBatch, concatenate
 from common.models.heads import moving_part
 from common.models.interface import InterestModel
 from common.models.own_weights import OWN_WEIGHTS
 from common.privacy.noise import GaussianNoise, UserSampler, private_sum
+
+UNIT = 4
+"""Rows of a unit. All units, and all batches of them, have the same shape, so a row's numbers are the same in all."""
 
 _ALLOWED = 1e-4
 """Of a site's sum: what float32 may make of another order of additions in a forward pass."""
@@ -93,7 +96,7 @@ class _Layer:
 
 
 SumsOfUnits = Callable[[Tensor, HistoryBatch, Tensor, float], Tensor]
-"""(parameters [units, coordinates], rows unit after unit, [units, EVEN] whether a row is a user, C) -> each unit's
+"""(parameters [units, coordinates], rows unit after unit, [units, UNIT] whether a row is a user, C) -> each unit's
 clipped sum [units, coordinates] float64."""
 
 
@@ -214,7 +217,7 @@ def check_sites_apart(model: InterestModel) -> None:
         with clipped_sums_of_units(model) as sums:
             parameters = torch.stack(moved)
             together = {
-                clip_norm: _sums(sums, parameters, histories, everyone, clip_norm, 2 * EVEN)
+                clip_norm: _sums(sums, parameters, histories, everyone, clip_norm, 2 * UNIT)
                 for clip_norm in _SHOWN_AT
             }
     except RowsAreNotUsersError as error:
@@ -299,15 +302,15 @@ def _sums(
         most_rows: of one batch, for memory alone; every batch has as many, whoever was taken.
     """
     total = torch.zeros(parameters.shape, dtype=torch.float64, device=parameters.device)
-    units = [(site, unit) for site, own in enumerate(taken) for unit in own.split(EVEN) if len(unit)]
-    at_once = max(1, most_rows // EVEN)
+    units = [(site, unit) for site, own in enumerate(taken) for unit in own.split(UNIT) if len(unit)]
+    at_once = max(1, most_rows // UNIT)
     for first in range(0, len(units), at_once):
         batch = units[first : first + at_once]
         lacking = at_once - len(batch)
         sites = torch.tensor([site for site, _ in batch] + [batch[0][0]] * lacking, device=parameters.device)
         rows = [_filled(unit) for _, unit in batch]
         index = torch.cat([*rows, *[rows[0]] * lacking]).to(parameters.device)
-        real = torch.stack([torch.arange(EVEN) < len(unit) for _, unit in batch]).to(parameters.device)
+        real = torch.stack([torch.arange(UNIT) < len(unit) for _, unit in batch]).to(parameters.device)
         real = pad(real, (0, 0, 0, lacking), value=False)
         found = sums(parameters[sites], histories.rows(index), real, clip_norm)
         total.index_add_(0, sites[: len(batch)], found[: len(batch)])
@@ -315,8 +318,8 @@ def _sums(
 
 
 def _filled(unit: Tensor) -> Tensor:
-    """[EVEN] rows: the unit's, and its first again."""
-    return torch.cat([unit, unit[:1].expand(EVEN - len(unit))])
+    """[UNIT] rows: the unit's, and its first again."""
+    return torch.cat([unit, unit[:1].expand(UNIT - len(unit))])
 
 
 def _flat(trainable: dict[str, nn.Parameter]) -> Tensor:

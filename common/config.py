@@ -63,8 +63,8 @@ class ModelPlan(_Frozen):
     mode: Literal["vectors", "lora"] = Field(
         default="vectors", description="vectors: frozen item vectors; lora: adapters on the top layers"
     )
-    width: Annotated[int, Field(ge=2, le=1024)] = 64
-    hidden_width: Annotated[int, Field(ge=1, le=4096)] = 16
+    width: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 64
+    hidden_width: Annotated[int, Field(ge=4, le=4096, multiple_of=4)] = 16
     max_events: Annotated[int, Field(ge=2, le=2000)] = 50
     time_features: bool = Field(default=True, description="gaps and ages of events beside event vectors")
     item_prior: bool = Field(default=True, description="train a prior for each item beside the residual")

@@ -87,7 +87,7 @@ class Request:
     @cached_property
     def model_digest(self) -> str:
         """sha256 of all that is broadcast: the parameters, and beside them what was released before."""
-        return state_digest({**self.state, **{f"released/{n}": t for n, t in self.released.items()}})
+        return _model_digest(self.state, self.released)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ def state_from_bytes(data: bytes) -> dict[str, Tensor]:
 def state_digest(state: State) -> str:
     """sha256 of `state_to_bytes`, hex."""
     return hashlib.sha256(state_to_bytes(state)).hexdigest()
+
+
+def _model_digest(state: State, released: State) -> str:
+    return state_digest({**state, **{f"released/{name}": tensor for name, tensor in released.items()}})
 
 
 def _arrays(state: State) -> ArrayRecord:
@@ -170,6 +174,40 @@ def _state(
             )
         state[name] = torch.from_numpy(np.array(array, order="C")).view(forms[array.dtype])
     return state
+
+
+@dataclass(frozen=True)
+class _Broadcast:
+    """What all sites get in a round, read once where one process answers for many of them.
+
+    Attributes:
+        model, released: the records that it was read from.
+    """
+
+    model: ArrayRecord
+    released: ArrayRecord
+    state: dict[str, Tensor]
+    released_state: dict[str, Tensor]
+    digest: str
+
+
+_last_broadcast: list[_Broadcast] = []
+
+
+def _broadcast(model: ArrayRecord, released: ArrayRecord) -> _Broadcast:
+    """The numbers in the two records; nobody may write into them.
+
+    Raises:
+        WireError: they hold something else.
+    """
+    last = next(iter(_last_broadcast), None)
+    if last is not None and (last.model, last.released) == (model, released):
+        return last
+    state = {name: tensor.float() for name, tensor in _state(model, fewest=0, forms=_HALVED).items()}
+    statistics = _state(released, fewest=0)
+    found = _Broadcast(model, released, state, statistics, _model_digest(state, statistics))
+    _last_broadcast[:] = [found]
+    return found
 
 
 def request_to_records(request: Request, like: RecordDict | None = None) -> RecordDict:
@@ -227,7 +265,8 @@ def request_from_records(content: RecordDict) -> Request:
         anchor = None if texts["anchor"] == "none" else bytes.fromhex(str(texts["anchor"]))
     except ValueError as error:
         raise WireError("an anchor must be hex") from error
-    return Request(
+    broadcast = _broadcast(model, released)
+    request = Request(
         anchor=anchor,
         run=str(texts["run"]),
         nonce=str(texts["nonce"]),
@@ -235,9 +274,11 @@ def request_from_records(content: RecordDict) -> Request:
         round=int(str(numbers["round"])),
         attempt=int(str(numbers["attempt"])),
         phase=Phase(str(texts["phase"])),
-        state={name: tensor.float() for name, tensor in _state(model, fewest=0, forms=_HALVED).items()},
-        released=_state(released, fewest=0),
+        state=broadcast.state,
+        released=broadcast.released_state,
     )
+    vars(request)["model_digest"] = broadcast.digest  # of these very tensors
+    return request
 
 
 def answer_to_records(answer: Update | Refusal) -> RecordDict:

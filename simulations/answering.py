@@ -1,19 +1,20 @@
-"""Many simulated sites that answer a round in one go, in this process or in a few workers, one for each core.
+"""Many simulated sites that answer a round part by part, in this process or in a few workers, one for each core.
 
-A site is one worker's for as long as it answers: its ledger is opened, charged and closed there. What workers get and
-give are messages, as bytes.
+A site is one worker's for as long as it answers: its ledger is opened, charged and closed there. What goes in and out
+of a part are messages, as bytes. While workers answer, the server admits what they answered before.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from server.runs import RunError
 from simulations.inline import AnswerTogether
@@ -25,6 +26,10 @@ TOGETHER_FROM = 16
 """So many sites of one process answer in one go; fewer show their progress one by one."""
 WORKERS_FROM = 64
 """So many are worth a process for each core, which takes seconds to start."""
+PART = 25
+"""Sites that answer in one go."""
+PARTS_AHEAD = 2
+"""Of each worker, that it is given or has in work."""
 
 Part = list[tuple[str, bytes, float]]
 """Of each site its folder, the message's content, and when it expires."""
@@ -32,7 +37,7 @@ Part = list[tuple[str, bytes, float]]
 
 @contextmanager
 def answering(sites: int) -> Iterator[AnswerTogether | None]:
-    """How the sites of a simulation answer messages that ask all of them to train; None: one by one.
+    """How the sites of a simulation answer messages that ask many of them to train; None: one by one.
 
     Raises:
         RunError: inside, a worker died.
@@ -41,24 +46,43 @@ def answering(sites: int) -> Iterator[AnswerTogether | None]:
     if sites < TOGETHER_FROM:
         yield None
     elif sites < WORKERS_FROM or workers == 1:
-        yield lambda asked: _contents(answer_part(_part(asked)))
+        yield _in_this_process
     else:
-        with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as pool:
-            yield lambda asked: _by_workers(pool, workers, _part(asked))
+        # One server, without threads, imports what all workers need; each is a fork of it, and none of this process.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["client.together"])
+        with ProcessPoolExecutor(workers, context, _begin, (dict(os.environ),)) as pool:
+            for _ in range(workers):  # they start while the server app does
+                pool.submit(_ready)
+            yield lambda asked: _by_workers(pool, workers, asked)
 
 
-def _by_workers(pool: ProcessPoolExecutor, workers: int, part: Part) -> list[RecordDict]:
+Asked: TypeAlias = "Sequence[tuple[Message, Context]]"
+
+
+def _in_this_process(asked: Asked) -> Iterator[Mapping[int, RecordDict]]:
+    for first in range(0, len(asked), PART):
+        yield _contents(first, answer_part(_part(asked, first)))
+
+
+def _by_workers(pool: ProcessPoolExecutor, workers: int, asked: Asked) -> Iterator[Mapping[int, RecordDict]]:
+    firsts, going = iter(range(0, len(asked), PART)), dict[Future[list[bytes]], int]()
     try:
-        answered = list(pool.map(answer_part, [part[place::workers] for place in range(workers)]))
+        while True:
+            for first in islice(firsts, PARTS_AHEAD * workers - len(going)):
+                going[pool.submit(answer_part, _part(asked, first))] = first
+            if not going:
+                return
+            for done in wait(going, return_when=FIRST_COMPLETED).done:
+                yield _contents(going.pop(done), done.result())
     except BrokenProcessPool as error:
         raise RunError(
             "a worker of the simulation died, perhaps for want of memory: what its sites had charged stays charged; "
             "free memory and run it again"
         ) from error
-    return _contents([answered[place % workers][place // workers] for place in range(len(part))])
 
 
-def _part(asked: Sequence[tuple[Message, Context]]) -> Part:
+def _part(asked: Asked, first: int) -> Part:
     from client.app import content_to_bytes, site_folder
 
     return [
@@ -67,23 +91,29 @@ def _part(asked: Sequence[tuple[Message, Context]]) -> Part:
             content_to_bytes(message.content),
             message.metadata.created_at + message.metadata.ttl,
         )
-        for message, context in asked
+        for message, context in asked[first : first + PART]
     ]
 
 
-def _contents(answers: list[bytes]) -> list[RecordDict]:
+def _contents(first: int, answers: list[bytes]) -> dict[int, RecordDict]:
     from client.app import content_from_bytes
 
-    return [content_from_bytes(each) for each in answers]
+    return {place: content_from_bytes(each) for place, each in enumerate(answers, first)}
 
 
-def _begin() -> None:
-    """In a worker: one thread each, and what takes seconds to import."""
+def _begin(environment: Mapping[str, str]) -> None:
+    """In a worker: one thread each, and the environment of now, as its server may have begun in another."""
     import torch
 
     import client.together  # noqa: F401
 
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
+
+
+def _ready() -> None:
+    """Something to do, for a worker to be there before it is asked."""
 
 
 def answer_part(part: Part) -> list[bytes]:

@@ -1,14 +1,14 @@
 """A Flower grid in one process: the same apps and messages, really serialised, without Ray.
 
-Sites that are asked to train at the same time may be answered in one go (`client/together.py`); otherwise one message
-is answered at each pull, so that rounds show progress.
+Sites that are asked to train at the same time may be answered many in one go (`client/together.py`), and then a pull
+gives one part of the answers; otherwise it gives one answer, so that rounds show progress.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
@@ -27,9 +27,8 @@ from common.wire import MESSAGE_TYPES
 _log = logging.getLogger("fedtide.inline")
 
 NodeConfigs = Mapping[int, Mapping[str, bool | float | int | str]]
-AnswerTogether = Callable[[Sequence[tuple[Message, Context]]], list[RecordDict]]
-AT_ONCE = 128
-"""Messages that are answered in one go."""
+AnswerTogether = Callable[[Sequence[tuple[Message, Context]]], Iterator[Mapping[int, RecordDict]]]
+"""Contents of the answers to messages, by their places, part after part; what goes in and out is serialised there."""
 
 
 def over_the_wire(message: Message) -> Message:
@@ -45,7 +44,7 @@ class InlineGrid(Grid):  # type: ignore[misc]
     Args:
         client_app: answers every message.
         node_configs: node id -> its configuration; looked up when a node is asked, and not before.
-        together: answers many messages that ask for training at once, in order; None: each by itself.
+        together: answers many messages that ask for training; None: each by itself.
     """
 
     def __init__(
@@ -57,6 +56,7 @@ class InlineGrid(Grid):  # type: ignore[misc]
         self._together = together
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}
+        self._parts: Iterator[list[Message]] = iter(())
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -90,25 +90,29 @@ class InlineGrid(Grid):  # type: ignore[misc]
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        if (part := next(self._parts, None)) is not None:
+            return part
         asked = [self._waiting[each] for each in message_ids if each in self._waiting]
         training = [each for each in asked if each.metadata.message_type == MESSAGE_TYPES[Phase.UPDATE]]
-        chosen = training[:AT_ONCE] if self._together is not None and len(training) > 1 else asked[:1]
-        for message in chosen:
-            del self._waiting[message.metadata.message_id]
-        return [over_the_wire(reply) for reply in self._answers([over_the_wire(each) for each in chosen])]
+        if self._together is not None and len(training) > 1:
+            for message in training:
+                del self._waiting[message.metadata.message_id]
+            self._parts = self._answered(training, self._together)
+            return next(self._parts)
+        if not asked:
+            return []
+        message = self._waiting.pop(asked[0].metadata.message_id)
+        return [over_the_wire(self._numbered(self._answer(over_the_wire(message))))]
 
-    def _answers(self, messages: list[Message]) -> list[Message]:
-        if self._together is None or len(messages) < 2:
-            replies = [self._answer(message) for message in messages]
-        else:
-            contents = self._together([(each, self._context(each)) for each in messages])
-            replies = [
-                Message(content, reply_to=message)
-                for content, message in zip(contents, messages, strict=True)
+    def _answered(self, messages: list[Message], together: AnswerTogether) -> Iterator[list[Message]]:
+        for part in together([(each, self._context(each)) for each in messages]):
+            yield [
+                self._numbered(Message(content, reply_to=messages[place])) for place, content in part.items()
             ]
-        for reply in replies:
-            reply.metadata.__dict__["_message_id"] = f"reply-{next(self._numbers)}"
-        return replies
+
+    def _numbered(self, reply: Message) -> Message:
+        reply.metadata.__dict__["_message_id"] = f"reply-{next(self._numbers)}"
+        return reply
 
     def _context(self, message: Message) -> Context:
         node = message.metadata.dst_node_id

@@ -15,7 +15,8 @@ EVEN = 8
 """Evened batches have a multiple of so many rows: from there on, BLAS takes one kernel for every row."""
 EVEN_EVENTS = 4
 """And of so many events: [events, events] float32 of every user begins at a multiple of 64 bytes. Where it does not,
-the same numbers are added in another order at another place of the batch."""
+the same numbers are added in another order at another place of the batch. So do [events, width] of every user, as a
+plan's widths are multiples of 4."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +24,46 @@ class LanguageModelError(ValueError):
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A frozen language model with its tokenizer.
+    """A frozen language model with its tokenizer; both are read when first asked for.
 
     Attributes:
-        model: the transformer without a task head, in eval mode for dropout, no trainable parameter.
-        tokenizer: its tokenizer.
-        causal: whether tokens see only earlier tokens (a decoder).
-        digest: sha256 over the weights that are read and the vocabulary, for caches and plans.
+        digest: sha256 of all that the reading of a text depends on, for caches.
+        width: of a token's state.
+        load: reads the transformer without a task head, in eval mode for dropout, no trainable parameter, and the
+            tokenizer.
     """
 
-    model: nn.Module
-    tokenizer: Any
-    causal: bool
     digest: str
+    width: int
+    load: Callable[[], tuple[nn.Module, Any]]
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, Any]:
+        return self.load()
 
     @property
-    def width(self) -> int:
-        """Width of a token's state."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    def model(self) -> nn.Module:
+        """The transformer.
+
+        Raises:
+            LanguageModelError: it cannot be read.
+        """
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            LanguageModelError: it cannot be read.
+        """
+        return self._loaded[1]
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see only earlier tokens (a decoder)."""
+        config: Any = self.model.config
+        return bool(getattr(config, "is_decoder", False)) or config.model_type not in _TWO_WAY
 
     @property
     def most_tokens(self) -> int:
@@ -56,11 +81,46 @@ class LanguageModel:
 
 
 def load_language_model(folder: Path) -> LanguageModel:
-    """Loads the model in `folder` (config, weights, tokenizer), from the disk alone.
+    """The model in `folder` (config, weights, tokenizer), from the disk alone.
+
+    Its files are told apart by their bytes; transformers, which takes seconds to import, reads them when the model or
+    the tokenizer is asked for, and not where a cache has what they said.
 
     Raises:
-        LanguageModelError: no such folder, no weights or not all of them, or a model that transformers cannot read.
+        LanguageModelError: no such folder, or no config in it. From `model` and `tokenizer` of what is returned: no
+            weights or not all of them, or a model that transformers cannot read.
     """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        digest = _digest_of_files(folder)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    width = config.get("hidden_size") if isinstance(config, dict) else None
+    if not isinstance(width, int):  # some architectures have another name for it, which transformers knows
+        model, tokenizer = _read(folder)
+        return LanguageModel(digest, int(model.config.hidden_size), lambda: (model, tokenizer))  # type: ignore[union-attr, arg-type]
+    return LanguageModel(digest, width, lambda: _read(folder))
+
+
+def _digest_of_files(folder: Path) -> str:
+    """Of the name and bytes of each file, and of the library that reads them."""
+    digest = hashlib.sha256(f"transformers {version('transformers')}".encode())
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest.update(f"\n{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def _unreadable(folder: Path, error: Exception) -> LanguageModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return LanguageModelError(
+        f"{folder} holds no language model that can be read ({reason}); "
+        "it needs config.json, weights (*.safetensors) and the tokenizer's files"
+    )
+
+
+def _read(folder: Path) -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -72,34 +132,34 @@ def load_language_model(folder: Path) -> LanguageModel:
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LanguageModelError(
-            f"{folder} holds no language model that can be read ({reason}); "
-            "it needs config.json, weights (*.safetensors) and the tokenizer's files"
-        ) from error
+        raise _unreadable(folder, error) from error
     lacking = sorted(name for name in loaded["missing_keys"] if not name.startswith(_UNREAD))
     if lacking:  # transformers would draw them at random, other ones at every site
         raise LanguageModelError(
             f"{folder} lacks {len(lacking)} weights of its model, such as {lacking[0]}: fetch it again"
         )
-    return freeze(model, tokenizer)
+    return _frozen(model, tokenizer)
 
 
-def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
-    """The model with every parameter frozen and every dropout off, whatever mode it is put in later."""
+def _frozen(model: nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Every parameter frozen and every dropout off, whatever mode the model is put in later; a padding token."""
     model.requires_grad_(False)
-    config: Any = model.config
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         _without_dropout(module)
-    _without_dropout(config)
+    _without_dropout(model.config)
     model.eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise LanguageModelError("the tokenizer has neither a padding, nor an end, nor an unknown token")
-    causal = bool(getattr(config, "is_decoder", False)) or config.model_type not in _TWO_WAY
+    return model, tokenizer
+
+
+def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
+    """A model in memory: its digest is over the weights that are read, the vocabulary, and how texts are cut."""
+    model, tokenizer = _frozen(model, tokenizer)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(_UNREAD):
@@ -107,7 +167,12 @@ def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
-    return LanguageModel(model=model, tokenizer=tokenizer, causal=causal, digest=digest.hexdigest())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    cuts = {} if backend is None else json.loads(backend.to_str())
+    for state in ("truncation", "padding"):  # left by the last call
+        cuts.pop(state, None)
+    digest.update(json.dumps(cuts, sort_keys=True).encode())
+    return LanguageModel(digest.hexdigest(), int(model.config.hidden_size), lambda: (model, tokenizer))  # type: ignore[union-attr, arg-type]
 
 
 def _without_dropout(owner: object) -> None:
@@ -155,12 +220,8 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def texts_key(what: str, lm: LanguageModel, texts: list[str]) -> str:
-    """For caches: a digest of what is kept, of the model, of how its tokenizer cuts, and of each text in its place."""
-    backend = getattr(lm.tokenizer, "backend_tokenizer", None)
-    cuts = {} if backend is None else json.loads(backend.to_str())
-    for state in ("truncation", "padding"):  # left by the last call
-        cuts.pop(state, None)
-    key = hashlib.sha256(json.dumps([what, lm.digest, cuts], sort_keys=True).encode())
+    """For caches: a digest of what is kept, of the model, and of each text in its place."""
+    key = hashlib.sha256(json.dumps([what, lm.digest]).encode())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     return key.hexdigest()

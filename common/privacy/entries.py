@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 from cryptography.exceptions import InvalidSignature
@@ -289,4 +289,10 @@ class Entry:
         Raises:
             ReceiptError: its subclass names the fault.
         """
-        return cls.from_fields(decode(data, longest=LONGEST_ENTRY))
+        return _entry(data)
+
+
+@lru_cache(maxsize=1024)
+def _entry(data: bytes) -> Entry:
+    """Entries cannot be changed, so one that was read may be given out again: a ledger looks at its last often."""
+    return Entry.from_fields(decode(data, longest=LONGEST_ENTRY))

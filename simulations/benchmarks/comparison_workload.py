@@ -151,6 +151,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], float] = {}
+        self._peaks: dict[tuple[int, int], float] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
         self.laps: list[tuple[float, float]] = []
         self.notes: dict[str, float] = {}
@@ -179,27 +180,38 @@ class Clock:
         """What was measured; once the clock is left."""
         return Times(rounds, self.laps, self._total, versions, self.notes)
 
+    @property
+    def peak(self) -> float:
+        """Megabytes: the largest resident size of each of the session's processes, added."""
+        return sum(self._peaks.values())
+
     def _watch(self) -> None:
         while not self._stop.wait(0.25):
             self._cpu()
 
     def _cpu(self) -> float:
         with self._lock:
-            self._seen |= session_seconds(os.getsid(0))
+            for process, (seconds, peak) in session_use(os.getsid(0)).items():
+                self._seen[process], self._peaks[process] = seconds, peak
             return sum(self._seen.values())
 
 
-def session_seconds(session: int) -> dict[tuple[int, int], float]:
-    """(process, its start) -> CPU seconds of its own, for every process of a session."""
+def session_use(session: int) -> dict[tuple[int, int], tuple[float, float]]:
+    """(process, its start) -> its own CPU seconds and largest resident megabytes, for every process of a session."""
     found, tick = {}, os.sysconf("SC_CLK_TCK")
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) != session:
+                    continue
+                status = (entry / "status").read_text().split()
             except OSError:
                 continue  # it ended
-            if int(fields[3]) == session:
-                found[int(entry.name), int(fields[19])] = (int(fields[11]) + int(fields[12])) / tick
+            if "VmHWM:" in status:  # one that has ended, and was not waited for, has no memory
+                peak = int(status[status.index("VmHWM:") + 1]) / 1024
+                seconds = (int(fields[11]) + int(fields[12])) / tick
+                found[int(entry.name), int(fields[19])] = seconds, peak
     return found
 
 

@@ -2,8 +2,8 @@
 
 Made-up sites with a few users each, every one with a folder, histories, key and ledger of its own; an inline run in
 head mode asks 100 of them in each round, chosen at random, and everything that a run does is done: charges, receipts,
-admission, checkpoints. Each number of sites is run in a process of its own; its largest resident size is what the
-kernel says.
+admission, checkpoints. Each number of sites is run in a session of its own; CPU is that of all its processes, and
+memory the largest resident size of each, added, so pages that they share count for each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from common.events.catalog import Catalog
 from common.events.histories import Histories
 from common.planning import smallest_budget
 from server.registry import Registry
+from simulations.benchmarks.comparison_workload import Clock
 from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 from simulations.sites import enroll_site, make_site
 
@@ -124,7 +124,7 @@ def make_all(root: Path, sites: int, users: int, plan: Plan) -> float:
 class Found:
     """Of one run: seconds a round in all and of the processors, of each round by its record, and megabytes.
 
-    The first round starts the workers, each with an environment of its own to import.
+    The first round waits for the workers, which have begun to import when the run began.
     """
 
     wall: float
@@ -164,32 +164,28 @@ def run(root: Path, sites: int, users: int, rounds: int) -> Found:
         SimulatedSite(f"site-{number}", root / f"{number:05d}", users, users * EVENTS)
         for number in range(sites)
     ]
-    cpu, wall = _processor(), time.monotonic()
-    run_in_this_process(environment, listed)
+    clock = Clock()
+    with clock:
+        run_in_this_process(environment, listed)
+        wall, cpu = clock.now()
     records = list(folder.records())
     if any(len(record["admitted"]) != min(ASKED, sites) for record in records):
         raise RuntimeError(f"a round admitted {[len(record['admitted']) for record in records]} updates")
-    status = Path("/proc/self/status").read_text().splitlines()
-    # The largest worker's, for each of them; in kilobytes.
-    workers = (os.cpu_count() or 1) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return Found(
-        wall=(time.monotonic() - wall) / rounds,
-        cpu=(_processor() - cpu) / rounds,
+        wall=wall / rounds,
+        cpu=cpu / rounds,
         rounds=[float(record["seconds"]) for record in records],
-        peak=(int(next(line for line in status if line.startswith("VmHWM")).split()[1]) + workers) / 1024,
+        peak=clock.peak,
     )
-
-
-def _processor() -> float:
-    """Seconds of this process and of those that it waited for."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _run_apart(root: Path, sites: int, users: int, rounds: int) -> Found:
     command = [sys.executable, "-m", "simulations.benchmarks.scale", "--run", str(root)]
     options = ["--sites", str(sites), "--users", str(users), "--rounds", str(rounds)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    # In a session of its own, by which the clock knows its processes.
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False, start_new_session=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return Found(**json.loads(done.stdout.splitlines()[-1]))

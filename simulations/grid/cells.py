@@ -265,7 +265,7 @@ def _baseline(cell: Cell, data: BenchData, retail: Path | None) -> tuple[Scorer,
             cell.model,  # type: ignore[arg-type]
             batch_of(training, longest),
             items,
-            SEQUENTIAL[cell.bench.data, cell.model],
+            SEQUENTIAL[cell.bench, cell.model],
             _validation(data, longest),
             cell.seed,
         )
@@ -281,10 +281,11 @@ def _baseline(cell: Cell, data: BenchData, retail: Path | None) -> tuple[Scorer,
 
 
 SEQUENTIAL = {
-    ("movielens-100k", "gru4rec"): SequentialSettings(
-        epochs=60, patience=3, batch_size=256, learning_rate=5e-3
-    ),
-    ("movielens-100k", "sasrec"): SequentialSettings(epochs=40, patience=3, layers=2),
-    ("online-retail", "gru4rec"): SequentialSettings(epochs=40, patience=3, negatives=1024),
-    ("online-retail", "sasrec"): SequentialSettings(epochs=40, patience=3, negatives=1024),
+    (BENCHES[0], "gru4rec"): SequentialSettings(epochs=60, patience=3, batch_size=256, learning_rate=5e-3),
+    (BENCHES[0], "sasrec"): SequentialSettings(epochs=40, patience=3, layers=2),
+    (BENCHES[1], "gru4rec"): SequentialSettings(epochs=40, patience=3, negatives=1024, dropout=0.5),
+    (BENCHES[1], "sasrec"): SequentialSettings(epochs=40, patience=3, negatives=1024, layers=2),
+    (BENCHES[2], "gru4rec"): SequentialSettings(epochs=40, patience=3, negatives=1024),
+    (BENCHES[2], "sasrec"): SequentialSettings(epochs=40, patience=3, negatives=1024),
 }
+"""The best of each bench by its own validation data."""

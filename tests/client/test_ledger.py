@@ -254,6 +254,41 @@ def test_anchors_are_kept_once_and_forged_ones_refused(ledger: Ledger) -> None:
     assert ledger.verify(anchored_heads={good.seq: good.head}).anchors == 1
 
 
+def test_what_is_written_at_once_is_there_together_or_not_at_all(ledger: Ledger, folder: Path) -> None:
+    reserve(ledger, 1)
+    good, before = anchor(ledger), ledger.verify()
+    with pytest.raises(KeyboardInterrupt), ledger.at_once():  # noqa: PT012
+        ledger.anchor(good)
+        reserve(ledger, 2)
+        raise KeyboardInterrupt
+    assert ledger.verify() == before
+    with ledger.at_once():
+        ledger.anchor(good)
+        reserve(ledger, 2)
+        with Ledger.open(folder) as other:
+            assert other.verify() == before  # nobody sees half of it
+    after = ledger.verify()
+    assert (after.anchors, after.reserved) == (before.anchors + 1, 2)
+
+
+def test_what_is_refused_within_leaves_the_rest_as_it_is(ledger: Ledger) -> None:
+    reserve(ledger, 1)
+    forged = dataclasses.replace(anchor(ledger), head="0" * 64)
+    with ledger.at_once():
+        reserve(ledger, 2)
+        for attempt in (
+            lambda: reserve(ledger, 2),
+            lambda: reserve(ledger, 3, event=GaussianSum(0.5)),
+            lambda: ledger.anchor(forged),
+        ):
+            with pytest.raises((ReceiptError, LedgerError)):
+                attempt()
+        ledger.release(reserve(ledger, 4), b"update")
+    report = ledger.verify()
+    assert (report.reserved, report.released, report.anchors) == (3, 1, 0)
+    assert ledger.outbox("run-a", 4) is not None
+
+
 def test_a_clock_that_goes_backwards_is_refused(folder: Path) -> None:
     days = ["2026-03-01"]
     with Ledger.create(

@@ -63,7 +63,9 @@ def _work_until_killed(folder: Path, sent: Path, seed: int) -> None:
         ):  # the last round again: the server may have missed it
             found = ledger.outbox("run", round_)
             if found is None:
-                reservation = _reserve(ledger, "run", round_, ledger.next_attempt("run", round_), CHEAP)
+                with ledger.at_once():
+                    ledger.recover()
+                    reservation = _reserve(ledger, "run", round_, ledger.next_attempt("run", round_), CHEAP)
                 time.sleep(chance.random() * 0.004)  # trains; fresh noise, so never the same bytes twice
                 update = os.urandom(2000)
                 found = update, ledger.release(reservation, update, anchored_seq=reservation.entry.seq - 1)

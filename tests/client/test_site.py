@@ -57,7 +57,7 @@ def plan(shared: Path) -> Plan:
             "model": {
                 "encoder": str(shared / "language-model"),
                 "width": 4,
-                "hidden_width": 3,
+                "hidden_width": 4,
                 "max_events": 6,
             },
             "privacy": {"users_per_site": 10, "noise_multiplier": 1.0, "sampling_rate": 0.5},

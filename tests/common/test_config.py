@@ -41,7 +41,9 @@ NAN, INFINITY = float("nan"), float("inf")
         ("training", "steps_per_round", 0, "greater than or equal to 1"),
         ("training", "learning_rate", 0, "greater than 0"),
         ("training", "server_momentum", 1, "less than 1"),
-        ("model", "width", 1, "greater than or equal to 2"),
+        ("model", "width", 0, "greater than or equal to 4"),
+        ("model", "width", 62, "multiple of 4"),
+        ("model", "hidden_width", 15, "multiple of 4"),
         ("model", "max_events", 1, "greater than or equal to 2"),
         ("model", "mode", "other", "vectors"),
         ("server", "minimum_sites", 0, "greater than or equal to 1"),
@@ -122,7 +124,7 @@ def other(value: Any) -> list[Any]:
         case bool():
             return [not value]
         case int():
-            return [value + 1, value - 1]
+            return [value + 1, value - 1, 2 * value]
         case float():
             return [value / 2, value * 1.5, 0.5]
         case str():
@@ -208,7 +210,7 @@ plans = st.builds(
             "name": st.from_regex(r"\A[a-z0-9][a-z0-9-]{0,20}\Z"),
             "model": st.fixed_dictionaries(
                 {
-                    "width": st.integers(2, 1024),
+                    "width": st.integers(1, 256).map(lambda fours: 4 * fours),
                     "mode": st.sampled_from(["vectors", "lora"]),
                     "negatives": st.none() | st.integers(1, 1000),
                     "seed": st.integers(0, 2**31 - 1),

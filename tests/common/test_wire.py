@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -331,6 +332,17 @@ def test_the_digest_is_that_of_names_shapes_and_bits() -> None:
         released={"popularity": torch.ones(2)},
     )
     assert beside.model_digest != REQUEST.model_digest  # what was released before is part of what is asked
+
+
+def test_what_all_sites_get_is_read_once_and_each_other_broadcast_anew() -> None:
+    nudged = {**STATE, "a": torch.nextafter(STATE["a"], torch.tensor(1.0))}
+    swapped = replace(REQUEST, state={}, released=STATE)
+    asked = [REQUEST, replace(REQUEST, nonce="cd" * 16), replace(REQUEST, state=nudged), swapped, REQUEST]
+    read = [request_from_records(through_bytes(request_to_records(each))) for each in asked]
+    assert all(same_request(got, sent) for got, sent in zip(read, asked, strict=True))
+    assert [got.model_digest for got in read] == [replace(each).model_digest for each in read]
+    assert read[0].state is read[1].state
+    assert len({got.model_digest for got in read}) == 3
 
 
 def test_payload_is_the_weight_of_what_a_message_carries() -> None:

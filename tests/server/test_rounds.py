@@ -204,6 +204,32 @@ def test_a_half_done_round_asks_only_the_missing_site_and_with_the_same_nonce(si
     assert sites.charges(0, run).count(1) == sites.charges(2, run).count(1) == 1
 
 
+def test_a_resumed_round_asks_the_sites_that_it_chose(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chance_takes(nodes: list[int]) -> None:
+        """From now on; else two draws of two among three sites are often the same."""
+
+        class Chance:
+            def sample(self, _: list[int], most: int) -> list[int]:
+                return nodes[:most]
+
+        monkeypatch.setattr("server.rounds.secrets.SystemRandom", Chance)
+
+    run = sites.run(sites_per_round=2, minimum_sites=2, round_deadline=60.0)
+    chance_takes([2, 3])
+    start(sites, run)
+    assert sorted(run.nonces(1)) == [2, 3]
+    run.rounds_file.unlink()  # as if it had been killed in round 1, with one site admitted
+    for file in (run.path / "rounds").glob("00002.*"):
+        file.unlink()
+    run.receipts_file.write_bytes(run.receipts_file.read_bytes().splitlines(keepends=True)[0])
+    chance_takes([3, 4])
+    grid = start(sites, run)
+    asked = [(message.content["round"]["round"], message.metadata.dst_node_id) for message in grid.sent]
+    assert len([node for number, node in asked if number == 1]) == 1
+    assert {node for number, node in asked if number == 1} < {2, 3}
+    assert next(each["admitted"] for each in records(run)) == ["site-0", "site-1"]
+
+
 def test_without_the_nonces_no_site_is_charged_twice_but_its_work_is_lost(sites: Sites) -> None:
     """Why nonces are on the disk before anything is sent."""
     run = sites.run()

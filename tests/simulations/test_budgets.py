@@ -88,7 +88,7 @@ def test_a_budget_that_ends_in_round_three_an_earlier_run_and_another_models_run
     assert left_out(outcome) == [[("budget", True)]]
     assert {site["charges"] for site in audited(outcome, sites)["sites"]} == {0, 1}
     # 3: in another model's run
-    outcome = tiny_run(tmp_path, plan=plan_of(1, hidden_width=6), sites=sites)
+    outcome = tiny_run(tmp_path, plan=plan_of(1, hidden_width=8), sites=sites)
     assert left_out(outcome) == [[("budget", True)]]
     # 4: a site withdraws
     result = CliRunner().invoke(site_app, ["withdraw", str(sites / WITHDRAWN), "--yes"])

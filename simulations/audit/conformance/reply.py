@@ -91,7 +91,7 @@ def _plan(folder: Path) -> Plan:
             "model": {
                 "encoder": str(language_model(folder)),
                 "width": 4,
-                "hidden_width": 3,
+                "hidden_width": 4,
                 "max_events": 12,
             },
             "privacy": {

@@ -16,7 +16,7 @@ import torch
 from common.models.array_cache import Array, cached_array
 from common.models.history_encoder import HistoryEncoder, item_tokens
 from common.models.item_vectors import item_vectors
-from common.models.language_model import LanguageModel, texts_key
+from common.models.language_model import LanguageModel, freeze, texts_key
 from tests.common.models.tiny_models import TEXTS, tiny_language_model, tiny_tokenizer
 
 KEY, SHAPE = "ab" * 32, (300, 7)
@@ -192,9 +192,9 @@ def test_texts_are_cut_and_encoded_once_for_a_catalog_and_an_encoder(
     first = item_vectors(lm, TEXTS, 6, cache=tmp_path)
     encoder = HistoryEncoder(lm, TEXTS, first.projection, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    unread = LanguageModel(lm.model, Unread(lm.tokenizer), lm.causal, lm.digest)
+    unread = LanguageModel(lm.digest, lm.width, lambda: (lm.model, Unread(lm.tokenizer)))
     monkeypatch.setattr("common.models.item_vectors.embed_texts", never)
-    again = item_vectors(unread, TEXTS, 6, cache=tmp_path)
+    again = item_vectors(LanguageModel(lm.digest, lm.width, never), TEXTS, 6, cache=tmp_path)
     assert torch.equal(again.vectors, first.vectors)
     tokens = HistoryEncoder(unread, TEXTS, again.projection, cache=tmp_path).item_tokens
     assert torch.equal(tokens, encoder.item_tokens)
@@ -221,12 +221,12 @@ def test_a_tokenizer_with_the_same_words_that_cuts_otherwise_has_a_key_of_its_ow
     lm = tiny_language_model("bert")
     lowering = tiny_tokenizer()
     lowering.backend_tokenizer.normalizer = Lowercase()
-    other = LanguageModel(lm.model, lowering, lm.causal, lm.digest)
+    other = freeze(lm.model, lowering)
     texts = ["RED sun", "blue"]
     assert not torch.equal(item_tokens(lm, texts, 4), item_tokens(other, texts, 4))
     assert texts_key("tokens", lm, texts) != texts_key("tokens", other, texts)
     key = texts_key("tokens", lm, texts)
     lm.tokenizer(texts, truncation=True, max_length=2)  # the last call is no part of how it cuts
-    assert texts_key("tokens", lm, texts) == key
+    assert texts_key("tokens", freeze(lm.model, lm.tokenizer), texts) == key
     for fields in (("states", lm, texts), ("tokens", lm, texts[::-1]), ("tokens", lm, [*texts, ""])):
         assert texts_key(*fields) != key

@@ -198,7 +198,9 @@ def test_the_pld_is_that_of_the_library_s_own_accountant() -> None:
 
 @given(
     rate=st.sampled_from([0.01, 0.3, 1.0]),
-    noise=st.floats(0.5, 20),
+    noise=st.floats(
+        0.7, 20
+    ),  # from about 0.6 on, 300 steps of all users pass epsilon 709, where exp overflows
     steps=st.integers(1, 300),
     delta=st.sampled_from([1e-4, 1e-6, 1e-8]),
 )
