@@ -372,7 +372,7 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
     loaded = (request.plan, request.round, request.phase, request.model_digest)
     if _LOADED.get(model) == loaded:
         return model
-    priors = make_priors(request.released, plan.statistics, len(catalog))
+    priors = make_priors(request.released, plan.statistics, len(catalog)) if request.released else None
     model.hold_adapters(False)  # one model serves all rounds of a warm site
     model.load_trainable({name: tensor.to(device_of(plan)) for name, tensor in request.state.items()})
     model.set_released(priors)

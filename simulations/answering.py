@@ -52,9 +52,22 @@ def answering(sites: int) -> Iterator[AnswerTogether | None]:
         context = get_context("forkserver")
         context.set_forkserver_preload(["client.together"])
         with ProcessPoolExecutor(workers, context, _begin, (dict(os.environ),)) as pool:
-            for _ in range(workers):  # they start while the server app does
-                pool.submit(_ready)
+            with _told():
+                for _ in range(workers):  # they start while the server app does
+                    pool.submit(_ready)
             yield lambda asked: _by_workers(pool, workers, asked)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The death of a worker, in words."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker of the simulation died, perhaps for want of memory: what its sites had charged stays charged; "
+            "free memory and run it again"
+        ) from error
 
 
 Asked: TypeAlias = "Sequence[tuple[Message, Context]]"
@@ -67,7 +80,7 @@ def _in_this_process(asked: Asked) -> Iterator[Mapping[int, RecordDict]]:
 
 def _by_workers(pool: ProcessPoolExecutor, workers: int, asked: Asked) -> Iterator[Mapping[int, RecordDict]]:
     firsts, going = iter(range(0, len(asked), PART)), dict[Future[list[bytes]], int]()
-    try:
+    with _told():
         while True:
             for first in islice(firsts, PARTS_AHEAD * workers - len(going)):
                 going[pool.submit(answer_part, _part(asked, first))] = first
@@ -75,11 +88,6 @@ def _by_workers(pool: ProcessPoolExecutor, workers: int, asked: Asked) -> Iterat
                 return
             for done in wait(going, return_when=FIRST_COMPLETED).done:
                 yield _contents(going.pop(done), done.result())
-    except BrokenProcessPool as error:
-        raise RunError(
-            "a worker of the simulation died, perhaps for want of memory: what its sites had charged stays charged; "
-            "free memory and run it again"
-        ) from error
 
 
 def _part(asked: Asked, first: int) -> Part:

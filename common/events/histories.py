@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ __all__ = ["NO_ITEM", "Histories", "HistoriesError"]
 
 NO_ITEM = -1
 """Stands where a history has no event."""
+MAPPED_FROM = 1 << 18
+"""Bytes of a file from which on it is mapped: a smaller one is sooner read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,7 @@ class Histories:
 
     @classmethod
     def load(cls, folder: str | Path) -> Histories:
-        """Maps the files that `save` wrote: events stay on disk until they are read.
+        """Maps the files that `save` wrote: where they are many, events stay on disk until they are read.
 
         Raises:
             HistoriesError: the folder holds no histories, or damaged ones.
@@ -157,10 +160,7 @@ class Histories:
             about = json.loads((folder / ABOUT).read_bytes())
             if about["version"] != 1:
                 raise HistoriesError(f"histories in {folder} are of another version: clean the log again")
-            arrays = {
-                name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("users", *ARRAYS)
-            }
+            arrays = {name: _array(folder / f"{name}.npy") for name in ("users", *ARRAYS)}
             return cls(**arrays, kind_names=tuple(about["kind_names"]))
         except FileNotFoundError as error:
             raise HistoriesError(f"folder {folder} holds no histories: clean a log into it") from error
@@ -191,6 +191,13 @@ class Histories:
             values=self.values[places],
             kind_names=self.kind_names,
         )
+
+
+def _array(file: Path) -> npt.NDArray[Any]:
+    mapped = file.stat().st_size >= MAPPED_FROM
+    found: npt.NDArray[Any] = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    found.setflags(write=False)
+    return found
 
 
 def _distinct(users: npt.NDArray[np.str_]) -> bool:

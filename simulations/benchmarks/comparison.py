@@ -70,8 +70,7 @@ def prepare(folder: Path, size: Size) -> Workload:
     for site in range(size.sites):
         place = folder / "sites" / f"{site:05d}"
         own = _histories(site, items[site], times[site])
-        # Every turn spends of the same ledgers.
-        make_site(place, f"site-{site}", own, plan, folder / "catalog.jsonl", budget * 5 * size.turns)
+        make_site(place, f"site-{site}", own, plan, folder / "catalog.jsonl", budget * 5)
         enroll_site(place, f"site-{site}", registry)
     return Workload.save(
         folder, _settings(size, plan), {"items": items, "times": times} | _public(plan, texts)
@@ -162,9 +161,9 @@ def measure(size: Size, pfl_python: str | None) -> tuple[list[Row], dict[str, st
         pythons[PFL] = pfl_python
     rounds = {way: size.flower_rounds if way == FLOWER else size.rounds for way in pythons}
     found: dict[str, list[Times]] = {way: [] for way in pythons}
-    with tempfile.TemporaryDirectory() as folder:
-        workload = prepare(Path(folder), size)
-        for turn in range(size.turns):
+    for turn in range(size.turns):
+        with tempfile.TemporaryDirectory() as folder:
+            workload = prepare(Path(folder), size)  # anew: ledgers and registry keep what was before
             for way, python in pythons.items():
                 times = run(way, workload, rounds[way], python)
                 found[way].append(times)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,20 @@ def test_a_worker_that_dies_ends_the_run_with_words(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(simulations.answering, "_begin", os.abort)
     with pytest.raises(RunError, match="a worker of the simulation died"):
         tiny_run(tmp_path, plan={"privacy": FAST})
+
+
+def test_so_does_one_that_died_before_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(simulations.answering, "WORKERS_FROM", 2)
+    monkeypatch.setattr(simulations.answering.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(simulations.answering.ProcessPoolExecutor, "submit", broken)
+    with (
+        pytest.raises(RunError, match="a worker of the simulation died"),
+        simulations.answering.answering(simulations.answering.TOGETHER_FROM),
+    ):
+        pass
 
 
 def test_a_ledger_that_cannot_even_burn_keeps_no_other_site_from_answering(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.events import histories
 from common.events.histories import Histories, HistoriesError
 from common.events.histories_files import HistoriesWriter
 
@@ -106,14 +107,19 @@ def test_arrays_that_do_not_fit_together_are_refused(field: str) -> None:
         Histories(**{**arrays, field: arrays[field].astype(np.float64)})
 
 
-def test_what_is_saved_is_private_and_maps_back_from_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped_from", [0, 1 << 18])
+def test_what_is_saved_is_private_and_comes_back_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped_from: int
+) -> None:
+    monkeypatch.setattr(histories, "MAPPED_FROM", mapped_from)
     whole = _histories([2, 0, 5])
     whole.save(tmp_path / "h")
     assert [path.name for path in tmp_path.iterdir()] == ["h"]
     assert (tmp_path / "h").stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "h").iterdir()} == {0o600}
     loaded = Histories.load(tmp_path / "h")
-    assert isinstance(loaded.items, np.memmap)
+    assert isinstance(loaded.items, np.memmap) == (mapped_from == 0)
+    assert not loaded.items.flags.writeable
     for name in Histories.__dataclass_fields__:
         assert np.array_equal(getattr(loaded, name), getattr(whole, name), equal_nan=name == "values")
     assert loaded.bounded(1).history(2).tolist() == [6]
