@@ -44,7 +44,7 @@ from common.privacy.faults import AfterCloseError, ReceiptError, SecondReservati
 from common.privacy.mechanisms import Event
 from common.privacy.noise import LARGEST_DIMENSION, SecureGaussian, SecurePoissonSampler
 from common.sums import POPULARITY, PairLayout
-from common.wire import Reason, Refusal, Request, Update, WireError, state_from_bytes, state_to_bytes
+from common.wire import Reason, Refusal, Request, Update, WireError, state_to_bytes
 
 _log = logging.getLogger("fedtide.site")
 
@@ -172,10 +172,9 @@ class Charged:
         except Exception as error:
             return self.failed(error)
         content = self.request.phase.content
-        receipt = self.ledger.release(
-            self.reservation, state_to_bytes(sent), content=content, anchored_seq=self.held
-        )
-        return Update(state=sent, receipt=receipt.to_bytes())
+        data = state_to_bytes(sent)
+        receipt = self.ledger.release(self.reservation, data, content=content, anchored_seq=self.held)
+        return Update(data, receipt.to_bytes())
 
     def failed(self, error: Exception) -> Refusal:
         """Gives the reservation up. The text of an error may depend on the data, so only its type is logged."""
@@ -233,7 +232,7 @@ def _charge(
     kept = ledger.outbox(request.run, request.round, nonce=request.nonce)
     if kept is not None:  # a retry sends the same bytes
         update, receipt = kept
-        return Update(state=state_from_bytes(update), receipt=receipt.to_bytes())
+        return Update(update, receipt.to_bytes())
     try:  # no user's data is looked at here, so the error's text may be logged
         catalog = kept_catalog(site.catalog)
         plan.check_catalog(catalog.digest())

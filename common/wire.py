@@ -2,19 +2,19 @@
 
 A reply carries an update with its receipt, or a refusal with a reason from a fixed list; nothing else has a
 place in it. What arrives is checked against this schema before anything looks at it.
+
+Tensors travel as one array of bytes, which are those that receipts quote: Flower carries each array, and each chunk
+of it, by calls of its own from process to process, and calls are most of what a round costs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.torch import load as load_tensors
@@ -34,12 +34,11 @@ MESSAGE_TYPES = {
 State = Mapping[str, Tensor]
 
 _MOST_TENSORS = 100_000
-_PLAIN: dict[np.dtype[Any], torch.dtype] = {np.dtype(np.float32): torch.float32}
-_HALVED: dict[np.dtype[Any], torch.dtype] = {**_PLAIN, np.dtype(np.int16): torch.bfloat16}
-_ROUNDED: dict[np.dtype[Any], torch.dtype] = {
-    **_HALVED,
-    np.dtype(np.int8): torch.int8,
-}
+_BROADCAST = (torch.float32, torch.bfloat16)
+_UPDATE = (*_BROADCAST, torch.int8)
+_TENSORS, _FORM = "tensors", "safetensors"
+_RELEASED = "released/"
+"""Before the names of what was released before, where it travels beside parameters: no parameter's name has a slash."""
 
 
 class WireError(ValueError):
@@ -95,11 +94,22 @@ class Update:
     """A release and the receipt that travels with it: the change of the trainable parameters, or a noisy sum.
 
     Attributes:
-        state: the release as it travels, in the plan's precision: the receipt is over these very bytes.
+        data: the release as it travels, in the plan's precision, as `state_to_bytes` gives it: what the receipt is
+            over.
     """
 
-    state: State
+    data: bytes
     receipt: bytes
+
+    @classmethod
+    def of(cls, state: State, receipt: bytes) -> Update:
+        """The update with these tensors."""
+        return cls(state_to_bytes(state), receipt)
+
+    @cached_property
+    def state(self) -> State:
+        """Its tensors."""
+        return state_from_bytes(self.data)
 
 
 @dataclass(frozen=True)
@@ -126,12 +136,12 @@ def state_digest(state: State) -> str:
     return hashlib.sha256(state_to_bytes(state)).hexdigest()
 
 
+def _together(state: State, released: State) -> dict[str, Tensor]:
+    return {**state, **{f"{_RELEASED}{name}": tensor for name, tensor in released.items()}}
+
+
 def _model_digest(state: State, released: State) -> str:
-    return state_digest({**state, **{f"released/{name}": tensor for name, tensor in released.items()}})
-
-
-def _arrays(state: State) -> ArrayRecord:
-    return ArrayRecord({name: Array(_array(state[name].detach().cpu())) for name in sorted(state)})
+    return state_digest(_together(state, released))
 
 
 def _halves(state: State) -> dict[str, Tensor]:
@@ -144,68 +154,77 @@ def _halves(state: State) -> dict[str, Tensor]:
     return found
 
 
-def _array(tensor: Tensor) -> npt.NDArray[Any]:
-    """numpy knows no bfloat16, so its bits travel."""
-    found: npt.NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return found
+def _record(data: bytes) -> ArrayRecord:
+    """One array of what `state_to_bytes` gave."""
+    return ArrayRecord({_TENSORS: Array(dtype="uint8", shape=(len(data),), stype=_FORM, data=data)})
 
 
-def _state(
-    record: ArrayRecord, fewest: int = 1, forms: Mapping[np.dtype[Any], torch.dtype] = _PLAIN
-) -> dict[str, Tensor]:
-    """The tensors of a record.
+def _data(record: object) -> bytes:
+    """The bytes of `_record`.
 
-    Args:
-        forms: numpy's types that may come, and what their bits are.
+    Raises:
+        WireError: it carries something else, or something beside it.
     """
-    if not fewest <= len(record) <= _MOST_TENSORS:
-        raise WireError(f"a message carries {len(record)} tensors")
-    state = {}
-    for name in sorted(record):
-        try:
-            array = record[name].numpy()
-        except (
-            Exception
-        ) as error:  # numpy's parser of foreign bytes raises what it likes (BadZipFile, MemoryError)
-            raise WireError("a tensor cannot be read") from error
-        if not isinstance(array, np.ndarray) or array.dtype not in forms:
-            raise WireError(
-                f"a tensor is not {' or '.join(str(form).split('.')[1] for form in forms.values())}"
-            )
-        state[name] = torch.from_numpy(np.array(array, order="C")).view(forms[array.dtype])
+    if not isinstance(record, ArrayRecord) or set(record) != {_TENSORS}:
+        raise WireError(f"tensors must be one array named {_TENSORS}, and nothing else")
+    array = record[_TENSORS]
+    data: bytes = array.data
+    if (array.dtype, tuple(array.shape), array.stype) != ("uint8", (len(data),), _FORM):
+        raise WireError(f"tensors must be bytes in the form of {_FORM}")
+    return data
+
+
+def _tensors(data: bytes, dtypes: Collection[torch.dtype], fewest: int = 1) -> dict[str, Tensor]:
+    """The tensors in bytes that a stranger wrote.
+
+    Raises:
+        WireError: they are not what `state_to_bytes` makes of tensors of these types, to the last byte.
+    """
+    try:
+        state = state_from_bytes(data)
+        whole = state_to_bytes(state) == data
+    except Exception as error:  # a parser of foreign bytes raises what it likes
+        raise WireError("the tensors cannot be read") from error
+    if not fewest <= len(state) <= _MOST_TENSORS:
+        raise WireError(f"a message carries {len(state)} tensors")
+    if any(tensor.dtype not in dtypes for tensor in state.values()):
+        raise WireError(f"a tensor is not {' or '.join(str(dtype).split('.')[1] for dtype in dtypes)}")
+    if not whole:
+        raise WireError("the tensors are not in the one encoding that receipts quote")
     return state
 
 
 @dataclass(frozen=True)
 class _Broadcast:
-    """What all sites get in a round, read once where one process answers for many of them.
+    """What all sites get in a round, read once where one process answers for many of them."""
 
-    Attributes:
-        model, released: the records that it was read from.
-    """
-
-    model: ArrayRecord
-    released: ArrayRecord
+    data: bytes
     state: dict[str, Tensor]
-    released_state: dict[str, Tensor]
+    released: dict[str, Tensor]
     digest: str
 
 
 _last_broadcast: list[_Broadcast] = []
 
 
-def _broadcast(model: ArrayRecord, released: ArrayRecord) -> _Broadcast:
-    """The numbers in the two records; nobody may write into them.
+def _broadcast(data: bytes) -> _Broadcast:
+    """The parameters and released statistics in a request; nobody may write into them.
 
     Raises:
-        WireError: they hold something else.
+        WireError: the bytes hold something else.
     """
     last = next(iter(_last_broadcast), None)
-    if last is not None and (last.model, last.released) == (model, released):
+    if last is not None and last.data == data:
         return last
-    state = {name: tensor.float() for name, tensor in _state(model, fewest=0, forms=_HALVED).items()}
-    statistics = _state(released, fewest=0)
-    found = _Broadcast(model, released, state, statistics, _model_digest(state, statistics))
+    state, released = {}, {}
+    for name, tensor in _tensors(data, _BROADCAST, fewest=0).items():
+        if not name.startswith(_RELEASED):
+            state[name] = tensor.float()
+        elif tensor.dtype == torch.float32:
+            released[name.removeprefix(_RELEASED)] = tensor
+        else:
+            raise WireError("a released statistic is not float32")
+    found = _Broadcast(data, state, released, _model_digest(state, released))
     _last_broadcast[:] = [found]
     return found
 
@@ -214,12 +233,15 @@ def request_to_records(request: Request, like: RecordDict | None = None) -> Reco
     """The content of a request message.
 
     Args:
-        like: of another request with the same parameters and released statistics, whose arrays are used again.
+        like: of another request with the same parameters and released statistics, whose bytes are used again.
     """
+    if like is None:
+        broadcast = _record(state_to_bytes(_together(_halves(request.state), request.released)))
+    else:
+        broadcast = like["broadcast"]
     return RecordDict(
         {
-            "model": _arrays(_halves(request.state)) if like is None else like["model"],
-            "released": _arrays(request.released) if like is None else like["released"],
+            "broadcast": broadcast,
             "round": ConfigRecord(
                 {
                     "run": request.run,
@@ -242,14 +264,10 @@ def request_from_records(content: RecordDict) -> Request:
     Raises:
         WireError: it has another form.
     """
-    if set(content) != {"model", "released", "round"}:
-        raise WireError("a request must carry a model, what was released, and a round")
-    model, released, fields = content["model"], content["released"], content["round"]
-    if not (
-        isinstance(model, ArrayRecord)
-        and isinstance(released, ArrayRecord)
-        and isinstance(fields, ConfigRecord)
-    ):
+    if set(content) != {"broadcast", "round"}:
+        raise WireError("a request must carry what is broadcast, and a round")
+    fields = content["round"]
+    if not isinstance(fields, ConfigRecord):
         raise WireError("a request carries records of the wrong type")
     if set(fields) != {"run", "round", "attempt", "nonce", "plan", "phase", "anchor"}:
         raise WireError("a request has missing or unknown fields")
@@ -265,7 +283,7 @@ def request_from_records(content: RecordDict) -> Request:
         anchor = None if texts["anchor"] == "none" else bytes.fromhex(str(texts["anchor"]))
     except ValueError as error:
         raise WireError("an anchor must be hex") from error
-    broadcast = _broadcast(model, released)
+    broadcast = _broadcast(_data(content["broadcast"]))
     request = Request(
         anchor=anchor,
         run=str(texts["run"]),
@@ -275,7 +293,7 @@ def request_from_records(content: RecordDict) -> Request:
         attempt=int(str(numbers["attempt"])),
         phase=Phase(str(texts["phase"])),
         state=broadcast.state,
-        released=broadcast.released_state,
+        released=broadcast.released,
     )
     vars(request)["model_digest"] = broadcast.digest  # of these very tensors
     return request
@@ -285,7 +303,7 @@ def answer_to_records(answer: Update | Refusal) -> RecordDict:
     """The content of a reply message."""
     if isinstance(answer, Refusal):
         return RecordDict({"refusal": ConfigRecord({"reason": answer.reason.value})})
-    return RecordDict({"update": _arrays(answer.state), "receipt": ConfigRecord({"entries": answer.receipt})})
+    return RecordDict({"update": _record(answer.data), "receipt": ConfigRecord({"entries": answer.receipt})})
 
 
 def answer_from_records(content: RecordDict) -> Update | Refusal:
@@ -303,12 +321,15 @@ def answer_from_records(content: RecordDict) -> Update | Refusal:
         raise WireError("a refusal must give one of the known reasons, and nothing else")
     if set(content) != {"update", "receipt"}:
         raise WireError("a reply must carry an update with its receipt, or a refusal, and nothing else")
-    update, receipt = content["update"], content["receipt"]
-    if not isinstance(update, ArrayRecord) or not isinstance(receipt, ConfigRecord):
+    receipt = content["receipt"]
+    if not isinstance(receipt, ConfigRecord):
         raise WireError("a reply carries records of the wrong type")
     if set(receipt) != {"entries"} or not isinstance(receipt["entries"], bytes):
         raise WireError("a receipt must be bytes, and nothing else")
-    return Update(state=_state(update, forms=_ROUNDED), receipt=receipt["entries"])
+    data = _data(content["update"])
+    update = Update(data, receipt["entries"])
+    vars(update)["state"] = _tensors(data, _UPDATE)
+    return update
 
 
 def payload_bytes(content: RecordDict) -> int:

@@ -17,7 +17,7 @@ from common.precision import EncodingError, check_form, decoded
 from common.privacy.chain import Chain
 from common.privacy.faults import ForkError, ReceiptError, WrongRequestError
 from common.privacy.receipts import Receipt, Request, check_receipt
-from common.wire import Refusal, State, Update, WireError, answer_from_records, state_to_bytes
+from common.wire import Refusal, State, Update, WireError, answer_from_records
 from server.registry import Registry
 
 
@@ -27,13 +27,13 @@ class Admitted:
 
     Attributes:
         state: float32.
-        sent: the same as it travelled, which is what the receipt is over.
+        data: the same as it travelled, which is what the receipt is over.
     """
 
     site: str
     key_id: str
     state: State
-    sent: State
+    data: bytes
     chain: Chain
     receipt: Receipt
 
@@ -119,7 +119,7 @@ def admit(
         return replace(checked, site=site.name)
     chain, state = checked
     return Admitted(
-        site=site.name, key_id=site.key_id, state=state, sent=update.state, chain=chain, receipt=receipt
+        site=site.name, key_id=site.key_id, state=state, data=update.data, chain=chain, receipt=receipt
     )
 
 
@@ -141,7 +141,7 @@ def _check(
 ) -> tuple[Chain, State] | LeftOut | Exception:
     """The chain with the receipt, and the update decoded, or why not. Looks at what was sent, touches nothing."""
     try:
-        chain = check_receipt(receipt, state_to_bytes(update.state), expected.request, held)
+        chain = check_receipt(receipt, update.data, expected.request, held)
         if fault := _mechanism_fault(receipt, expected):
             return fault
         check_form(update.state, expected.shapes, expected.precision)

@@ -243,7 +243,7 @@ def _taken_in(
     """
     if not fit:
         return []
-    run.save_updates(number, {verdict.key_id: verdict.sent for verdict, _ in fit})
+    run.save_updates(number, {verdict.key_id: verdict.data for verdict, _ in fit})
     anchors = registry.accept_all(
         [Extension(verdict.chain, verdict.receipt.entries[-1].seq, node) for verdict, node in fit]
     )
@@ -304,8 +304,7 @@ def _admitted_before(
             f"a receipt of round {request.round} in {run.receipts_file} does not fit run or registry ({error}): "
             "restore the newest copies of both, then start the run again"
         ) from error
-    sent = state_from_bytes(update)
-    return Admitted(site.name, key_id, decoded(sent), sent, chain, receipt)
+    return Admitted(site.name, key_id, decoded(state_from_bytes(update)), update, chain, receipt)
 
 
 def _asked(plan: Plan, request: Request, nonce: str) -> Asked:

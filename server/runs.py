@@ -241,17 +241,17 @@ class RunFolder:
     def _round_file(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:05d}.safetensors"
 
-    def save_updates(self, number: int, sent: Mapping[str, State]) -> None:
+    def save_updates(self, number: int, sent: Mapping[str, bytes]) -> None:
         """Admitted updates of a round as they travelled, so that an auditor can hold each against its receipt.
 
         Args:
-            sent: by the id of the site's key.
+            sent: by the id of the site's key; as `state_to_bytes` gives it.
         """
         folder = self.update_file(number, "").parent
         folder.mkdir(exist_ok=True)
         write_all_whole(
             folder,
-            {self.update_file(number, key_id).name: state_to_bytes(state) for key_id, state in sent.items()},
+            {self.update_file(number, key_id).name: data for key_id, data in sent.items()},
         )
 
     def update(self, number: int, key_id: str) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def state(context):
 def train(message: Message, context: Context) -> Message:
     from common.wire import Update, answer_to_records
 
-    return Message(answer_to_records(Update(state(context), b"receipt")), reply_to=message)
+    return Message(answer_to_records(Update.of(state(context), b"receipt")), reply_to=message)
 
 
 @server.main()

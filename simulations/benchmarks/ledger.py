@@ -133,7 +133,7 @@ def _admitted(
         normaliser=1.0,
         learning_rate=1.0,
     )
-    verdict = admit(answer_to_records(Update(state, receipt.to_bytes())), expected, registry, [])
+    verdict = admit(answer_to_records(Update.of(state, receipt.to_bytes())), expected, registry, [])
     if not isinstance(verdict, Admitted):
         raise AssertionError(f"the benchmark's own update was left out: {verdict}")
     return registry.accept(verdict.chain)

@@ -84,7 +84,7 @@ def round_bytes(plan: Plan, state: State, folder: Path) -> tuple[int, int]:
             )
             anchor = registry.accept(registry.chain(ledger.key_id).extended(receipt.entries))
     down = bytes_of(request_to_records(request))
-    return down, bytes_of(answer_to_records(Update(sent, receipt.to_bytes())))
+    return down, bytes_of(answer_to_records(Update.of(sent, receipt.to_bytes())))
 
 
 @dataclass(frozen=True)

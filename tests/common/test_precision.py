@@ -132,7 +132,7 @@ def test_what_is_sent_is_what_is_read_through_bytes_and_messages(precision: Prec
     update = {"w": torch.randn(count), WITNESS: torch.randn(5)}
     sent = encoded(update, precision)
     check_form(sent, shapes_of(update), precision)
-    answer = answer_from_records(through_bytes(answer_to_records(Update(sent, b"r"))))
+    answer = answer_from_records(through_bytes(answer_to_records(Update.of(sent, b"r"))))
     assert isinstance(answer, Update)
     assert state_to_bytes(answer.state) == state_to_bytes(sent)
     kept = state_from_bytes(state_to_bytes(sent))

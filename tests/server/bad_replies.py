@@ -5,7 +5,7 @@ The attacker is the site itself, with its key and its ledger, or a stranger who 
 
 from __future__ import annotations
 
-import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from common.privacy.entries import Entry
@@ -116,7 +117,7 @@ def scene(folder: Path) -> Scene:
 
 
 def reply(state: State, signed: Receipt) -> RecordDict:
-    return answer_to_records(Update(state=state, receipt=signed.to_bytes()))
+    return answer_to_records(Update.of(state, signed.to_bytes()))
 
 
 Case = Callable[[Scene], RecordDict]
@@ -335,21 +336,20 @@ def formed(name: str, says: str, change: Callable[[RecordDict], object], reason:
     bad(name, reason, says)(case)
 
 
-def _garbage(data: bytes) -> Array:
-    return Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=data)
+def _array(data: bytes, dtype: str = "uint8", stype: str = "safetensors") -> Array:
+    return Array(dtype=dtype, shape=(len(data),), stype=stype, data=data)
 
 
-def _npy(header: bytes, body: bytes = b"") -> bytes:
-    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
+def _headed(header: bytes, body: bytes = b"") -> bytes:
+    """Bytes in safetensors' form, whatever the header."""
+    return len(header).to_bytes(8, "little") + header + body
 
 
-def _object_array() -> bytes:
-    data = io.BytesIO()
-    np.save(data, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    return data.getvalue()
+def _one(dtype: str, size: int, begin: int = 0, *, name: str = "prior") -> str:
+    return f'"{name}":{{"dtype":"{dtype}","shape":[{size}],"data_offsets":[{begin},{begin + 4 * size}]}}'
 
 
-def _arrays(change: Callable[[ArrayRecord], object]) -> Callable[[RecordDict], object]:
+def _records(change: Callable[[ArrayRecord], object]) -> Callable[[RecordDict], object]:
     def apply(content: RecordDict) -> None:
         record = content["update"]
         assert isinstance(record, ArrayRecord)
@@ -359,7 +359,15 @@ def _arrays(change: Callable[[ArrayRecord], object]) -> Callable[[RecordDict], o
 
 
 def _with_array(array: Array) -> Callable[[RecordDict], object]:
-    return _arrays(lambda record: record.update({"prior": array}))
+    return _records(lambda record: record.update({"tensors": array}))
+
+
+def _with_data(data: bytes) -> Callable[[RecordDict], object]:
+    return _with_array(_array(data))
+
+
+def _with_prior(prior: Tensor) -> Callable[[RecordDict], object]:
+    return _with_data(state_to_bytes({**update(), "prior": prior}))
 
 
 def _with_receipt(record: object) -> Callable[[RecordDict], object]:
@@ -384,25 +392,67 @@ formed(
     "one of the known reasons",
     lambda it: (it.clear(), it.update({"refusal": ConfigRecord({"reason": "budget", "users": 1042})})),
 )
-formed("float64", "not float32", _with_array(Array(np.zeros(5))))
-formed("big-endian floats", "not float32", _with_array(Array(np.zeros(5, dtype=">f4"))))
-formed("float16", "not float32", _with_array(Array(np.zeros(5, dtype=np.float16))))
-formed("no tensor in the update", "carries 0 tensors", _arrays(lambda record: record.clear()))
-formed("garbage for an array", "cannot be read", _with_array(_garbage(b"\x00garbage" * 10)))
-formed("empty bytes for an array", "cannot be read", _with_array(_garbage(b"")))
-formed("a pickled object for an array", "cannot be read", _with_array(_garbage(_object_array())))
-formed(
-    "an array of another library",
+_NO_BYTES, _NO_ARRAY, _NOT_READ, _NOT_ONE = (
+    "must be bytes in",
+    "must be one array",
     "cannot be read",
-    _with_array(Array(dtype="float32", shape=(5,), stype="torch", data=b"x")),
+    "one encoding",
+)
+for _dtype in (torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64):
+    formed(f"{_dtype}", "not float32", _with_prior(torch.zeros(5, dtype=_dtype)))
+formed("no tensor in the update", "carries 0 tensors", _with_data(state_to_bytes({})))
+formed("no array in the update", _NO_ARRAY, _records(lambda record: record.clear()))
+formed(
+    "an array beside the update", _NO_ARRAY, _records(lambda record: record.update({"losses": _array(b"")}))
 )
 formed(
-    "an array of 16 TB in its header",
-    "",
-    _with_array(_garbage(_npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4000000000000,), }\n"))),
+    "the array renamed",
+    _NO_ARRAY,
+    _records(lambda record: record.update({"losses": record.pop("tensors")})),
 )
-formed("a header that is no header", "", _with_array(_garbage(_npy(b"{'descr': '<f4', (((((\n"))))
-formed("a header nested deep", "", _with_array(_garbage(_npy(b"(" * 60_000 + b"\n"))))
+formed("numpy's array", _NO_BYTES, _with_array(Array(np.zeros(5, dtype=np.float32))))
+formed(
+    "an array of another library", _NO_BYTES, _with_array(_array(state_to_bytes(update()), stype="user 1042"))
+)
+formed("an array of another type", _NO_BYTES, _with_array(_array(state_to_bytes(update()), dtype="loss 0.3")))
+formed(
+    "an array of another shape",
+    _NO_BYTES,
+    _with_array(Array(dtype="uint8", shape=(1042,), stype="safetensors", data=state_to_bytes(update()))),
+)
+formed("garbage for tensors", _NOT_READ, _with_data(b"\x00garbage" * 10))
+formed("empty bytes for tensors", _NOT_READ, _with_data(b""))
+formed("a pickle for tensors", _NOT_READ, _with_data(pickle.dumps(update())))
+formed("16 TB in the header", _NOT_READ, _with_data(_headed(f"{{{_one('F32', 4 * 10**12)}}}".encode())))
+formed("a header of 16 TB", _NOT_READ, _with_data((16 * 10**12).to_bytes(8, "little") + b"{}"))
+formed("a header that is no header", _NOT_READ, _with_data(_headed(b"{'descr': (((((")))
+formed("a header nested deep", _NOT_READ, _with_data(_headed(b"[" * 60_000)))
+formed(
+    "a type that nobody knows", _NOT_READ, _with_data(_headed(f"{{{_one('F99', 5)}}}".encode(), b"\0" * 20))
+)
+formed("bytes after the last tensor", _NOT_READ, _with_data(state_to_bytes(update()) + b"user 1042"))
+formed("the last byte cut", _NOT_READ, _with_data(state_to_bytes(update())[:-1]))
+formed(
+    "two tensors in the same bytes",
+    _NOT_READ,
+    _with_data(_headed(f"{{{_one('F32', 5)},{_one('F32', 5, name='q')}}}".encode(), b"\0" * 20)),
+)
+formed(
+    "words in the header",
+    _NOT_ONE,
+    _with_data(save_tensors(update(), metadata={"loss": "0.31 of user 1042"})),
+)
+formed("blanks in the header", _NOT_ONE, _with_data(_headed(f"{{ {_one('F32', 5)}}}".encode(), b"\0" * 20)))
+formed(
+    "tensors in another order",
+    _NOT_ONE,
+    _with_data(_headed(f"{{{_one('F32', 5)},{_one('F32', 2, 20, name='a')}}} ".encode(), b"\0" * 28)),
+)
+formed(
+    "a tensor said twice",
+    _NOT_ONE,
+    _with_data(_headed(f"{{{_one('F32', 4)},{_one('F32', 5)}}}".encode(), b"\0" * 20)),
+)
 formed("a list for a receipt", "must be bytes", _with_receipt(ConfigRecord({"entries": [1, 2]})))
 formed(
     "a receipt with a loss beside it",

@@ -8,12 +8,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
 
 import client.app
 from client.ledger import Ledger
+from common.wire import Update, answer_from_records, answer_to_records
 from server.registry import RegistryReader
 from simulations.audit.receipts import audit_receipts
 from tests.tiny import tiny_run
@@ -22,17 +23,13 @@ FAST = {"noise_multiplier": 8.0, "sampling_rate": 1.0}  # accountants are quick 
 Lie = Callable[[Message], object]
 
 
-def _arrays(reply: Message) -> ArrayRecord:
-    record = reply.content["update"]
-    assert isinstance(record, ArrayRecord)
-    return record
-
-
 def _changed(value: float) -> Lie:
     def lie(reply: Message) -> None:
-        record = _arrays(reply)
-        name = sorted(record)[0]
-        record[name] = Array(np.full_like(record[name].numpy(), value))
+        answer = answer_from_records(reply.content)
+        assert isinstance(answer, Update)
+        first = min(answer.state)
+        state = {**answer.state, first: torch.full_like(answer.state[first], value)}
+        reply.content["update"] = answer_to_records(Update.of(state, b""))["update"]
 
     return lie
 

@@ -26,7 +26,7 @@ LONGEST = 60.0
 def large() -> Update:
     assert NUMBERS > 27 * LARGEST_DIMENSION
     generator = torch.Generator().manual_seed(1)
-    return Update({"w": torch.randn(NUMBERS, generator=generator)}, b"receipt")
+    return Update.of({"w": torch.randn(NUMBERS, generator=generator)}, b"receipt")
 
 
 def test_it_comes_whole_through_a_grid_in_time(large: Update) -> None:

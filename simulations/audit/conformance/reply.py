@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from client.ledger import Ledger
 from client.site import Site
@@ -21,7 +21,7 @@ from common.models.build import build_model, item_texts
 from common.phases import Phase
 from common.privacy.receipts import Receipt
 from common.sums import POPULARITY, SITES
-from common.wire import Request, State
+from common.wire import Refusal, Request, State, WireError, answer_from_records
 from simulations.audit.conformance.code import Code
 from simulations.audit.conformance.subjects import language_model, some_users, texts
 from simulations.audit.conformance.sums import histories_of
@@ -143,11 +143,17 @@ def fields_of(reply: RecordDict) -> dict[str, object]:
             place = f"{record}.{name}"
             if isinstance(value, Array):
                 found[place] = (value.dtype, tuple(value.shape), value.stype, len(value.data))
+                found[f"{place}.header"] = _header(value.data)
             elif place == "receipt.entries" and isinstance(value, bytes):
                 found |= _receipt_fields(value)
             else:
                 found[place] = value
     return found
+
+
+def _header(data: bytes) -> bytes:
+    """Names, types and shapes of tensors, and whatever else stands before their numbers in safetensors' form."""
+    return data[: 8 + int.from_bytes(data[:8], "little")]
 
 
 def _receipt_fields(data: bytes) -> dict[str, object]:
@@ -190,10 +196,14 @@ def _compare(phase: Phase, without: RecordDict, with_one: RecordDict) -> Check:
 def _all_noise(without: RecordDict, with_one: RecordDict) -> bool:
     """Whether every released number differs, as noise makes it."""
 
-    def numbers(reply: RecordDict) -> Sequence[np.ndarray]:
-        return [value.numpy().ravel() for _, value in sorted(reply["update"].items())]
+    def numbers(reply: RecordDict) -> Tensor:
+        answer = answer_from_records(reply)
+        if isinstance(answer, Refusal):
+            return torch.zeros(1)  # the same for both
+        return torch.cat([answer.state[name].flatten() for name in sorted(answer.state)])
 
-    if "update" not in without or "update" not in with_one:
+    try:
+        one, other = numbers(without), numbers(with_one)
+    except WireError:
         return False
-    one, other = np.concatenate(numbers(without)), np.concatenate(numbers(with_one))
     return one.shape == other.shape and not bool((one == other).any())

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from client.training import StepSettings, train_round
 from common.config import Plan, make_plan
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
+from common.wire import state_to_bytes
 from server.runs import RunFolder
 from simulations.audit.trainers import Trainer
 from simulations.audit.witnesses import Release
@@ -53,7 +54,7 @@ def made_run(
                 sampler=SecurePoissonSampler(),
                 noise=SecureGaussian(),
             )
-            run.save_updates(number, {key: update})
+            run.save_updates(number, {key: state_to_bytes(update)})
             receipts.append({"round": number, "site": name, "key_id": key})
         records.append({"round": number, "admitted": names})
     for file, lines in ((run.rounds_file, records), (run.receipts_file, receipts)):
