@@ -169,14 +169,13 @@ def _mechanism_fault(receipt: Receipt, expected: Expectation) -> LeftOut | None:
 
 
 def _value_fault(state: State, expected: Expectation) -> LeftOut | None:
-    squares = torch.zeros((), dtype=torch.float64)
-    for tensor in state.values():
-        if not bool(tensor.isfinite().all()):
-            return LeftOut("not_finite", "the update holds values that are not finite")
-        squares += tensor.double().square().sum()
-    if float(squares) == 0.0:
+    values = torch.cat([tensor.flatten() for tensor in state.values()]).double()
+    if not bool(values.isfinite().all()):
+        return LeftOut("not_finite", "the update holds values that are not finite")
+    norm = float(values.norm())
+    if norm == 0.0:
         return LeftOut("all_zero", "the update is zero everywhere, which noise never is")
-    if float(squares) ** 0.5 > expected.norm_bound:
+    if norm > expected.norm_bound:
         return LeftOut("over_norm", f"the update's norm is above the bound of {expected.norm_bound:g}")
     return None
 

@@ -50,7 +50,7 @@ def answering(sites: int) -> Iterator[AnswerTogether | None]:
     else:
         # One server, without threads, imports what all workers need; each is a fork of it, and none of this process.
         context = get_context("forkserver")
-        context.set_forkserver_preload(["client.together"])
+        context.set_forkserver_preload(["client.together", "opacus"])
         with ProcessPoolExecutor(workers, context, _begin, (dict(os.environ),)) as pool:
             with _told():
                 for _ in range(workers):  # they start while the server app does

@@ -109,6 +109,7 @@ def renyi_cap(epsilon: float, delta: float, order: int) -> float:
     return float(_cap(epsilon, delta, order))
 
 
+@lru_cache(1024)
 def cap_of(epsilon: float, delta: float, order: int) -> int:
     """`renyi_cap` rounded down to whole nano-units, and 0 where it is negative."""
     with localcontext(_CONTEXT):

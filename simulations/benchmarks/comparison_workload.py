@@ -147,7 +147,7 @@ class Times:
 
 
 class Clock:
-    """Looks every quarter of a second at what the session's processes have used: some end before they are asked."""
+    """Looks every second at what the session's processes have used: some end before they are asked."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], float] = {}
@@ -186,7 +186,7 @@ class Clock:
         return sum(self._peaks.values())
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.25):
+        while not self._stop.wait(1.0):
             self._cpu()
 
     def _cpu(self) -> float:
