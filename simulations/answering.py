@@ -12,11 +12,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from server.runs import RunError
+from simulations.forking import WORKERS_FROM, worker_context
 from simulations.inline import AnswerTogether
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 TOGETHER_FROM = 16
 """So many sites of one process answer in one go; fewer show their progress one by one."""
-WORKERS_FROM = 64
-"""So many are worth a process for each core, which takes seconds to start."""
 PART = 25
 """Sites that answer in one go."""
 PARTS_AHEAD = 2
@@ -48,10 +46,7 @@ def answering(sites: int) -> Iterator[AnswerTogether | None]:
     elif sites < WORKERS_FROM or workers == 1:
         yield _in_this_process
     else:
-        # One server, without threads, imports what all workers need; each is a fork of it, and none of this process.
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["client.together", "opacus"])
-        with ProcessPoolExecutor(workers, context, _begin, (dict(os.environ),)) as pool:
+        with ProcessPoolExecutor(workers, worker_context(), _begin, (dict(os.environ),)) as pool:
             with _told():
                 for _ in range(workers):  # they start while the server app does
                     pool.submit(_ready)

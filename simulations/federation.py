@@ -31,6 +31,7 @@ from simulations.datasets import Dataset
 from simulations.engines import run_in_this_process, run_with_flower
 from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
 from simulations.follower import Follower, Watcher, load_checkpoint
+from simulations.forking import begin_importing
 from simulations.outcome import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome
 from simulations.partition import divide
 from simulations.quality import Quality
@@ -85,6 +86,8 @@ def simulate(
     """
     began = time.monotonic()
     watcher = watcher or Watcher()
+    if options.engine == "inline":
+        begin_importing(options.n_sites)
     if plan.server.expected_sites is None:  # public: the choice of statistics.top_items goes by it
         server = plan.server.model_copy(update={"expected_sites": options.n_sites})
         plan = plan.model_copy(update={"server": server})

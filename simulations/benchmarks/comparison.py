@@ -274,15 +274,15 @@ def _text(size: Size, versions: dict[str, str], load: tuple[float, float]) -> st
         f"`python -m simulations.benchmarks.comparison`, {machine()}; {named}. Medians of {size.turns} turns, in which "
         "each contender runs once, alone, in processes of its own, each with one thread. The load of the machine (one "
         f"minute's) was {load[0]:.1f} before and {load[1]:.1f} after, where 1 a core is full: wall times are the "
-        "longer by it. CPU is that of all the contender's processes. The clock holds the whole run, but not the "
-        "import of the framework and of torch, nor the making of sites.",
+        "longer by it. CPU is that of all the contender's processes. The clock holds the whole run, "
+        "from the start of the contender's first process, imports and all, but not the making of sites.",
         f"{size.sites} sites of {USERS} users with {EVENTS} events over {ITEMS:,} items; family `recommend`, item "
         f"vectors 64 wide, LSTM state {HIDDEN}, {NEGATIVES} public negatives; {STEPS} steps a round on "
         f"{RATE:.0%} of the users. One model, data, noise multiplier and clip norm, but not one promise:",
         "- **Fedtide** clips each user in every step, adds noise from a cryptographic generator at each site, reserves "
         "in ledgers on disk, signs, checks and countersigns receipts, and writes a checkpoint each round. Its sites "
-        "answer in as many workers as there are cores, and train in batches. It builds its model inside the clock; the "
-        "others get arrays.",
+        "answer in as many workers as there are cores, and train in batches. It builds its model itself; the others "
+        "get arrays.",
         "- **Flower with Opacus** does as Flower's example `opacus`: at each message a ClientApp makes its model (with "
         "DPLSTM), wraps it by `PrivacyEngine.make_private`, trains an epoch of Poisson batches and asks for epsilon. "
         "The engine is new each time, so that is the epsilon of one round; noise is torch's. FedAvg; no ledger, no "

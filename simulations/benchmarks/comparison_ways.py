@@ -28,6 +28,9 @@ def _versions(*names: str) -> dict[str, str]:
 
 def fedtide(workload: Workload, rounds: int) -> Times:
     """The inline engine, with ledgers, receipts, admission, checkpoints; the run's model is built inside the clock."""
+    from simulations.forking import begin_importing
+
+    begin_importing(workload.settings.sites)
     import torch
 
     from client.app import SITES_FOLDER
@@ -48,7 +51,7 @@ def fedtide(workload: Workload, rounds: int) -> Times:
         for n in range(settings.sites)
     ]
     plan, catalog = read_plan(folder / "plan.json"), Catalog.load(folder / "catalog.jsonl")
-    with Clock() as clock:
+    with Clock(from_start=True) as clock:
         run = RunFolder.create(folder / "runs", plan, catalog)
         built = build_model(
             plan.model,
@@ -85,7 +88,7 @@ def flower(workload: Workload, rounds: int) -> Times:
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     torch.set_num_threads(1)
-    clock, server = Clock(), ServerApp()
+    clock, server = Clock(from_start=True), ServerApp()
     sites = workload.settings.sites
 
     @server.main()  # type: ignore[untyped-decorator]
@@ -217,7 +220,7 @@ def pfl(workload: Workload, rounds: int) -> Times:
     import common.models.families.recommend  # noqa: F401
 
     torch.set_num_threads(1)
-    settings, clock = workload.settings, Clock()
+    settings, clock = workload.settings, Clock(from_start=True)
 
     class Laps(TrainingProcessCallback):  # type: ignore[misc]
         def after_central_iteration(

@@ -8,7 +8,7 @@ import sys
 
 from simulations.benchmarks.comparison_workload import Times
 
-BURNS = "import time; end = time.process_time() + 0.8\nwhile time.process_time() < end: pass"
+BURNS = "import time; end = time.process_time() + 1.6\nwhile time.process_time() < end: pass"
 CLOCKED = f"""
 import json, subprocess, sys
 from simulations.benchmarks.comparison_workload import Clock
@@ -28,8 +28,8 @@ def _clocked(where: str) -> tuple[float, float]:
 
 def test_cpu_of_processes_that_ended_counts() -> None:
     wall, cpu = _clocked("within")
-    assert wall >= 0.8
-    assert 0.4 < cpu < 3.0
+    assert wall >= 1.6
+    assert 0.9 < cpu < 4.0
 
 
 def test_cpu_of_another_session_does_not_count() -> None:
@@ -47,3 +47,18 @@ def test_rounds_that_were_not_run_are_as_long_as_those_after_the_first() -> None
     )
     assert times.of_rounds(3) == (16.0, 13.0)
     assert times.of_rounds(5) == (20.0, 19.0)
+
+
+def test_the_whole_of_a_process_counts_from_its_start() -> None:
+    program = CLOCKED.replace(
+        "import json", "import time; time.sleep(1.5); sum(range(3 * 10**7)); import json", 1
+    )
+    times = []
+    for which in (program, program.replace("Clock()", "Clock(from_start=True)")):
+        said = subprocess.run(
+            [sys.executable, "-c", which, "within"], check=True, capture_output=True, start_new_session=True
+        )
+        times.append(json.loads(said.stdout))
+    (wall, cpu), (whole_wall, whole_cpu) = times
+    assert whole_wall > wall + 1.4
+    assert whole_cpu > cpu + 0.2
