@@ -32,7 +32,7 @@ from common.models.interface import InterestModel
 from common.models.own_weights import OWN_WEIGHTS
 from common.privacy.noise import GaussianNoise, UserSampler, private_sum
 
-UNIT = 4
+UNIT = 2
 """Rows of a unit. All units, and all batches of them, have the same shape, so a row's numbers are the same in all."""
 
 _ALLOWED = 1e-4

@@ -6,6 +6,7 @@ of a part are messages, as bytes. While workers answer, the server admits what t
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -113,6 +114,7 @@ def _begin(environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage: not looked through again and again
 
 
 def _ready() -> None:
