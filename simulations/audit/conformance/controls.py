@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from client.site import Site
@@ -22,7 +23,7 @@ from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
 from common.phases import Phase, StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian
-from common.wire import Request
+from common.wire import Request, Update, answer_from_records
 from common.witness import WITNESS
 from simulations.audit.conformance.checking import ANSWER, attempted
 from simulations.audit.conformance.code import Code, Everyone, SameAgain
@@ -226,6 +227,17 @@ def _of_sums(subject: Subject, code: Code, folder: Path) -> Iterator[Control]:
         users = len(Histories.load(site.histories_folder))
         return RecordDict({**code.reply(site, request), "metrics": ConfigRecord({"num-examples": users})})
 
+    def with_hidden_count(site: Site, request: Request) -> RecordDict:
+        from flwr.app import Array, ArrayRecord, RecordDict
+
+        reply = code.reply(site, request)
+        sent = answer_from_records(reply)
+        assert isinstance(sent, Update)
+        users = f"{len(Histories.load(site.histories_folder)):08}"
+        data = save_tensors(dict(sent.state), metadata={"n": users})
+        array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+        return RecordDict({**reply, "update": ArrayRecord({"tensors": array})})
+
     def sums(name: str, **broken: Any) -> Callable[[], Sequence[Check]]:
         return lambda: sum_checks(subject, replace(code, **broken), only=(name,))
 
@@ -237,4 +249,10 @@ def _of_sums(subject: Subject, code: Code, folder: Path) -> Iterator[Control]:
         "nothing else leaves",
         "a count in the reply",
         lambda: reply_checks(counted, folder, only=(Phase.POPULARITY,)),
+    )
+    hidden = replace(code, reply=with_hidden_count)
+    yield (
+        "nothing else leaves",
+        "a count in the header of the tensors",
+        lambda: reply_checks(hidden, folder, only=(Phase.POPULARITY,)),
     )
