@@ -161,8 +161,8 @@ class Clock:
         self.notes: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        used = self._cpu()
-        self._began, self._before = (_started(), 0.0) if self._from_start else (time.monotonic(), used)
+        self._began = _started() if self._from_start else time.monotonic()
+        self._before = 0.0 if self._from_start else self._cpu()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self

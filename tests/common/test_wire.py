@@ -381,6 +381,18 @@ def test_any_bytes_for_tensors_are_refused(data: bytes) -> None:
                 answer_from_records(RecordDict({"update": packed(prefix + data), "receipt": RECEIPT}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_whichever_writer_is_used_the_bytes_are_safetensors_own(dtype: torch.dtype) -> None:
+    state = {
+        "b": torch.arange(6).view(2, 3).to(dtype),
+        "a": torch.ones(5),
+        "none": torch.zeros(0, 3),
+        "one": torch.tensor(1.5),
+    }
+    assert state_to_bytes(state) == save_tensors(state)
+    assert state_to_bytes({}) == save_tensors({})
+
+
 def test_the_digest_is_that_of_names_shapes_and_bits() -> None:
     assert state_digest(STATE) == state_digest(dict(reversed(STATE.items())))
     assert state_digest(STATE) == state_digest(state_from_bytes(state_to_bytes(STATE)))

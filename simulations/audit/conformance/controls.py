@@ -23,7 +23,7 @@ from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
 from common.phases import Phase, StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian
-from common.wire import Request, Update, answer_from_records
+from common.wire import Request, Update, answer_from_records, answer_to_records
 from common.witness import WITNESS
 from simulations.audit.conformance.checking import ANSWER, attempted
 from simulations.audit.conformance.code import Code, Everyone, SameAgain
@@ -228,15 +228,11 @@ def _of_sums(subject: Subject, code: Code, folder: Path) -> Iterator[Control]:
         return RecordDict({**code.reply(site, request), "metrics": ConfigRecord({"num-examples": users})})
 
     def with_hidden_count(site: Site, request: Request) -> RecordDict:
-        from flwr.app import Array, ArrayRecord, RecordDict
-
-        reply = code.reply(site, request)
-        sent = answer_from_records(reply)
+        sent = answer_from_records(code.reply(site, request))
         assert isinstance(sent, Update)
         users = f"{len(Histories.load(site.histories_folder)):08}"
         data = save_tensors(dict(sent.state), metadata={"n": users})
-        array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
-        return RecordDict({**reply, "update": ArrayRecord({"tensors": array})})
+        return answer_to_records(Update(data, sent.receipt))
 
     def sums(name: str, **broken: Any) -> Callable[[], Sequence[Check]]:
         return lambda: sum_checks(subject, replace(code, **broken), only=(name,))
