@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from common.models.heads import moving_part
 from common.models.interface import InterestModel
 from common.models.own_weights import gradient_through, linear_of_sites
 from common.witness import WITNESS
+
+_AT_ONCE = 32
+"""Users whose part is made in float64 at once on a CPU, so that its caches hold it."""
 
 ClippedSum = Callable[[HistoryBatch, float], Tensor]
 """(batch, C) -> [coordinates] float64, the trainable parameters flattened one after the other."""
@@ -86,7 +90,12 @@ class _Layer:
 
         def recorded(x: Tensor) -> Tensor:
             found: Tensor = Recorded.apply(  # type: ignore[no-untyped-call]
-                x.detach(), moving_part(x), weight, None if bias is None else bias.detach(), tap, self.calls
+                x.detach(),
+                moving_part(x),
+                weight,
+                None if bias is None else bias.detach(),
+                tap,
+                self.calls,
             )
             return found
 
@@ -129,13 +138,35 @@ class _Shared:
             self._made[key] = (x, self._make(x))  # x is kept, or its memory could be another's
         return self._made[key][1]
 
-    def forget(self) -> None:
-        """Gives up all that was made, and what it was made of."""
-        self._made.clear()
+
+def _double(x: Tensor) -> Tensor:
+    return x.to(torch.float64, memory_format=torch.contiguous_format)
 
 
 def _gram(x: Tensor) -> Tensor:
-    return x @ x.transpose(1, 2)
+    """x x^T for each user; on CPU by numpy, whose BLAS makes one half and mirrors it."""
+    if x.device.type != "cpu":
+        return x @ x.mT
+    rows = x.numpy()
+    return torch.from_numpy(rows @ rows.swapaxes(1, 2))
+
+
+def _gram_of(users: slice, x: Tensor) -> Tensor:
+    """These users' Gram matrices, float64."""
+    return _gram(_double(x[users]))
+
+
+def _scaled(users: slice, factors: Tensor, g: Tensor) -> Tensor:
+    """These users' g times their factors, float64."""
+    return g[users] * factors[users].view(-1, 1, 1)
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """total += first^T second; on CPU by numpy, whose BLAS is the faster one in float64."""
+    if total.device.type != "cpu":
+        total.addmm_(first.T, second)
+    else:
+        total.numpy().__iadd__(first.numpy().T @ second.numpy())
 
 
 def _rounding(places: int, inputs: int, outputs: int) -> float:
@@ -149,60 +180,65 @@ def _rounding(places: int, inputs: int, outputs: int) -> float:
     return max(1e-10, 2.0**-52 * (inputs + outputs + places**2 + 8))
 
 
-def squared_norms(a: Tensor, g: Tensor, gram: Callable[[Tensor], Tensor] = _gram) -> Tensor:
+def squared_norms(a: Tensor, g: Tensor) -> Tensor:
     """[users]: the squared norm of each user's sum over places of g a^T from Gram matrices, and never less than it.
-
-    Where places cancel, what is left of a Gram sum is rounding, and could even be zero: the bound on it is added.
 
     Args:
         a: [users, places, inputs] float64.
         g: [users, places, outputs] float64.
-        gram: x -> x x^T for each user.
     """
-    of_a, of_g = gram(a), gram(g)
+    return _from_grams(_gram(a), _gram(g), _rounding(a.shape[1], a.shape[2], g.shape[2]))
+
+
+def _from_grams(of_a: Tensor, of_g: Tensor, rounding: float) -> Tensor:
+    """As `squared_norms`. Where places cancel, what is left is rounding, or even zero: its bound is added."""
     sizes = (of_a.diagonal(dim1=1, dim2=2) * of_g.diagonal(dim1=1, dim2=2)).sqrt().sum(dim=1)
-    room = _rounding(a.shape[1], a.shape[2], g.shape[2]) * sizes.square()
-    return (of_a * of_g).sum((1, 2)).clamp(min=0) + room
+    return (of_a * of_g).sum((1, 2)).clamp(min=0) + rounding * sizes.square()
 
 
 class _Gradients:
-    """Each user's gradient of one weight, made: [users, inputs * outputs] float64, rounded to float32 before."""
+    """Each user's gradient of one weight, made: [users, inputs * outputs] float32."""
 
     def __init__(self, a: Tensor, g: Tensor) -> None:
         self.turned = g.shape[2] > a.shape[2]  # the product whose result has the longer rows is faster
         first, second = (a, g) if self.turned else (g, a)
         made = first.transpose(1, 2) @ second
         self.shape = made.shape[1:]
-        self.flat = made.flatten(1).double()
+        self.flat = made.flatten(1)
 
-    def squared_norms(self) -> Tensor:
-        """[users]."""
-        return self.flat.square().sum(dim=1)
+    def squared_norms(self, users: slice, gram: Callable[[Tensor], Tensor]) -> Tensor:
+        """[users] float64."""
+        return self.flat[users].double().square_().sum(dim=1)
 
-    def weighted_sum(self, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> Tensor:
-        """[outputs, inputs]."""
-        total = (factors @ self.flat).view(self.shape)
-        return total.T if self.turned else total
+    def add_to(
+        self, total: Tensor, users: slice, factors: Tensor, scaled: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Adds these users' weighted sum to [outputs, inputs] float64."""
+        found = (factors @ self.flat[users].double()).view(self.shape)
+        total += found.T if self.turned else found
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept: zero times what is no number is none."""
         self.flat = torch.where(keep.unsqueeze(1), self.flat, 0.0)
 
 
+@dataclass
 class _Factored:
-    """Each user's gradient of one weight as its two factors, float64."""
+    """Each user's gradient of one weight as its two factors, float32."""
 
-    def __init__(self, a: Tensor, g: Tensor, gram: Callable[[Tensor], Tensor]) -> None:
-        self.a, self.g, self._gram = a, g, gram
+    a: Tensor
+    g: Tensor
 
-    def squared_norms(self) -> Tensor:
-        """[users]."""
-        return squared_norms(self.a, self.g, self._gram)
+    def squared_norms(self, users: slice, gram: Callable[[Tensor], Tensor]) -> Tensor:
+        """[users] float64; `gram` gives these users' matrices of a or g, from float64."""
+        room = _rounding(self.a.shape[1], self.a.shape[2], self.g.shape[2])
+        return _from_grams(gram(self.a), gram(self.g), room)
 
-    def weighted_sum(self, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> Tensor:
-        """[outputs, inputs]."""
-        a, g = self.a.flatten(0, 1), scaled(self.g).flatten(0, 1)
-        return (a.T @ g).T if g.shape[1] > a.shape[1] else g.T @ a
+    def add_to(
+        self, total: Tensor, users: slice, factors: Tensor, scaled: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Adds these users' weighted sum to [outputs, inputs] float64; `scaled` gives their g times factors."""
+        _add_product(total, scaled(self.g).flatten(0, 1), _double(self.a[users]).flatten(0, 1))
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept."""
@@ -219,23 +255,28 @@ def _is_small(a: Tensor, g: Tensor) -> bool:
 def _add_clipped(
     taken: dict[str, tuple[Tensor, Tensor]], biased: set[str], clip_norm: float, into: dict[str, Tensor]
 ) -> None:
-    """Writes the clipped sums of weights and biases, from (a, g) of each layer, which are given up here.
+    """Adds the clipped sums of weights and biases, from (a, g) of each layer, which are given up here.
 
     Args:
         into: name of weight or bias -> float64, of its shape.
     """
-    double, gram = _Shared(lambda x: x.to(torch.float64, copy=True)), _Shared(_gram)
-    weights: dict[str, _Gradients | _Factored] = {}
-    biases: dict[str, Tensor] = {}
-    for name, (a, g) in taken.items():
-        weights[name] = _Gradients(a, g) if _is_small(a, g) else _Factored(double(a), double(g), gram)
-        if name in biased:
-            biases[name] = double(g).sum(dim=1)  # [users, outputs]
+    users, device = next((len(g), g.device) for _, g in taken.values())
+    biases = {name: taken[name][1].sum(dim=1, dtype=torch.float64) for name in biased}  # [users, outputs]
+    weights = {
+        name: _Gradients(a, g) if _is_small(a, g) else _Factored(a, g) for name, (a, g) in taken.items()
+    }
     taken.clear()
-    double.forget()
-    parts = [weight.squared_norms() for weight in weights.values()]
-    norms = torch.stack([*parts, *(bias.square().sum(dim=1) for bias in biases.values())]).sum(dim=0).sqrt()
-    gram.forget()
+    at_once = _AT_ONCE if device.type == "cpu" else users
+    parts = [slice(first, min(first + at_once, users)) for first in range(0, users, at_once)]
+
+    squared = torch.zeros(users, dtype=torch.float64, device=device)
+    for bias in biases.values():
+        squared += bias.square().sum(dim=1)
+    for part in parts:
+        gram = _Shared(partial(_gram_of, part))
+        for weight in weights.values():
+            squared[part] += weight.squared_norms(part, gram)
+    norms = squared.sqrt()
     factors = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
     finite = norms.isfinite()
     if not bool(finite.all()):  # such a user contributes nothing: a contribution like any other
@@ -243,11 +284,13 @@ def _add_clipped(
         biases = {name: torch.where(finite.unsqueeze(1), bias, 0.0) for name, bias in biases.items()}
         for weight in weights.values():
             weight.forget(finite)
-    scaled = _Shared(lambda g: g.mul_(factors.view(-1, 1, 1)))
-    for name, weight in weights.items():
-        into[f"{name}.weight"].copy_(weight.weighted_sum(factors, scaled))
+
+    for part in parts:
+        scaled = _Shared(partial(_scaled, part, factors))
+        for name, weight in weights.items():
+            weight.add_to(into[f"{name}.weight"], part, factors[part], scaled)
     for name, bias in biases.items():
-        into[f"{name}.bias"].copy_(factors @ bias)
+        into[f"{name}.bias"].add_(factors @ bias)
 
 
 def _named_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -107,13 +107,12 @@ def _contents(first: int, answers: list[bytes]) -> dict[int, RecordDict]:
 
 def _begin(environment: Mapping[str, str]) -> None:
     """In a worker: one thread each, and the environment of now, as its server may have begun in another."""
-    import torch
-
     import client.together  # noqa: F401
+    from simulations.threads import one_thread
 
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    one_thread()
     gc.freeze()  # what was imported is no garbage: not looked through again and again
 
 

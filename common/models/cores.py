@@ -117,33 +117,42 @@ class _GruThroughTime(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, from_input: Tensor, from_state: Tensor, states: Tensor, state_weight: Tensor
+        ctx: Any,
+        from_input: Tensor,
+        from_state: Tensor,
+        r_and_z: Tensor,
+        new: Tensor,
+        states: Tensor,
+        state_weight: Tensor,
     ) -> Tensor:
-        # from_input, from_state: [users, events, 3 hidden]; states: [users, events, hidden] h_t
-        ctx.save_for_backward(from_input, from_state, states, state_weight)
-        return states.clone()
+        # from_input, from_state: [users, events, 3 hidden]; r_and_z: [users, events, 2 hidden], after activation;
+        # new: [users, events, hidden] n_t; states: [users, events + 1, hidden], from h_0 on
+        ctx.save_for_backward(from_state, r_and_z, new, states, state_weight)
+        return states[:, 1:].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
         (grad_states,) = grads
-        from_input, from_state, states, state_weight = ctx.saved_tensors
-        a_r, a_z, a_n = from_input.chunk(3, dim=-1)
-        s_r, s_z, s_n = from_state.chunk(3, dim=-1)
-        r, z = torch.sigmoid(a_r + s_r), torch.sigmoid(a_z + s_z)
-        n = torch.tanh(a_n + r * s_n)
-        previous = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)  # h_{t-1}
-        to_z, to_n, to_r = (previous - n) * z * (1 - z), (1 - z) * (1 - n * n), s_n * r * (1 - r)
-        grad_input, grad_state = torch.empty_like(from_input), torch.empty_like(from_state)
-        carried = torch.zeros_like(states[:, 0])
-        for t in range(states.shape[1] - 1, -1, -1):
-            grad_h = grad_states[:, t] + carried
-            d_n = grad_h * to_n[:, t]
-            d_r, d_z = d_n * to_r[:, t], grad_h * to_z[:, t]
-            grad_input[:, t] = torch.cat([d_r, d_z, d_n], dim=-1)
-            of_state = torch.cat([d_r, d_z, d_n * r[:, t]], dim=-1)
-            grad_state[:, t] = of_state
-            carried = grad_h * z[:, t] + rows_times(of_state, state_weight)
-        return grad_input, grad_state, None, None
+        from_state, r_and_z, n, states, state_weight = ctx.saved_tensors
+        users, events, hidden = n.shape
+        r, z = r_and_z.chunk(2, dim=-1)
+        to_n = (1 - z) * (1 - n * n)
+        to_r = to_n * from_state[:, :, 2 * hidden :] * r * (1 - r)
+        to_z = (states[:, :-1] - n) * z * (1 - z)
+        to_state = torch.stack(
+            [to_r, to_z, to_n * r], dim=2
+        )  # [users, events, 3, hidden]: what comes to `from_state`
+        grad_state = torch.empty_like(from_state)
+        grad_gates = grad_state.view(users, events, 3, hidden)
+        grad_h, into_n = grad_states[:, -1], torch.empty_like(n)
+        for t in range(events - 1, -1, -1):
+            torch.mul(grad_h.unsqueeze(1), to_state[:, t], out=grad_gates[:, t])
+            torch.mul(grad_h, to_n[:, t], out=into_n[:, t])
+            if t:
+                carried = torch.addcmul(grad_states[:, t - 1], grad_h, z[:, t])
+                grad_h = rows_times(grad_state[:, t], state_weight, plus=carried)
+        grad_input = torch.cat([grad_state[:, :, : 2 * hidden], into_n], dim=-1)
+        return grad_input, grad_state, None, None, None, None
 
 
 class GruCore(_RecurrentCore):
@@ -164,19 +173,20 @@ class GruCore(_RecurrentCore):
         """x: [users, events, input_width] -> [users, events, hidden_width]."""
         from_input = self.input_map(x)  # [users, events, 3 hidden]
         weight = weight_of(self.state_map)
+        users, events, hidden = *x.shape[:2], self.hidden_width
         with torch.no_grad():
-            h = x.new_zeros(x.shape[0], self.hidden_width)
-            previous, states = [], []
-            for step in from_input.detach().unbind(dim=1):
-                previous.append(h)
-                a_r, a_z, a_n = step.chunk(3, dim=-1)
-                s_r, s_z, s_n = rows_times(h, weight.mT).chunk(3, dim=-1)
-                z = torch.sigmoid(a_z + s_z)
-                n = torch.tanh(a_n + torch.sigmoid(a_r + s_r) * s_n)
-                h = (1 - z) * n + z * h
-                states.append(h)
-            h_previous = torch.stack(previous, dim=1)  # [users, events, hidden]
-            h_all = torch.stack(states, dim=1)
-        from_state = self.state_map(h_previous)
-        result: Tensor = _GruThroughTime.apply(from_input, from_state, h_all, weight)  # type: ignore[no-untyped-call]
+            r_and_z, n = from_input.new_empty(users, events, 2 * hidden), x.new_empty(users, events, hidden)
+            h = x.new_zeros(users, events + 1, hidden)  # h_{t-1} at t
+            hs = h.unbind(dim=1)
+            steps = zip(from_input.unbind(dim=1), r_and_z.unbind(dim=1), n.unbind(dim=1), strict=True)
+            for t, (inwards, gates, new) in enumerate(steps):
+                of_state = rows_times(hs[t], weight.mT)
+                torch.add(inwards[:, : 2 * hidden], of_state[:, : 2 * hidden], out=gates).sigmoid_()
+                r, z = gates.chunk(2, dim=-1)
+                torch.addcmul(inwards[:, 2 * hidden :], r, of_state[:, 2 * hidden :], out=new).tanh_()
+                torch.lerp(new, hs[t], z, out=hs[t + 1])
+        from_state = self.state_map(h[:, :-1])
+        result: Tensor = _GruThroughTime.apply(  # type: ignore[no-untyped-call]
+            from_input, from_state, r_and_z, n, h, weight
+        )
         return result

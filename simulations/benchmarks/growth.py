@@ -31,6 +31,7 @@ from server.aggregation import mean
 from simulations.benchmarks.steps import Setting as StepSetting
 from simulations.benchmarks.steps import built
 from simulations.benchmarks.table import DOCUMENT, add_to_document, machine
+from simulations.threads import one_thread
 
 Work = Callable[[], object]
 
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     lines = ["| what | grows with | sizes | from | to | exponent |", "|---|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for growth in growths(Path(folder)):

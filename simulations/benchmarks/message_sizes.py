@@ -31,6 +31,7 @@ from server.registry import Registry
 from simulations.benchmarks.precision import PLAIN, WIRES
 from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
 from simulations.datasets import load_movielens_100k
+from simulations.threads import one_thread
 
 _NONCE = "ab" * 16
 _MOST = 0.02
@@ -166,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     rows = [row for mode in ("lora", "vectors") for row in rows_of(mode, *measure(mode))]
     command = "python -m simulations.benchmarks.message_sizes"
     section = "\n".join(

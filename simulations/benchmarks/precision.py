@@ -21,6 +21,7 @@ from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_tabl
 from simulations.grid.cells import ALONE, BENCHES, TEN, WHOLE, BenchData, built_for, data_of, plan_of
 from simulations.grid.learning import learn
 from simulations.grid.protocols import judge
+from simulations.threads import one_thread
 
 WIRES = {
     "float32": WirePlan(),
@@ -131,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.draws < 2:
         parser.error(f"--draws is {arguments.draws}, but a standard error needs 2: give more")
-    torch.set_num_threads(1)
+    one_thread()
     for recipe in RECIPES:
         section = section_of(recipe, measure(recipe, arguments.draws))
         print(section)

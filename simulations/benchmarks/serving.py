@@ -15,6 +15,7 @@ import torch
 from common.config import make_plan
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
+from simulations.threads import one_thread
 
 
 def median_milliseconds(work: Callable[[], object], repeats: int) -> float:
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     print(json.dumps(measure(arguments.items, arguments.repeats, arguments.batch)))
 
 

@@ -33,6 +33,7 @@ from common.models.item_vectors import item_vectors
 from common.models.language_model import load_language_model
 from common.privacy.noise import SecureGaussian, private_sum
 from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_table, machine
+from simulations.threads import one_thread
 
 PLAIN, OWN, HOOKS, GHOST = "plain PyTorch", "Fedtide", "Opacus hooks", "Opacus ghost"
 STOCK_TURNS = 5
@@ -224,7 +225,7 @@ def _resident(key: str) -> float:
 
 
 def _peak(setting: Setting, way: str, answer: multiprocessing.Queue[float]) -> None:
-    torch.set_num_threads(1)
+    one_thread()
     step = stepper(setting, way)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most begins anew
@@ -278,7 +279,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=27)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     rows = measure(given.turns)
     text = (
         f"`python -m simulations.benchmarks.steps`, {machine()}; torch {torch.__version__}, opacus "

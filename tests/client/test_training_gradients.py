@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from client.bookkeeping import (
     RowsAreNotUsersError,
     _Factored,
     _Gradients,
-    _gram,
+    _gram_of,
     _is_small,
+    _scaled,
     clipped_sums,
 )
 from client.training import (
@@ -190,14 +192,26 @@ SIZES = [(1, 7, 9), (3, 50, 40), (60, 5, 4), (20, 4, 30)]
 """Places, inputs, outputs."""
 
 
-def as_factors(a: Tensor, g: Tensor) -> _Factored:
-    return _Factored(a.double(), g.double(), _gram)
+Form = Callable[[Tensor, Tensor], _Factored | _Gradients]
+
+
+def squared_norms_of(held: _Factored | _Gradients, users: slice) -> Tensor:
+    return held.squared_norms(users, partial(_gram_of, users))
+
+
+def sum_of(held: _Factored | _Gradients, factors: Tensor, sizes: tuple[int, int], at_once: int) -> Tensor:
+    """The weighted sum [outputs, inputs], a few users at a time."""
+    total = torch.zeros(*sizes, dtype=torch.float64)
+    for first in range(0, len(factors), at_once):
+        part = slice(first, min(first + at_once, len(factors)))
+        held.add_to(total, part, factors[part], partial(_scaled, part, factors))
+    return total
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("form", "room"), [(as_factors, 1e-7), (_Gradients, 2e-6)])
+@pytest.mark.parametrize(("form", "room"), [(_Factored, 1e-7), (_Gradients, 2e-6)])
 def test_norms_and_sums_are_the_same_in_both_forms(
-    form: Callable[[Tensor, Tensor], _Factored | _Gradients], room: float, sizes: tuple[int, int, int]
+    form: Form, room: float, sizes: tuple[int, int, int]
 ) -> None:
     places, inputs, outputs = sizes
     generator = torch.Generator().manual_seed(0)
@@ -207,10 +221,12 @@ def test_norms_and_sums_are_the_same_in_both_forms(
     factors = torch.tensor([0.5, 0.0, 1.0, 2.0, 0.1], dtype=torch.float64)
     held = form(a, g)
     wanted = rows.flatten(1).square().sum(dim=1)
-    torch.testing.assert_close(held.squared_norms(), wanted, rtol=room, atol=0)
+    for users in (slice(0, 5), slice(3, 5)):
+        torch.testing.assert_close(squared_norms_of(held, users), wanted[users], rtol=room, atol=0)
     summed = torch.einsum("u,uoi->oi", factors, rows)
-    found = held.weighted_sum(factors, lambda g: g * factors.view(-1, 1, 1))
-    assert float((found - summed).norm()) <= room * float(summed.norm())
+    for at_once in (5, 2):
+        found = sum_of(held, factors, (outputs, inputs), at_once)
+        assert float((found - summed).norm()) <= room * float(summed.norm())
 
 
 def test_each_form_is_taken_somewhere() -> None:
@@ -218,9 +234,9 @@ def test_each_form_is_taken_somewhere() -> None:
     assert taken == [False, False, True, True]
 
 
-@pytest.mark.parametrize("form", [as_factors, _Gradients])
+@pytest.mark.parametrize("form", [_Factored, _Gradients])
 def test_a_user_whose_places_cancel_still_adds_no_more_than_c(
-    form: Callable[[Tensor, Tensor], _Factored | _Gradients], monkeypatch: pytest.MonkeyPatch
+    form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two places are large and each other's opposite: a Gram sum sees nothing of the third in their rounding."""
     generator = torch.Generator().manual_seed(0)
@@ -231,14 +247,13 @@ def test_a_user_whose_places_cancel_still_adds_no_more_than_c(
     def most() -> float:
         """What the user who adds the most adds, in clip norms."""
         held = form(a, g)
-        factors = (1 / held.squared_norms().sqrt()).clamp(max=1.0)
+        factors = (1 / squared_norms_of(held, slice(0, 50)).sqrt()).clamp(max=1.0)
         each = [torch.where(torch.arange(50) == user, factors, 0.0) for user in range(50)]
-        sums = [held.weighted_sum(f, lambda g, f=f: g * f.view(-1, 1, 1)) for f in each]  # type: ignore[misc]
-        return max(float(total.norm()) for total in sums)
+        return max(float(sum_of(held, f, (40, 30), 16).norm()) for f in each)
 
     assert most() <= 1 + 1e-9
     monkeypatch.setattr("client.bookkeeping._rounding", lambda *_: 0.0)
-    if form is as_factors:
+    if form is _Factored:
         assert most() > 10  # without room for rounding
     else:
         assert most() == pytest.approx(1)  # the norm is that of the very numbers that are summed
