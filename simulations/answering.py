@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from server.runs import RunError
-from simulations.forking import WORKERS_FROM, worker_context
+from simulations.forking import worker_context, workers_of
 from simulations.inline import AnswerTogether
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ def answering(sites: int) -> Iterator[AnswerTogether | None]:
     Raises:
         RunError: inside, a worker died.
     """
-    workers = os.cpu_count() or 1
+    workers = workers_of(sites)
     if sites < TOGETHER_FROM:
         yield None
-    elif sites < WORKERS_FROM or workers == 1:
+    elif workers == 1:
         yield _in_this_process
     else:
         with ProcessPoolExecutor(workers, worker_context(), _begin, (dict(os.environ),)) as pool:

@@ -19,8 +19,13 @@ def worker_context() -> ForkServerContext:
     return context
 
 
+def workers_of(sites: int) -> int:
+    """The processes that so many sites of a simulation train in: one for each core, or this one alone."""
+    return os.cpu_count() or 1 if sites >= WORKERS_FROM else 1
+
+
 def begin_importing(sites: int) -> None:
-    """Starts the server where so many sites will get workers: it imports while this process does other things."""
-    if sites >= WORKERS_FROM and (os.cpu_count() or 1) > 1:
+    """Starts the server where so many sites get workers: it imports while this process does other things."""
+    if workers_of(sites) > 1:
         worker_context()
         forkserver.ensure_running()

@@ -113,8 +113,12 @@ def lora_model(lm: LanguageModel, texts: list[str], *, train_down: bool, most_to
     return model
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 32])
 @pytest.mark.parametrize("item_prior", [True, False])
-def test_rows_are_users_with_frozen_item_vectors(item_prior: bool) -> None:
+def test_rows_are_users_with_frozen_item_vectors(
+    item_prior: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.bookkeeping._AT_ONCE", at_once)
     model = a_model(item_prior=item_prior)
     moved(model)
     assert_rows_are_users(model, batch_of(RAGGED, 7), room=1e-5)

@@ -230,8 +230,12 @@ def a_touchy_model(kind: type[Recommend] = Recommend) -> tuple[Recommend, Histor
     return model, batch_of([[(7 * user + 3 * event) % 300 for event in range(32)] for user in range(12)], 32)
 
 
-def test_a_user_moves_the_sum_by_c_however_many_others_there_are_and_whatever_was_broadcast() -> None:
+@pytest.mark.parametrize("at_once", [5, 32])
+def test_a_user_moves_the_sum_by_c_however_many_others_there_are_and_whatever_was_broadcast(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """BLAS takes other kernels for one row, for three and for many: seen to move other users' gradients by 2.6 C."""
+    monkeypatch.setattr("client.bookkeeping._AT_ONCE", at_once)
     assert movements_by_one_more(*a_touchy_model()) == pytest.approx([1.0] * 12, abs=1e-6)
 
 

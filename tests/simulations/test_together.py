@@ -130,7 +130,7 @@ def test_a_plan_may_ask_a_part_of_the_sites_each_round(tmp_path: Path, together:
 
 def test_sites_may_answer_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulations.answering, "TOGETHER_FROM", 2)
-    monkeypatch.setattr(simulations.answering, "WORKERS_FROM", 2)
+    monkeypatch.setattr(simulations.forking, "WORKERS_FROM", 2)
     monkeypatch.setattr(simulations.answering.os, "cpu_count", lambda: 2)
     outcome = tiny_run(tmp_path, plan={"privacy": FAST})
     assert charged(outcome) == [["released"] * 2] * SITES
@@ -139,7 +139,7 @@ def test_sites_may_answer_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_worker_that_dies_ends_the_run_with_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulations.answering, "TOGETHER_FROM", 2)
-    monkeypatch.setattr(simulations.answering, "WORKERS_FROM", 2)
+    monkeypatch.setattr(simulations.forking, "WORKERS_FROM", 2)
     monkeypatch.setattr(simulations.answering.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(simulations.answering, "_begin", os.abort)
     with pytest.raises(RunError, match="a worker of the simulation died"):
@@ -150,7 +150,7 @@ def test_so_does_one_that_died_before_it_was_asked(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise BrokenProcessPool
 
-    monkeypatch.setattr(simulations.answering, "WORKERS_FROM", 2)
+    monkeypatch.setattr(simulations.forking, "WORKERS_FROM", 2)
     monkeypatch.setattr(simulations.answering.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(simulations.answering.ProcessPoolExecutor, "submit", broken)
     with (
