@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -148,7 +149,8 @@ def _gram(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x @ x.mT
     rows = x.numpy()
-    return torch.from_numpy(rows @ rows.swapaxes(1, 2))
+    with np.errstate(all="ignore"):  # or a warning would tell of a user whose numbers are none
+        return torch.from_numpy(rows @ rows.swapaxes(1, 2))
 
 
 def _gram_of(users: slice, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from client.bookkeeping import (
     _is_small,
     _scaled,
     clipped_sums,
+    squared_norms,
 )
 from client.training import (
     UnvouchedLayerError,
@@ -294,7 +295,12 @@ def test_a_model_that_is_wrong_about_which_inputs_are_trained_through_is_refused
         check_rows_are_users(a_model(Lying))
 
 
-def test_a_user_whose_gradient_is_not_finite_adds_nothing_in_one_pass() -> None:
+@pytest.mark.parametrize("small", [True, False], ids=["made", "factored"])
+def test_a_user_whose_gradient_is_not_finite_adds_nothing_in_one_pass(
+    small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.bookkeeping._is_small", lambda a, g: small)
+
     class Spoilt(Recommend):
         def per_user_loss(self, batch: HistoryBatch) -> Tensor:
             spoilt = torch.where(batch.items[:, 0] == RAGGED[1][0], float("inf"), 1.0)
@@ -308,6 +314,16 @@ def test_a_user_whose_gradient_is_not_finite_adds_nothing_in_one_pass() -> None:
     with clipped_sums(honest) as clipped:
         wanted = clipped(batch_of(RAGGED[:1] + RAGGED[2:], 7), CLIP)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * CLIP)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [float("inf"), 1e300])
+def test_no_warning_tells_of_a_user_whose_numbers_are_none(size: float) -> None:
+    rows = torch.ones(2, 5, 40, dtype=torch.float64)
+    rows[1] = size
+    rows[1, 0, 0] = -size
+    norms = squared_norms(rows, rows)
+    assert norms.isfinite().tolist() == [True, False]
 
 
 def test_no_rows_are_gradients_of_no_users() -> None:
