@@ -302,10 +302,13 @@ def _named_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str,
 
 
 @contextmanager
-def clipped_sums(model: InterestModel) -> Iterator[ClippedSum]:
+def clipped_sums(model: InterestModel, at_once: int = 0) -> Iterator[ClippedSum]:
     """Gives a function from a batch of users to the sum of their gradients, each clipped to C as a whole.
 
     The model is changed inside alone: its trainable Linear layers record. What else is trainable is refused.
+
+    Args:
+        at_once: users of the largest batch, see `HistoryBatch.evened`.
 
     Raises:
         RowsAreNotUsersError: something else than recording layers' weights and biases is trainable; or, from the
@@ -332,7 +335,7 @@ def clipped_sums(model: InterestModel) -> Iterator[ClippedSum]:
             return torch.zeros(coordinates, dtype=torch.float64, device=device)
         for layer in layers:
             layer.calls.clear()
-        batch = batch.evened()
+        batch = batch.evened(at_once)
         losses = model.per_user_loss(batch)
         if losses.shape != (len(batch),):
             raise RowsAreNotUsersError(

@@ -186,9 +186,8 @@ def release_metrics(
         chosen = rows[start : start + users_at_once]
         items, times = histories.padded(chosen, plan.model.max_events)
         with torch.no_grad():
-            batch = HistoryBatch.of(
-                items, times, device
-            ).evened()  # no rank may turn on how many users there are
+            # No rank may turn on how many users there are.
+            batch = HistoryBatch.of(items, times, device).evened(users_at_once)
             scores = model.scores(batch)[: len(chosen)].cpu().numpy().astype(np.float64)
         # A failure would tell of the user whose scores overflow; the worst rank is a contribution like another.
         scores = np.nan_to_num(scores, nan=-1e30, posinf=1e30, neginf=-1e30)

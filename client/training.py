@@ -352,7 +352,7 @@ def train_round(
     prepared = histories
     if histories.token_states is None:
         prepared = prepare_histories(model, histories, settings.micro_batch)
-    with clipped_sums(model) as clipped:
+    with clipped_sums(model, settings.micro_batch) as clipped:
         for step in range(settings.steps):
             taken = torch.as_tensor(np.flatnonzero(sampler.sample(len(histories), settings.sampling_rate)))
             total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
@@ -375,7 +375,8 @@ def prepare_histories(model: InterestModel, histories: HistoryBatch, micro_batch
         return model.prepare(histories)
     index = torch.arange(len(histories), device=histories.items.device)
     prepared = [
-        model.prepare(histories.rows(chunk).evened()).first(len(chunk)) for chunk in index.split(micro_batch)
+        model.prepare(histories.rows(chunk).evened(micro_batch)).first(len(chunk))
+        for chunk in index.split(micro_batch)
     ]
     return concatenate(prepared)
 

@@ -19,6 +19,11 @@ the same numbers are added in another order at another place of the batch. So do
 plan's widths are multiples of 4."""
 
 
+def kernels_go_by_shape(device: torch.device) -> bool:
+    """Whether a device's libraries may take another kernel, which rounds otherwise, for any other number of rows."""
+    return device.type != "cpu"
+
+
 @dataclass(frozen=True)
 class HistoryBatch:
     """Histories of some users, oldest event first, padded on the right.
@@ -78,14 +83,18 @@ class HistoryBatch:
         """The first users."""
         return self._each(lambda tensor: tensor[:users])
 
-    def evened(self) -> HistoryBatch:
+    def evened(self, at_once: int = 0) -> HistoryBatch:
         """The same with its first user repeated at the end, up to a multiple of EVEN rows, and room for more events.
 
         A user's numbers then do not depend, even by rounding, on how many others there are, nor on the place among
         them. Whoever asks for this takes the results' first rows alone.
+
+        Args:
+            at_once: users of the largest batch. Where kernels are chosen by a batch's shape, all get as many rows.
         """
         users, wide = len(self), self.with_even_events()
-        lacking = -users % EVEN
+        rows = max(users, at_once) if kernels_go_by_shape(self.items.device) else users
+        lacking = rows - users + -rows % EVEN
         if lacking == 0:
             return wide
         index = torch.arange(users + lacking, device=self.items.device)

@@ -117,6 +117,7 @@ def build_model(
                 train_down=plan.lora_train_down,
                 most_tokens=plan.most_tokens,
                 seed=plan.seed,
+                precision=getattr(torch, plan.frozen_precision),
                 cache=cache,
             )
         task = make_task(plan, public.vectors, categories)

@@ -71,6 +71,7 @@ class HistoryEncoder(nn.Module):
         most_tokens: tokens of a history that are read; the most recent whole events that fit.
         tokens_per_item: an item's text is cut after these.
         seed: of A.
+        precision: of frozen weights, and of what they compute; adapters, and what they compute, are float32.
         cache: where the texts' tokens are kept, by content; None to cut the texts anew.
     """
 
@@ -90,10 +91,11 @@ class HistoryEncoder(nn.Module):
         most_tokens: int = 256,
         tokens_per_item: int = 16,
         seed: int = 0,
+        precision: torch.dtype = torch.float32,
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        model = copy.deepcopy(lm.model)
+        model = copy.deepcopy(lm.model).to(precision)
         layers = transformer_layers(model)
         if not 1 <= top_layers <= len(layers):
             raise LanguageModelError(
@@ -111,6 +113,7 @@ class HistoryEncoder(nn.Module):
                 "use frozen item vectors with it"
             )
         self.model = model
+        self.precision = precision
         self.causal = lm.causal
         self.most_tokens = min(most_tokens, lm.most_tokens)
         self._top = top_layers
@@ -154,8 +157,8 @@ class HistoryEncoder(nn.Module):
         see = see | torch.eye(
             tokens, dtype=torch.bool, device=see.device
         )  # padding sees itself: no empty row
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros(see.shape, device=see.device).masked_fill(~see, lowest).unsqueeze(1)
+        nothing = torch.zeros(see.shape, dtype=self.precision, device=see.device)
+        return nothing.masked_fill(~see, torch.finfo(self.precision).min).unsqueeze(1)
 
     @torch.no_grad()
     def lower(self, batch: HistoryBatch) -> HistoryBatch:
@@ -174,7 +177,7 @@ class HistoryEncoder(nn.Module):
 
     def lower_key(self, items: Tensor) -> str:
         """For caches: a digest of all that the lower layers' states of these histories depend on."""
-        how = (self._digest, self._top, self.most_tokens, items.shape, self.item_tokens.shape)
+        how = (self._digest, self._top, self.most_tokens, self.precision, items.shape, self.item_tokens.shape)
         key = hashlib.sha256(repr(how).encode())
         for tensor in (self.item_tokens, items):
             key.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -196,11 +199,11 @@ class HistoryEncoder(nn.Module):
             pass
         finally:
             handle.remove()
-        return kept[0].detach()
+        return kept[0].detach().float()
 
     def _above(self, states: Tensor, token_events: Tensor) -> Tensor:
         """[users, tokens, encoder width]: the model's last states, from what enters the first top layer."""
-        with _only_top_layers(self.model, self._top, states):
+        with _only_top_layers(self.model, self._top, states.to(self.precision)):
             # Which ids stand here does not matter: `states` takes the place of what becomes of them.
             return self._whole(torch.zeros_like(token_events), token_events)
 
@@ -208,7 +211,7 @@ class HistoryEncoder(nn.Module):
         states: Tensor = self.model(
             input_ids=ids, attention_mask=self._attention(token_events), use_cache=False
         ).last_hidden_state
-        return states
+        return states.float()
 
     @torch.no_grad()
     def _check_reading(self, vocabulary: int) -> None:

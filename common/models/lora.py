@@ -22,7 +22,7 @@ def is_adapter(name: str) -> bool:
 
 
 class LoraLinear(nn.Module):
-    """base(x) + scale * lora_up(lora_down(x)), with `lora_up` zero at the start."""
+    """base(x) + scale * lora_up(lora_down(x)), with `lora_up` zero at the start; float32 whatever the base is."""
 
     def __init__(self, base: nn.Module, *, rank: int, train_down: bool, generator: torch.Generator) -> None:
         super().__init__()
@@ -47,7 +47,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [users, tokens, inputs] -> [users, tokens, outputs]."""
-        result: Tensor = self.base(x) + self.scale * self.lora_up(self.lora_down(x))
+        added = self.scale * self.lora_up(self.lora_down(x.to(self.lora_down.weight.dtype)))
+        result: Tensor = self.base(x) + added.to(x.dtype)
         return result
 
 

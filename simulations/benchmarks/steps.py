@@ -3,17 +3,20 @@
 The same family, loss and users in four ways: plain PyTorch (torch's own LSTM or GRU, SGD), Fedtide's step (clip, noise
 from the cryptographic generator, descent), and stock Opacus with its DPLSTM or DPGRU, by hooks and by ghost clipping.
 Steps of all ways take turns in one process, and ratios are medians over turns, of CPU time; peak memory is of one
-process for each way, beyond the built model.
+process for each way, beyond the built model. With --device cuda, time is the wall's until the device is done, memory
+is the device's, and adapters are trained with the frozen part in bfloat16, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 from client.bookkeeping import clipped_sums
 from client.training import _descend
@@ -50,6 +54,7 @@ class Setting:
         items: of the catalog.
         negatives: public ones that the loss ranks beside the target; None for the whole catalog.
         lora: whether histories are read by MiniLM with adapters on its top two layers, the lower ones cached.
+        precision: of what is frozen in MiniLM.
         most: the largest ratio to plain PyTorch that is wanted, or None.
     """
 
@@ -61,10 +66,12 @@ class Setting:
     items: int = 1682
     negatives: int | None = None
     lora: bool = False
+    precision: str = "float32"
     most: float | None = None
 
     def __str__(self) -> str:
         read = f"LoRA over cached layers, {self.core}" if self.lora else f"head, {self.core}"
+        read += "" if self.precision == "float32" else f", frozen part in {self.precision}"
         ranked = "" if self.negatives is None else f", {self.negatives} negatives"
         return f"{read}, {self.width} wide, state {self.hidden}{ranked}"
 
@@ -77,6 +84,8 @@ SETTINGS = (
     Setting("lstm", users=32, items=400, lora=True, most=1.10),
 )
 """The plan's default sizes; a language model's full width; that with a loss that costs little; adapters."""
+
+IN_BFLOAT16 = Setting("lstm", users=32, items=400, lora=True, precision="bfloat16", most=1.10)
 
 
 class Stock(nn.Module):
@@ -110,7 +119,8 @@ def built(setting: Setting, way: str) -> Recommend:
         words = ("red", "old", "blue", "small", "lamp", "chair", "story", "river", "coat", "clock")
         texts = [f"{words[i % 10]} {words[i // 10 % 10]} {words[i // 100]}" for i in range(setting.items)]
         public = item_vectors(lm, texts, setting.width)
-        encoder = HistoryEncoder(lm, texts, public.projection, most_tokens=160)
+        precision = getattr(torch, setting.precision)
+        encoder = HistoryEncoder(lm, texts, public.projection, most_tokens=160, precision=precision)
         vectors = public.vectors
     else:
         vectors = normalize(torch.randn(setting.items, setting.width), dim=-1)
@@ -131,10 +141,10 @@ def built(setting: Setting, way: str) -> Recommend:
     return model.train()
 
 
-def stepper(setting: Setting, way: str) -> Step:
+def stepper(setting: Setting, way: str, device: str) -> Step:
     """One step of a way, over all users of the batch."""
-    model = built(setting, way)
-    batch = model.prepare(histories(setting))
+    model = built(setting, way).to(device)
+    batch = model.prepare(histories(setting).to(device))
     return {PLAIN: _plain, OWN: _own, HOOKS: _hooks, GHOST: _ghost}[way](model, batch)
 
 
@@ -201,16 +211,34 @@ def _ghost(model: InterestModel, batch: HistoryBatch) -> Step:
     return step
 
 
-def ratios(setting: Setting, turns: int, ways: tuple[str, ...]) -> tuple[float, dict[str, float]]:
+def keep_memory() -> None:
+    """Lets glibc keep what is given back: else steps pay for pages or not, by chance, whichever way they go."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
+def now(device: str) -> float:
+    """Seconds: of this process' CPU time, or until the device has done all that it was given."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratios(
+    setting: Setting, turns: int, ways: tuple[str, ...], device: str
+) -> tuple[float, dict[str, float]]:
     """Milliseconds of a plain step, and way -> median ratio to it."""
-    steps = {way: stepper(setting, way) for way in ways}
+    steps = {way: stepper(setting, way, device) for way in ways}
     spent: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(turns + 1):
         for way, step in steps.items():
-            began = time.process_time()
+            began = now(device)
             step()
             if turn:  # the first one warms up
-                spent[way].append(time.process_time() - began)
+                spent[way].append(now(device) - began)
     found = {
         way: statistics.median(own / plain for own, plain in zip(spent[way], spent[PLAIN], strict=True))
         for way in ways
@@ -224,10 +252,17 @@ def _resident(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def _peak(setting: Setting, way: str, answer: multiprocessing.Queue[float]) -> None:
+def _peak(setting: Setting, way: str, device: str, answer: multiprocessing.Queue[float]) -> None:
     one_thread()
-    step = stepper(setting, way)
+    step = stepper(setting, way, device)
     gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        began = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step()
+        answer.put((torch.cuda.max_memory_allocated() - began) / 2**20)
+        return
     Path("/proc/self/clear_refs").write_text("5")  # the most begins anew
     before = _resident("VmRSS")
     for _ in range(3):
@@ -235,33 +270,83 @@ def _peak(setting: Setting, way: str, answer: multiprocessing.Queue[float]) -> N
     answer.put(_resident("VmHWM") - before)
 
 
-def peak_megabytes(setting: Setting, way: str) -> float:
-    """Growth of the largest resident size over three steps, in a process of its own."""
+def peak_megabytes(setting: Setting, way: str, device: str) -> float:
+    """Growth of the largest resident size, or of the device's memory, over three steps in a process of its own."""
     context = multiprocessing.get_context("spawn")
     answer: multiprocessing.Queue[float] = context.Queue()
-    process = context.Process(target=_peak, args=(setting, way, answer))
+    process = context.Process(target=_peak, args=(setting, way, device, answer))
     process.start()
     found = answer.get(timeout=600)
     process.join()
     return found
 
 
-def measure(turns: int) -> list[Row]:
+def tokens_of(setting: Setting) -> int:
+    """Tokens that the top layers read in a step."""
+    encoder = built(setting, OWN).encoder
+    assert encoder is not None
+    return int((encoder.token_sequences(histories(setting).items)[1] >= 0).sum())
+
+
+def operations_of(setting: Setting, device: str) -> int:
+    """Floating-point operations of the matrix products in a plain step, as torch counts them."""
+    step = stepper(setting, PLAIN, device)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def fastest_product(precision: str, device: str) -> float:
+    """Floating-point operations a second of one large matrix product, of nine the fastest: what the device can do."""
+    size = 1024 if device == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device).to(getattr(torch, precision))
+    spent = []
+    for _ in range(9):
+        began = now(device)
+        matrix @ matrix
+        spent.append(now(device) - began)
+    return 2 * size**3 / min(spent)
+
+
+def of_tokens(setting: Setting, device: str, plain: float, ratio: float) -> list[Row]:
+    """Rows about how fast adapters are trained.
+
+    Args:
+        plain: seconds of a plain step.
+        ratio: Fedtide's to that.
+    """
+    tokens = tokens_of(setting)
+    share = operations_of(setting, device) / plain / fastest_product(setting.precision, device)
+    return [
+        Row(
+            f"{setting}: tokens a second, {OWN} (plain)",
+            f"{tokens / plain / ratio:,.0f} ({tokens / plain:,.0f})",
+        ),
+        Row(
+            f"{setting}: share of what this device's largest products reach, {OWN} (plain)",
+            f"{share / ratio:.0%} ({share:.0%})",
+        ),
+    ]
+
+
+def measure(turns: int, device: str) -> list[Row]:
     """The rows of the table."""
     rows = []
-    for setting in SETTINGS:
+    for setting in SETTINGS if device == "cpu" else (*SETTINGS, IN_BFLOAT16):
         stock = (HOOKS, GHOST) if setting.width == 64 else (HOOKS,)
-        ms, found = ratios(setting, turns, (PLAIN, OWN))
-        _, found_stock = ratios(setting, STOCK_TURNS, (PLAIN, *stock))
+        ms, found = ratios(setting, turns, (PLAIN, OWN), device)
+        _, found_stock = ratios(setting, STOCK_TURNS, (PLAIN, *stock), device)
         found = found_stock | found
         wanted = None if setting.most is None else f"<= {setting.most:.2f}"
         met = None if setting.most is None else found[OWN] <= setting.most
         rows.append(Row(f"{setting}: Fedtide / plain ({ms:.0f} ms)", f"{found[OWN]:.2f}", wanted, met))
         rows += [Row(f"{setting}: {way} / plain", f"{found[way]:.2f}") for way in stock]
+        if setting.lora:
+            rows += of_tokens(setting, device, ms / 1000, found[OWN])
         if not setting.lora and setting.core == "lstm":
             faster = found[HOOKS] / found[OWN]
             rows.append(Row(f"{setting}: {HOOKS} / Fedtide", f"{faster:.1f}", ">= 8", faster >= 8))
-            own, plain, hooks = (peak_megabytes(setting, way) for way in (OWN, PLAIN, HOOKS))
+            own, plain, hooks = (peak_megabytes(setting, way, device) for way in (OWN, PLAIN, HOOKS))
             rows.append(
                 Row(
                     f"{setting}: peak memory, Fedtide / plain ({plain:.0f} MB; {HOOKS} {hooks:.0f} MB)",
@@ -278,19 +363,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=27)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no GPU here: leave it out for the CPU")
     one_thread()
-    rows = measure(given.turns)
+    keep_memory()
+    rows = measure(given.turns, given.device)
+    gpu = "" if given.device == "cpu" else f", {torch.cuda.get_device_name()}"
+    command = "python -m simulations.benchmarks.steps" + (" --device cuda" if gpu else "")
     text = (
-        f"`python -m simulations.benchmarks.steps`, {machine()}; torch {torch.__version__}, opacus "
-        f"{version('opacus')}, one thread. Ratios of CPU time, medians of {given.turns} turns "
+        f"`{command}`, {machine()}{gpu}; torch {torch.__version__}, opacus "
+        f"{version('opacus')}, one thread. Ratios of {'wall' if gpu else 'CPU'} time, medians of {given.turns} turns "
         f"(Opacus: {STOCK_TURNS}). Steps of 64 users "
         "(LoRA: 32) with 32 events, over 1,682 items (LoRA: 400). Plain: torch's own LSTM or GRU and SGD; Opacus: its "
         "DPLSTM or DPGRU. Where the loss ranks the whole catalog, it is most of a small model's step whichever way, "
         "and no way can be many times faster than another. At a language model's full width, what Fedtide takes beyond "
         "plain is above all the sums' float64 products, which keep one user's clipped gradient that user's own."
     )
-    section = "\n".join(["## A private step", "", text, "", *as_table(rows), ""])
+    title = "## A private step on a GPU" if gpu else "## A private step"
+    section = "\n".join([title, "", text, "", *as_table(rows), ""])
     print(section)
     if not given.no_document:
         add_to_document(section)

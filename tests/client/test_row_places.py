@@ -69,6 +69,11 @@ def test_it_is_so_with_every_core(core: str, folder: Path, monkeypatch: pytest.M
     assert spellings(a_subject(folder, "recommend", "vectors", "cpu", core=core), monkeypatch) == 1
 
 
+def test_it_is_so_with_a_frozen_part_in_bfloat16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = a_subject(folder, "recommend", "lora", "cpu", frozen_precision="bfloat16")
+    assert spellings(subject, monkeypatch) == 1
+
+
 def test_one_that_depends_on_the_row_would_be_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = a_subject(folder, "recommend", "vectors", "cpu")
     loss = subject.model.per_user_loss

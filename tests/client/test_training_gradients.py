@@ -95,7 +95,14 @@ def assert_one_pass_gives_the_rows_sum(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def lora_model(lm: LanguageModel, texts: list[str], *, train_down: bool, most_tokens: int = 20) -> Recommend:
+def lora_model(
+    lm: LanguageModel,
+    texts: list[str],
+    *,
+    train_down: bool,
+    most_tokens: int = 20,
+    precision: torch.dtype = torch.float32,
+) -> Recommend:
     public = embed(lm, texts, 6)
     encoder = HistoryEncoder(
         lm,
@@ -106,6 +113,7 @@ def lora_model(lm: LanguageModel, texts: list[str], *, train_down: bool, most_to
         train_down=train_down,
         most_tokens=most_tokens,
         seed=3,
+        precision=precision,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -163,6 +171,15 @@ def test_rows_are_users_with_adapters(architecture: str, train_down: bool) -> No
     per_layer = 1 if architecture == "gpt2" else 2  # GPT-2 has query, key and value in one projection
     assert len(adapters) == 2 * per_layer * (2 if train_down else 1)
     assert all(".lora_up." in name or (train_down and ".lora_down." in name) for name in adapters)
+    assert_rows_are_users(model, HistoryBatch(*histories(RAGGED)), room=2e-5)
+    check_rows_are_users(model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_are_users_over_a_frozen_part_in_bfloat16(architecture: str) -> None:
+    lm = tiny_language_model(architecture)
+    model = lora_model(lm, TEXTS, train_down=True, precision=torch.bfloat16)
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
     assert_rows_are_users(model, HistoryBatch(*histories(RAGGED)), room=2e-5)
     check_rows_are_users(model)
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
-from client.training import clipped_sum, prepare_histories, train_round
+from client.bookkeeping import clipped_sums
+from client.training import check_rows_are_users, clipped_sum, prepare_histories, train_round
 from common.models import batches
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
@@ -23,6 +25,7 @@ from tests.client.training_cases import (
     SETTINGS,
     Everyone,
     SeededGaussian,
+    SeededSampler,
     a_model,
     batch_of,
     flat,
@@ -254,6 +257,54 @@ def test_a_users_rounding_that_depends_on_how_many_others_there_are_would_be_cau
     assert max(movements_by_one_more(model, batch)) > 1.5
 
 
+def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.models.batches.kernels_go_by_shape", lambda device: True)
+
+
+def test_where_kernels_go_by_shape_all_batches_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's libraries do: another number of rows, another rounding, which parameters far off make large."""
+
+    class ShapesKernel(Recommend):
+        def event_vectors(self, batch: HistoryBatch) -> Tensor:
+            return super().event_vectors(batch) * (1.0 + len(batch) * 2**-22)
+
+    model, batch = a_touchy_model(ShapesKernel)
+
+    def most(at_once: int) -> float:
+        with clipped_sums(model, at_once) as clipped:
+            sums = [clipped(batch.rows(torch.arange(users)), CLIP) for users in range(1, len(batch) + 1)]
+        return max(float((after - before).norm()) / CLIP for before, after in pairwise(sums))
+
+    assert most(16) > 1.5  # as on a CPU, whose kernels are another matter
+    on_an_accelerator(monkeypatch)
+    assert most(16) <= 1 + 1e-6
+    assert most(0) > 1.5
+
+
+def test_a_round_on_an_accelerator_gives_every_step_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Noting(Recommend):
+        def per_user_loss(self, batch: HistoryBatch) -> Tensor:
+            seen.append(len(batch))
+            return super().per_user_loss(batch)
+
+    def shapes() -> tuple[set[int], npt.NDArray[np.float64]]:
+        model, settings = a_model(Noting), replace(SETTINGS, sampling_rate=0.5, steps=6, micro_batch=20)
+        check_rows_are_users(model)  # made-up users, of another number
+        seen.clear()
+        batch, noise = batch_of(some_users(60), 12), SeededGaussian(1)
+        update = train_round(model, batch, settings, sampler=SeededSampler(4), noise=noise)
+        return set(seen), flat(update)
+
+    uneven, wanted = shapes()
+    on_an_accelerator(monkeypatch)
+    even, found = shapes()
+    assert len(uneven) > 1
+    assert even == {24}  # the next multiple of 8
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+
+
 def test_what_frozen_layers_say_of_a_user_does_not_depend_on_how_many_others_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -272,6 +323,9 @@ def test_what_frozen_layers_say_of_a_user_does_not_depend_on_how_many_others_the
 
     assert said(18) == [8.0] * 18
     assert said(19)[:18] == said(18)
+    with monkeypatch.context() as elsewhere:
+        on_an_accelerator(elsewhere)
+        assert said(3)[0] == said(18)[0] == 8.0
     monkeypatch.setattr("common.models.batches.EVEN", 1)
     assert said(19)[:18] != said(18)
 

@@ -72,6 +72,10 @@ def test_a_bad_value_is_one_line_with_name_value_and_bound(
         ({"model": {"core": "abacus"}}, "'abacus' is unknown: choose one of lstm"),
         ({"privacy": {"unheard": 1}}, r"privacy\.unheard: extra inputs are not permitted \(given: 1\)"),
         ({"unheard": 1}, "unheard: extra inputs"),
+        (
+            {"model": {"frozen_precision": "bfloat16"}},
+            "frozen_precision is bfloat16, but mode vectors .* choose mode lora",
+        ),
         ({"name": "Not A Name"}, r"name: .*pattern.*given: 'Not A Name'"),
         ({"name": "../up"}, "name: .*pattern"),
         ({"privacy": 3}, "privacy: "),
@@ -179,6 +183,7 @@ def test_the_digest_changes_with_every_field_but_performance(section: str, field
 
 
 ONLY_TOGETHER = {
+    ("model", "frozen_precision"),
     ("model", "family"),
     ("statistics", "transition_share"),
     ("model", "adapter"),
@@ -186,6 +191,13 @@ ONLY_TOGETHER = {
     ("training", "head_rounds"),
 }
 """Fields with no other value that is allowed alone."""
+
+
+def test_the_digest_changes_with_the_frozen_parts_precision() -> None:
+    plans = [
+        make_plan({"model": {"mode": "lora", "frozen_precision": each}}) for each in ("float32", "bfloat16")
+    ]
+    assert plans[0].digest() != plans[1].digest()
 
 
 def test_the_digest_changes_with_the_name() -> None:

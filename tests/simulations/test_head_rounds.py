@@ -14,15 +14,17 @@ from simulations.audit.receipts import audit_receipts
 from simulations.outcome import Outcome
 from tests.tiny import tiny_run
 
+MODEL = {"mode": "lora", "lora_rank": 2, "lora_layers": 1, "max_events": 6}
 PLAN = {
-    "model": {"mode": "lora", "lora_rank": 2, "lora_layers": 1, "max_events": 6},
+    "model": MODEL,
     "training": {"rounds": 3, "steps_per_round": 1, "head_rounds": 2, "server_momentum": 0.5},
 }
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return tiny_run(tmp_path_factory.mktemp("head"), plan=PLAN)
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def outcome(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcome:
+    plan = PLAN | {"model": MODEL | {"frozen_precision": request.param}}
+    return tiny_run(tmp_path_factory.mktemp("head"), plan=plan)
 
 
 def test_adapters_stand_still_until_their_rounds_and_the_audit_holds(outcome: Outcome) -> None:

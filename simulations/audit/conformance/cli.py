@@ -17,6 +17,7 @@ MODELS_OWN = (
     "family",
     "mode",
     "core",
+    "frozen_precision",
     "task",
     "time_features",
     "item_prior",

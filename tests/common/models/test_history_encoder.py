@@ -115,6 +115,25 @@ def test_at_the_zero_start_of_adapters_the_model_is_the_frozen_one(architecture:
     )  # the original is untouched
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_frozen_part_in_bfloat16_says_nearly_the_same(architecture: str) -> None:
+    lm = tiny_language_model(architecture)
+    usual, rounded = encoder_of(lm), encoder_of(lm, precision=torch.bfloat16)
+    batch = batch_of(ROWS)
+    lower = rounded.lower(batch)
+    assert lower.token_states is not None
+    assert lower.token_states.dtype == torch.float32
+    assert rounded.lower_key(batch.items) != usual.lower_key(batch.items)
+    vectors, found = usual(batch), rounded(lower)
+    assert torch.equal(found, rounded(batch))
+    assert found.dtype == torch.float32
+    assert 1e-5 < float((found - vectors).detach().abs().max()) < 0.05
+    trained = {name: parameter for name, parameter in rounded.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    assert next(lm.model.parameters()).dtype == torch.float32  # the original is untouched
+
+
 def test_an_event_alone_is_read_as_the_language_model_reads_its_tokens() -> None:
     lm = tiny_language_model("bert")
     encoder = encoder_of(lm, move=False)
