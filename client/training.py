@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from client.bookkeeping import RowsAreNotUsersError, clipped_sums
 from common.config import Plan
+from common.memory import memory_kept
 from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
 from common.privacy.noise import LARGEST_DIMENSION, GaussianNoise, UserSampler, private_sum
@@ -319,6 +320,7 @@ def clipped_sum(rows: list[Tensor], clip_norm: float) -> Tensor:
     return total
 
 
+@memory_kept()
 def train_round(
     model: InterestModel,
     histories: HistoryBatch,

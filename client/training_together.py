@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 
 from client.bookkeeping import Recorded, RowsAreNotUsersError, clipped_sums, squared_norms
 from client.training import StepSettings, check_rows_are_users, made_up_histories
+from common.memory import memory_kept
 from common.models.batches import EVEN_EVENTS, HistoryBatch, concatenate
 from common.models.heads import moving_part
 from common.models.interface import InterestModel
@@ -234,6 +235,7 @@ def check_sites_apart(model: InterestModel) -> None:
     _SHOWN[model] = tuple(trainable)
 
 
+@memory_kept()
 def train_together(
     model: InterestModel,
     sites: Sequence[HistoryBatch],

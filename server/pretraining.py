@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.memory import memory_kept
 from common.models.batches import HistoryBatch
 from common.models.content import RECENCY_KERNELS
 from common.models.interface import InterestModel
@@ -68,6 +69,7 @@ def _draw(vectors: Tensor, priors: Priors, count: int, events: int, generator: t
     return items
 
 
+@memory_kept()
 def pretrain(
     model: InterestModel, vectors: Tensor, priors: Priors, plan: PretrainingPlan, events: int, seed: int
 ) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.memory import memory_kept
 from common.models.interface import InterestModel
 from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
 from simulations.quality import Quality
@@ -48,6 +49,7 @@ class Epoch:
     validation: Quality
 
 
+@memory_kept()
 def train_without_privacy(
     start: InterestModel,
     held_out: HeldOut,

@@ -10,13 +10,12 @@ is the device's, and adapters are trained with the frozen part in bfloat16, too.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from client.bookkeeping import clipped_sums
 from client.training import _descend
 from common.assets import language_model
+from common.memory import memory_kept
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.history_encoder import HistoryEncoder
@@ -211,14 +211,6 @@ def _ghost(model: InterestModel, batch: HistoryBatch) -> Step:
     return step
 
 
-def keep_memory() -> None:
-    """Lets glibc keep what is given back: else steps pay for pages or not, by chance, whichever way they go."""
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-
-
 def now(device: str) -> float:
     """Seconds: of this process' CPU time, or until the device has done all that it was given."""
     if device == "cpu":
@@ -363,15 +355,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=27)
     parser.add_argument("--no-document", action="store_true", help=f"do not add it to {DOCUMENT}")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="let glibc keep what is freed, as Fedtide's training does",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch finds no GPU here: leave it out for the CPU")
     one_thread()
-    keep_memory()
-    rows = measure(given.turns, given.device)
+    with memory_kept() if given.keep_memory else nullcontext():
+        rows = measure(given.turns, given.device)
     gpu = "" if given.device == "cpu" else f", {torch.cuda.get_device_name()}"
     command = "python -m simulations.benchmarks.steps" + (" --device cuda" if gpu else "")
+    command += " --keep-memory" if given.keep_memory else ""
     text = (
         f"`{command}`, {machine()}{gpu}; torch {torch.__version__}, opacus "
         f"{version('opacus')}, one thread. Ratios of {'wall' if gpu else 'CPU'} time, medians of {given.turns} turns "
@@ -381,7 +379,9 @@ def main() -> None:
         "and no way can be many times faster than another. At a language model's full width, what Fedtide takes beyond "
         "plain is above all the sums' float64 products, which keep one user's clipped gradient that user's own."
     )
-    title = "## A private step on a GPU" if gpu else "## A private step"
+    title = (
+        "## A private step" + (" on a GPU" if gpu else "") + (", memory kept" if given.keep_memory else "")
+    )
     section = "\n".join([title, "", text, "", *as_table(rows), ""])
     print(section)
     if not given.no_document:
