@@ -91,12 +91,7 @@ class _Layer:
 
         def recorded(x: Tensor) -> Tensor:
             found: Tensor = Recorded.apply(  # type: ignore[no-untyped-call]
-                x.detach(),
-                moving_part(x),
-                weight,
-                None if bias is None else bias.detach(),
-                tap,
-                self.calls,
+                x.detach(), moving_part(x), weight, None if bias is None else bias.detach(), tap, self.calls
             )
             return found
 
@@ -168,7 +163,8 @@ def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     if total.device.type != "cpu":
         total.addmm_(first.T, second)
     else:
-        total.numpy().__iadd__(first.numpy().T @ second.numpy())
+        into = total.numpy()  # the same memory
+        into += first.numpy().T @ second.numpy()
 
 
 def _rounding(places: int, inputs: int, outputs: int) -> float:
