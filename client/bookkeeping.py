@@ -10,13 +10,13 @@ Li et al. 2022 (arXiv:2110.05679) for the norms, Bu et al. 2023 (arXiv:2210.0003
 gradients of weights are never computed. Where a gradient is small beside a and g, it is made after all, user by user
 in float32, as Opacus does, and the rest is the same.
 
-What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms and sums are
-float64 (see `_rounding`); in float32 the rounding of a long sum could exceed what the noise's inflation covers
-(`private_sum`), and no bound on it that holds for every batch is near that. And a and g, which are float32, must not
-depend on how many others there are: BLAS takes other kernels for few rows than for many, and parameters far off
-(which a server may send) make that rounding as large as it gets: a fourth user was seen to move a sum by 3.6 C. So
-batches run evened out (`HistoryBatch.evened`). Opacus' rows are what all of this is held against, before the first
-step of each model (`training.check_rows_are_users`) and in tests.
+What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms are float64 (see
+`_rounding`), and sums are whole steps of the noise's grid (`grid_sums.py`), or float64: in float32 the rounding of a
+long sum could exceed what the noise's inflation covers (`private_sum`), and no bound on it that holds for every batch
+is near that. And a and g, which are float32, must not depend on how many others there are: BLAS takes other kernels for
+few rows than for many, and parameters far off (which a server may send) make that rounding as large as it gets: a
+fourth user was seen to move a sum by 3.6 C. So batches run evened out (`HistoryBatch.evened`). Opacus' rows are what
+all of this is held against, before the first step of each model (`training.check_rows_are_users`) and in tests.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.grid_sums import REACH, add_on_grid, grid_step, product_rounding
 from common.models.batches import HistoryBatch
-from common.models.heads import moving_part
+from common.models.heads import is_unread, moving_part
 from common.models.interface import InterestModel
 from common.models.own_weights import gradient_through, linear_of_sites
 from common.witness import WITNESS
 
 _AT_ONCE = 32
-"""Users whose part is made in float64 at once on a CPU, so that its caches hold it."""
+"""Users whose part is made in float64 at once on a CPU, for memory."""
+_IN_CACHE = 8
+"""Users whose rows are float64 at once there, so that a core's cache holds them."""
 
 ClippedSum = Callable[[HistoryBatch, float], Tensor]
 """(batch, C) -> [coordinates] float64, the trainable parameters flattened one after the other."""
@@ -64,18 +67,34 @@ class Recorded(torch.autograd.Function):
         bias: Tensor | None,
         tap: Tensor,
         calls: list[tuple[Tensor, Tensor]],
+        read: bool,
     ) -> Tensor:
         # moving: the first columns of x, or all: the part that a gradient goes through
+        # read: whether anybody looks at the output; else it is zeros
         ctx.save_for_backward(x, weight)
         ctx.columns, ctx.calls = moving.shape[-1], calls
-        return linear_of_sites(x, weight, bias)
+        return (
+            linear_of_sites(x, weight, bias)
+            if read
+            else x.new_zeros(1).expand(*x.shape[:-1], weight.shape[-2])
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[None, Tensor | None, None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.calls.append((x, grads[0]))
         through = gradient_through(grads[0], weight, ctx.columns) if ctx.needs_input_grad[1] else None
-        return None, through, None, None, None, None
+        return None, through, None, None, None, None, None
+
+
+def recorded(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tap: Tensor, calls: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """A Linear layer's output for x, by `Recorded`, as x says that it is needed."""
+    found: Tensor = Recorded.apply(  # type: ignore[no-untyped-call]
+        x.detach(), moving_part(x), weight, bias, tap, calls, not is_unread(x)
+    )
+    return found
 
 
 @dataclass
@@ -87,15 +106,9 @@ class _Layer:
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def forward(self, tap: Tensor) -> Callable[[Tensor], Tensor]:
-        weight, bias = self.module.weight.detach(), self.module.bias
-
-        def recorded(x: Tensor) -> Tensor:
-            found: Tensor = Recorded.apply(  # type: ignore[no-untyped-call]
-                x.detach(), moving_part(x), weight, None if bias is None else bias.detach(), tap, self.calls
-            )
-            return found
-
-        return recorded
+        weight = self.module.weight.detach()
+        bias = None if self.module.bias is None else self.module.bias.detach()
+        return lambda x: recorded(x, weight, bias, tap, self.calls)
 
     def taken(self, rows: int, users: int) -> tuple[Tensor, Tensor]:
         """a [users, places, inputs] and g [users, places, outputs] over all calls; they are forgotten here.
@@ -139,32 +152,42 @@ def _double(x: Tensor) -> Tensor:
     return x.to(torch.float64, memory_format=torch.contiguous_format)
 
 
+def _at_once(rows: Tensor) -> int:
+    """Users of whom float64 is made at once: on a device, all."""
+    return _AT_ONCE if rows.device.type == "cpu" else max(1, len(rows))
+
+
+def _over_places(g: Tensor) -> Tensor:
+    """[users, outputs] float64: each user's sum."""
+    parts = _parts(len(g), _at_once(g))
+    return torch.cat([_double(g[users]).sum(dim=1) for users in parts])
+
+
 def _gram(x: Tensor) -> Tensor:
-    """x x^T for each user; on CPU by numpy, whose BLAS makes one half and mirrors it."""
+    """x x^T for each user, float64; on a CPU by numpy, whose BLAS is the faster one in it."""
     if x.device.type != "cpu":
-        return x @ x.mT
-    rows = x.numpy()
+        on_device = _double(x)
+        return on_device @ on_device.mT
+    users, places, width = x.shape
+    found = np.empty((users, places, places))
+    rows, again = np.empty((2, min(users, _IN_CACHE), places, width))
     with np.errstate(all="ignore"):  # or a warning would tell of a user whose numbers are none
-        return torch.from_numpy(rows @ rows.swapaxes(1, 2))
+        for some in _parts(users, _IN_CACHE):
+            count = some.stop - some.start
+            np.copyto(rows[:count], x[some].numpy())
+            # By a copy: numpy makes half of an array's product with itself and mirrors it, which is slower.
+            np.copyto(again[:count], rows[:count])
+            np.matmul(rows[:count], again[:count].swapaxes(1, 2), out=found[some])
+    return torch.from_numpy(found)
 
 
 def _gram_of(users: slice, x: Tensor) -> Tensor:
-    """These users' Gram matrices, float64."""
-    return _gram(_double(x[users]))
+    """These users' Gram matrices."""
+    return _gram(x[users])
 
 
-def _scaled(users: slice, factors: Tensor, g: Tensor) -> Tensor:
-    """These users' g times their factors, float64."""
-    return g[users] * factors[users].view(-1, 1, 1)
-
-
-def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """total += first^T second; on CPU by numpy, whose BLAS is the faster one in float64."""
-    if total.device.type != "cpu":
-        total.addmm_(first.T, second)
-    else:
-        into = total.numpy()  # the same memory
-        into += first.numpy().T @ second.numpy()
+def _parts(users: int, at_once: int) -> list[slice]:
+    return [slice(first, min(first + at_once, users)) for first in range(0, users, at_once)]
 
 
 def _rounding(places: int, inputs: int, outputs: int) -> float:
@@ -182,16 +205,25 @@ def squared_norms(a: Tensor, g: Tensor) -> Tensor:
     """[users]: the squared norm of each user's sum over places of g a^T from Gram matrices, and never less than it.
 
     Args:
-        a: [users, places, inputs] float64.
-        g: [users, places, outputs] float64.
+        a: [users, places, inputs].
+        g: [users, places, outputs].
     """
     return _from_grams(_gram(a), _gram(g), _rounding(a.shape[1], a.shape[2], g.shape[2]))
 
 
+def _sizes(of_a: Tensor, of_g: Tensor) -> Tensor:
+    """[users]: the sum over places of |a_p| |g_p|, from Gram matrices."""
+    return (_of_rows(of_a) * _of_rows(of_g)).sqrt().sum(dim=1)
+
+
+def _of_rows(gram: Tensor) -> Tensor:
+    """[users, places]: the rows' squared norms."""
+    return gram.diagonal(dim1=1, dim2=2)
+
+
 def _from_grams(of_a: Tensor, of_g: Tensor, rounding: float) -> Tensor:
     """As `squared_norms`. Where places cancel, what is left is rounding, or even zero: its bound is added."""
-    sizes = (of_a.diagonal(dim1=1, dim2=2) * of_g.diagonal(dim1=1, dim2=2)).sqrt().sum(dim=1)
-    return (of_a * of_g).sum((1, 2)).clamp(min=0) + rounding * sizes.square()
+    return (of_a * of_g).sum((1, 2)).clamp(min=0) + rounding * _sizes(of_a, of_g).square()
 
 
 class _Gradients:
@@ -208,12 +240,11 @@ class _Gradients:
         """[users] float64."""
         return self.flat[users].double().square_().sum(dim=1)
 
-    def add_to(
-        self, total: Tensor, users: slice, factors: Tensor, scaled: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Adds these users' weighted sum to [outputs, inputs] float64."""
-        found = (factors @ self.flat[users].double()).view(self.shape)
-        total += found.T if self.turned else found
+    def add_to(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Adds the users' weighted sum to [outputs, inputs] float64."""
+        for users in _parts(len(factors), _at_once(self.flat)):
+            found = (factors[users] @ self.flat[users].double()).view(self.shape)
+            total += found.T if self.turned else found
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept: zero times what is no number is none."""
@@ -232,15 +263,35 @@ class _Factored:
         room = _rounding(self.a.shape[1], self.a.shape[2], self.g.shape[2])
         return _from_grams(gram(self.a), gram(self.g), room)
 
-    def add_to(
-        self, total: Tensor, users: slice, factors: Tensor, scaled: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Adds these users' weighted sum to [outputs, inputs] float64; `scaled` gives their g times factors."""
-        _add_product(total, scaled(self.g).flatten(0, 1), _double(self.a[users]).flatten(0, 1))
+    def add_to(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Adds the users' weighted sum to [outputs, inputs] float64; `scaled` gives g times factors, float64."""
+        total.addmm_(scaled(self.g).flatten(0, 1).T, _double(self.a).flatten(0, 1))
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept."""
         self.a, self.g = (torch.where(keep.view(-1, 1, 1), each, 0.0) for each in (self.a, self.g))
+
+
+@dataclass
+class _OnGrid(_Factored):
+    """The same on a CPU: every user's part is a float32 product of its own, on the noise's grid."""
+
+    clip_norm: float
+
+    def squared_norms(self, users: slice, gram: Callable[[Tensor], Tensor]) -> Tensor:
+        """[users] float64, and never less than the squared norm of what `add_to` adds, but for the grid."""
+        of_a, of_g = gram(self.a), gram(self.g)
+        norms = super().squared_norms(users, gram).sqrt()
+        norms += product_rounding(self.a.shape[1]) * _sizes(of_a, of_g)
+        far = (_of_rows(of_a) > REACH**2) | (_of_rows(of_g) > (REACH * grid_step(self.clip_norm)) ** 2)
+        return torch.where(far.any(dim=1), torch.inf, norms.square())
+
+    def add_to(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Adds the users' weighted sum to [outputs, inputs] float64."""
+        add_on_grid(total, self.a, self.g, factors, self.clip_norm)
+
+    def forget(self, keep: Tensor) -> None:
+        """Nothing: who has the factor zero is passed over."""
 
 
 def _is_small(a: Tensor, g: Tensor) -> bool:
@@ -259,18 +310,14 @@ def _add_clipped(
         into: name of weight or bias -> float64, of its shape.
     """
     users, device = next((len(g), g.device) for _, g in taken.values())
-    biases = {name: taken[name][1].sum(dim=1, dtype=torch.float64) for name in biased}  # [users, outputs]
-    weights = {
-        name: _Gradients(a, g) if _is_small(a, g) else _Factored(a, g) for name, (a, g) in taken.items()
-    }
+    biases = {name: _over_places(taken[name][1]) for name in biased}
+    weights = {name: _held(a, g, clip_norm) for name, (a, g) in taken.items()}
     taken.clear()
-    at_once = _AT_ONCE if device.type == "cpu" else users
-    parts = [slice(first, min(first + at_once, users)) for first in range(0, users, at_once)]
 
     squared = torch.zeros(users, dtype=torch.float64, device=device)
     for bias in biases.values():
         squared += bias.square().sum(dim=1)
-    for part in parts:
+    for part in _parts(users, _at_once(squared)):
         gram = _Shared(partial(_gram_of, part))
         for weight in weights.values():
             squared[part] += weight.squared_norms(part, gram)
@@ -283,12 +330,18 @@ def _add_clipped(
         for weight in weights.values():
             weight.forget(finite)
 
-    for part in parts:
-        scaled = _Shared(partial(_scaled, part, factors))
-        for name, weight in weights.items():
-            weight.add_to(into[f"{name}.weight"], part, factors[part], scaled)
+    scaled = _Shared(lambda g: g * factors.view(-1, 1, 1))
+    for name, weight in weights.items():
+        weight.add_to(into[f"{name}.weight"], factors, scaled)
     for name, bias in biases.items():
         into[f"{name}.bias"].add_(factors @ bias)
+
+
+def _held(a: Tensor, g: Tensor, clip_norm: float) -> _Gradients | _Factored:
+    """Each user's gradient of one weight, as it is cheapest."""
+    if _is_small(a, g):
+        return _Gradients(a, g)
+    return _OnGrid(a, g, clip_norm) if a.device.type == "cpu" else _Factored(a, g)
 
 
 def _named_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -236,15 +236,25 @@ def check_rows_are_users(model: InterestModel) -> None:
 
 def _apart(model: InterestModel, batch: HistoryBatch, rows: list[Tensor]) -> float:
     """How far a step's clipped sum lies from that of Opacus' rows, in C: with every user clipped, or with none."""
-    norms = torch.cat([sample.flatten(1) for sample in rows], dim=1).double().norm(dim=1)
-    norms = norms[norms > 0]
-    if not len(norms):
-        return 0.0
     with clipped_sums(model) as clipped:
         return max(
-            float((clipped(batch, clip_norm) - clipped_sum(rows, clip_norm)).norm()) / clip_norm
-            for clip_norm in (0.5 * float(norms.min()), 2.0 * float(norms.max()))
+            (
+                float((clipped(batch, clip_norm) - clipped_sum(rows, clip_norm)).norm()) / clip_norm
+                for clip_norm in telling_clip_norms(rows)
+            ),
+            default=0.0,
         )
+
+
+def telling_clip_norms(rows: list[Tensor]) -> tuple[float, ...]:
+    """A C that clips every user whose gradient is not zero, and one that clips none; nothing where all are zero.
+
+    Args:
+        rows: one [users, *shape] float32 a parameter.
+    """
+    norms = torch.cat([sample.flatten(1) for sample in rows], dim=1).double().norm(dim=1)
+    norms = norms[norms > 0]
+    return (0.5 * float(norms.min()), 2.0 * float(norms.max())) if len(norms) else ()
 
 
 def _check_witness(model: InterestModel, batch: HistoryBatch) -> None:

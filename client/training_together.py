@@ -24,11 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from client.bookkeeping import Recorded, RowsAreNotUsersError, clipped_sums, squared_norms
-from client.training import StepSettings, check_rows_are_users, made_up_histories
+from client.bookkeeping import RowsAreNotUsersError, recorded, squared_norms
+from client.training import (
+    StepSettings,
+    check_rows_are_users,
+    clipped_sum,
+    made_up_histories,
+    per_user_gradients,
+    telling_clip_norms,
+)
 from common.memory import memory_kept
 from common.models.batches import EVEN_EVENTS, HistoryBatch, concatenate
-from common.models.heads import moving_part
 from common.models.interface import InterestModel
 from common.models.own_weights import OWN_WEIGHTS
 from common.privacy.noise import GaussianNoise, UserSampler, private_sum
@@ -36,11 +42,8 @@ from common.privacy.noise import GaussianNoise, UserSampler, private_sum
 UNIT = 2
 """Rows of a unit. All units, and all batches of them, have the same shape, so a row's numbers are the same in all."""
 
-_ALLOWED = 1e-4
-"""Of a site's sum: what float32 may make of another order of additions in a forward pass."""
-
-_SHOWN_AT = (1e-3, 1e6)
-"""Clip norms at which sites are compared: all gradients clipped, and none."""
+_ALLOWED = 1e-3
+"""Of C: what float32 may make of another order of additions, and the noise's grid of a sum."""
 
 _SHOWN: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 """Models that showed that their sites do not touch each other, with their trainable parameters then."""
@@ -70,13 +73,7 @@ class _Layer:
         self.calls.clear()
 
     def forward(self, tap: Tensor) -> Callable[[Tensor], Tensor]:
-        def recorded(x: Tensor) -> Tensor:
-            found: Tensor = Recorded.apply(  # type: ignore[no-untyped-call]
-                x.detach(), moving_part(x), self.weight, self.bias, tap, self.calls
-            )
-            return found
-
-        return recorded
+        return lambda x: recorded(x, self.weight, self.bias, tap, self.calls)
 
     def taken(self, rows: int) -> tuple[Tensor, Tensor]:
         """a [rows, places, inputs] and g [rows, places, outputs], float64.
@@ -203,23 +200,27 @@ def check_sites_apart(model: InterestModel) -> None:
         raise NotTogetherError("the model reads histories with a language model")
     start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     generator = torch.Generator().manual_seed(1)
-    everyone, moved = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0])], []
-    alone: dict[float, list[Tensor]] = {clip_norm: [] for clip_norm in _SHOWN_AT}
+    everyone = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0])]
+    moved, rows = list[Tensor](), list[list[Tensor]]()
     try:
-        for own in everyone:
+        for _ in everyone:
             with torch.no_grad():
                 for name, parameter in trainable.items():
                     drawn = torch.randn(parameter.shape, generator=generator).to(device)
                     parameter.copy_(start[name] + 0.1 * drawn)
             moved.append(_flat(trainable))
-            with clipped_sums(model) as clipped:
-                for clip_norm, found in alone.items():
-                    found.append(clipped(histories.rows(own.to(device)), clip_norm))
+            with per_user_gradients(model) as gradients:
+                rows.append(gradients(histories))
+        clip_norms = telling_clip_norms([torch.cat(both) for both in zip(*rows, strict=True)])
+        alone = [
+            {clip_norm: clipped_sum([row[own] for row in of_site], clip_norm) for clip_norm in clip_norms}
+            for own, of_site in zip(everyone, rows, strict=True)
+        ]
         with clipped_sums_of_units(model) as sums:
             parameters = torch.stack(moved)
             together = {
                 clip_norm: _sums(sums, parameters, histories, everyone, clip_norm, 2 * UNIT)
-                for clip_norm in _SHOWN_AT
+                for clip_norm in clip_norms
             }
     except RowsAreNotUsersError as error:
         raise NotTogetherError(f"the model's rows are not users of sites: {error}") from error
@@ -228,9 +229,9 @@ def check_sites_apart(model: InterestModel) -> None:
             for name, parameter in trainable.items():
                 parameter.copy_(start[name])
                 parameter.grad = None
-    for clip_norm in _SHOWN_AT:
-        for own_sum, sum_beside in zip(alone[clip_norm], together[clip_norm], strict=True):
-            if not bool((own_sum - sum_beside).norm() <= _ALLOWED * own_sum.norm()):
+    for site, own_sums in enumerate(alone):
+        for clip_norm, own_sum in own_sums.items():
+            if not bool((own_sum - together[clip_norm][site]).norm() <= _ALLOWED * clip_norm):
                 raise NotTogetherError("a site's sum beside another site's is not its sum alone")
     _SHOWN[model] = tuple(trainable)
 

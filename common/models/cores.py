@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from common.models.heads import unread
 from common.models.own_weights import rows_times, weight_of
 
 
@@ -105,7 +106,7 @@ class LstmCore(_RecurrentCore):
                 torch.mul(f, cs[t], out=cs[t + 1]).addcmul_(i, g)
                 torch.tanh(cs[t + 1], out=tanh)
                 torch.mul(o, tanh, out=hs[t + 1])
-        from_state = self.state_map(h[:, :-1])
+        from_state = self.state_map(unread(h[:, :-1]))
         states: Tensor = _LstmThroughTime.apply(  # type: ignore[no-untyped-call]
             from_input, from_state, gates, c[:, :-1], tanh_c, h[:, 1:], weight
         )

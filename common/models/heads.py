@@ -35,6 +35,21 @@ def moving_part(x: Tensor) -> Tensor:
     return found
 
 
+def unread(x: Tensor) -> Tensor:
+    """The same input, for a layer whose output is there for its gradient alone: its numbers are never looked at.
+
+    A private step leaves them out; see `is_unread`.
+    """
+    found = x.view_as(x)
+    found.is_unread = True  # type: ignore[attr-defined]
+    return found
+
+
+def is_unread(x: Tensor) -> bool:
+    """Whether nobody looks at what a layer makes of this input."""
+    return getattr(x, "is_unread", False)
+
+
 def mean_so_far(x: Tensor, mask: Tensor) -> Tensor:
     """Masked-mean pooling of the events up to each one.
 

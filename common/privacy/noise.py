@@ -33,7 +33,7 @@ ROOM_FOR_FLOATS = 5e-5
 LARGEST_DIMENSION = math.floor(((INFLATION - ROOM_FOR_FLOATS) * 2**GRID_BITS) ** 2)
 """The longest vector whose rounding INFLATION covers: 992,309 coordinates."""
 
-_PAIRS_AT_ONCE = 1 << 16
+_PAIRS_AT_ONCE = 1 << 15
 _LARGEST_RATIO = 2.0**31
 _BLOCK = 1 << 15
 
@@ -92,25 +92,31 @@ class SecureGaussian(_NeverCopied):
         keystream = Cipher(AES(os.urandom(32)), CTR(bytes(16))).encryptor()
         normals = np.empty(size, dtype=np.float64)
         for start in range(0, size, 2 * _PAIRS_AT_ONCE):
-            stop = min(start + 2 * _PAIRS_AT_ONCE, size)
-            pairs = (stop - start + 1) // 2
+            block = normals[start : start + 2 * _PAIRS_AT_ONCE]
+            pairs = (len(block) + 1) // 2
             words = np.frombuffer(keystream.update(bytes(16 * pairs)), dtype="<u8")
-            normals[start:stop] = _box_muller(words[:pairs], words[pairs:])[: stop - start]
+            _box_muller(words[:pairs], words[pairs:], torch.from_numpy(block))
         return normals
 
 
 def _box_muller(
-    radius_words: npt.NDArray[np.uint64], angle_words: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.float64]:
-    """Two normals from each pair of 64-bit words (Box and Muller 1958): float64 [2 * pairs].
+    radius_words: npt.NDArray[np.uint64], angle_words: npt.NDArray[np.uint64], out: torch.Tensor
+) -> None:
+    """Two normals from each pair of 64-bit words (Box and Muller 1958).
 
     torch's functions, which take four numbers at a time where numpy's take one.
+
+    Args:
+        radius_words, angle_words: [pairs].
+        out: [2 * pairs] float64, or one less.
     """
-    inside = torch.from_numpy((radius_words.astype(np.float64) + 1.0) * 2.0**-64)  # (0, 1]
-    radius = inside.log_().mul_(-2.0).sqrt_()
-    angle = torch.from_numpy((angle_words >> np.uint64(11)).astype(np.float64) * (2.0 * math.pi * 2.0**-53))
-    normals: npt.NDArray[np.float64] = torch.cat([radius * angle.cos(), radius * angle.sin()]).numpy()
-    return normals
+    pairs = len(radius_words)
+    radius = torch.from_numpy(radius_words.astype(np.float64))
+    radius.add_(1.0).mul_(2.0**-64).log_().mul_(-2.0).sqrt_()  # of uniforms in (0, 1]
+    angle = torch.from_numpy((angle_words >> np.uint64(11)).astype(np.float64)).mul_(2.0 * math.pi * 2.0**-53)
+    torch.cos(angle, out=out[:pairs]).mul_(radius)
+    second = out[pairs:]
+    torch.sin(angle[: len(second)], out=second).mul_(radius[: len(second)])
 
 
 class SecurePoissonSampler(_NeverCopied):

@@ -16,7 +16,7 @@ from client.bookkeeping import (
     _Gradients,
     _gram_of,
     _is_small,
-    _scaled,
+    _OnGrid,
     clipped_sums,
     squared_norms,
 )
@@ -217,24 +217,30 @@ SIZES = [(1, 7, 9), (3, 50, 40), (60, 5, 4), (20, 4, 30)]
 Form = Callable[[Tensor, Tensor], _Factored | _Gradients]
 
 
+def on_grid(a: Tensor, g: Tensor, clip_norm: float = 1.0) -> _OnGrid:
+    return _OnGrid(a, g, clip_norm)
+
+
 def squared_norms_of(held: _Factored | _Gradients, users: slice) -> Tensor:
     return held.squared_norms(users, partial(_gram_of, users))
 
 
-def sum_of(held: _Factored | _Gradients, factors: Tensor, sizes: tuple[int, int], at_once: int) -> Tensor:
-    """The weighted sum [outputs, inputs], a few users at a time."""
+def sum_of(held: _Factored | _Gradients, factors: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """The weighted sum [outputs, inputs]."""
     total = torch.zeros(*sizes, dtype=torch.float64)
-    for first in range(0, len(factors), at_once):
-        part = slice(first, min(first + at_once, len(factors)))
-        held.add_to(total, part, factors[part], partial(_scaled, part, factors))
+    held.add_to(total, factors, lambda g: g * factors.view(-1, 1, 1))
     return total
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("form", "room"), [(_Factored, 1e-7), (_Gradients, 2e-6)])
-def test_norms_and_sums_are_the_same_in_both_forms(
-    form: Form, room: float, sizes: tuple[int, int, int]
+@pytest.mark.parametrize("at_once", [2, 32])
+@pytest.mark.parametrize(
+    ("form", "room"), [(_Factored, 1e-7), (_Gradients, 2e-6), (partial(on_grid, clip_norm=256.0), 2e-4)]
+)
+def test_norms_and_sums_are_the_same_in_all_forms(
+    form: Form, room: float, sizes: tuple[int, int, int], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("client.bookkeeping._AT_ONCE", at_once)
     places, inputs, outputs = sizes
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(5, places, inputs, generator=generator)
@@ -246,9 +252,8 @@ def test_norms_and_sums_are_the_same_in_both_forms(
     for users in (slice(0, 5), slice(3, 5)):
         torch.testing.assert_close(squared_norms_of(held, users), wanted[users], rtol=room, atol=0)
     summed = torch.einsum("u,uoi->oi", factors, rows)
-    for at_once in (5, 2):
-        found = sum_of(held, factors, (outputs, inputs), at_once)
-        assert float((found - summed).norm()) <= room * float(summed.norm())
+    found = sum_of(held, factors, (outputs, inputs))
+    assert float((found - summed).norm()) <= room * float(summed.norm())
 
 
 def test_each_form_is_taken_somewhere() -> None:
@@ -256,7 +261,7 @@ def test_each_form_is_taken_somewhere() -> None:
     assert taken == [False, False, True, True]
 
 
-@pytest.mark.parametrize("form", [_Factored, _Gradients])
+@pytest.mark.parametrize("form", [_Factored, _Gradients, on_grid])
 def test_a_user_whose_places_cancel_still_adds_no_more_than_c(
     form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,12 +276,16 @@ def test_a_user_whose_places_cancel_still_adds_no_more_than_c(
         held = form(a, g)
         factors = (1 / squared_norms_of(held, slice(0, 50)).sqrt()).clamp(max=1.0)
         each = [torch.where(torch.arange(50) == user, factors, 0.0) for user in range(50)]
-        return max(float(sum_of(held, f, (40, 30), 16).norm()) for f in each)
+        return max(float(sum_of(held, f, (40, 30)).norm()) for f in each)
 
     assert most() <= 1 + 1e-9
     monkeypatch.setattr("client.bookkeeping._rounding", lambda *_: 0.0)
+    monkeypatch.setattr("client.bookkeeping.product_rounding", lambda *_: 0.0)
     if form is _Factored:
         assert most() > 10  # without room for rounding
+    elif form is on_grid:
+        with pytest.raises(RuntimeError, match="larger than its users"):  # so much that it is noticed
+            most()
     else:
         assert most() == pytest.approx(1)  # the norm is that of the very numbers that are summed
 

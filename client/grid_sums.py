@@ -1,0 +1,85 @@
+"""Sums of users' clipped gradients on a CPU, in whole steps of the grid that noise is added on.
+
+Each user's clipped gradient of a weight is a float32 product of that user's own, rounded to the grid (`private_sum`) by
+itself. What is added up then are whole numbers: exact, in any order, so what a user adds is that user's own to the last
+bit, whoever else is there. Float64 sums come close to that, and take twice the time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from common.privacy.noise import GRID_BITS
+
+_ROUNDS = np.float32(1.5 * 2**23)
+"""Added to a float32 below 2^22, this leaves its nearest whole number in the sum's last bits."""
+_BITS = int(_ROUNDS.view(np.int32))
+_USERS = 1024
+"""That may be added up in int32: each coordinate is at most C, that is 2^20 steps, and rounding."""
+REACH = 2.0**100
+"""Largest norm of a row that float32 products are vouched for: below, no overflow, and nothing is lost to underflow."""
+
+
+def product_rounding(places: int) -> float:
+    """How far a user's float32 product may be off, in sums over places of |a_p| |g_p|, whatever the order of additions.
+
+    A sum of n float32 products is off by n 2^-24 of the terms' sizes at most, and a bit (Higham 2002, section 3); two
+    more roundings make the factor.
+    """
+    return 1.01 * 2.0**-24 * (places + 2)
+
+
+def grid_step(clip_norm: float) -> float:
+    """The grid's step, as `private_sum` has it."""
+    return math.ldexp(clip_norm, -GRID_BITS)
+
+
+def add_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm: float) -> None:
+    """Adds users' clipped gradients of one weight, each rounded to the grid: total += sum_u round(c_u g_u^T a_u).
+
+    Args:
+        total: [outputs, inputs] float64.
+        a: [users, places, inputs] float32, rows of norm at most REACH.
+        g: [users, places, outputs] float32, rows of norm at most REACH grid steps.
+        factors: [users] float64, c_u: each c_u g_u^T a_u, in float32, has norm at most `clip_norm`. Zero for nothing.
+
+    Raises:
+        RuntimeError: the sum is beyond that.
+    """
+    places, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
+    of_a, of_g = a.numpy(), g.numpy()
+    scale = (factors / grid_step(clip_norm)).float().numpy()
+    own_a, own_g = _place(places, inputs), _place(places, outputs)
+    product = _place(outputs, inputs)
+    step, steps = product.view(np.int32), torch.empty(outputs, inputs, dtype=torch.int32).numpy()
+    taking = np.flatnonzero(scale)
+    for some in (taking[first : first + _USERS] for first in range(0, len(taking), _USERS)):
+        steps.fill(_wrapped(-len(some) * _BITS))
+        for user in some:
+            # All users' products are made at one place in memory: nothing can depend on where a row stands.
+            np.copyto(own_a, of_a[user])
+            np.multiply(of_g[user], scale[user], out=own_g)
+            np.matmul(own_g.T, own_a, out=product)
+            product += _ROUNDS
+            np.add(steps, step, out=steps)  # wraps round; the whole sum fits again
+        if max(int(steps.max()), -int(steps.min())) > 1.01 * len(some) * 2**GRID_BITS:
+            raise RuntimeError(
+                "a sum is larger than its users' clipped gradients can make it: it is not used"
+            )
+        total += torch.from_numpy(steps * grid_step(clip_norm))
+
+
+def _place(*shape: int) -> npt.NDArray[np.float32]:
+    """Memory that begins at a multiple of 64 bytes, as torch's does."""
+    found: npt.NDArray[np.float32] = torch.empty(*shape).numpy()
+    return found
+
+
+def _wrapped(number: int) -> int:
+    """The int32 that is equal to it modulo 2^32."""
+    return (number + 2**31) % 2**32 - 2**31

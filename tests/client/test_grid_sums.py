@@ -1,0 +1,163 @@
+"""Sums in whole steps of the noise's grid: what a user adds is that user's own to the last bit, and at most C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from client import bookkeeping, grid_sums
+from client.bookkeeping import _gram_of, _OnGrid
+from client.grid_sums import add_on_grid, grid_step, product_rounding
+from common.privacy.noise import GRID_BITS
+
+CLIP = 0.7
+PLACES, INPUTS, OUTPUTS = 8, 90, 70
+
+
+def made_up(users: int, seed: int = 0, places: int = PLACES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(users, places, INPUTS, generator=generator)
+    return a, torch.randn(users, places, OUTPUTS, generator=generator)
+
+
+def factors_of(a: Tensor, g: Tensor, clip_norm: float = CLIP) -> Tensor:
+    """[users] float64, as a step finds them."""
+    everyone = slice(0, len(a))
+    norms = _OnGrid(a, g, clip_norm).squared_norms(everyone, partial(_gram_of, everyone)).sqrt()
+    return torch.where(norms.isfinite(), (clip_norm / norms).clamp(max=1.0), 0.0)
+
+
+def summed(a: Tensor, g: Tensor, clip_norm: float = CLIP, factors: Tensor | None = None) -> Tensor:
+    total = torch.zeros(g.shape[2], a.shape[2], dtype=torch.float64)
+    add_on_grid(total, a, g, factors_of(a, g, clip_norm) if factors is None else factors, clip_norm)
+    return total
+
+
+def in_float32(a: Tensor, g: Tensor, clip_norm: float = CLIP) -> Tensor:
+    """What must not be used: one long float32 sum."""
+    scaled = g * factors_of(a, g, clip_norm).float().view(-1, 1, 1)
+    return (scaled.flatten(0, 1).T @ a.flatten(0, 1)).double()
+
+
+def test_a_sum_is_that_of_the_users_products_rounded_one_by_one() -> None:
+    a, g = made_up(40)
+    steps = summed(a, g) / grid_step(CLIP)
+    assert float((steps - steps.round()).abs().max()) < 1e-6
+    each = torch.einsum("upo,upi->uoi", g.double() * factors_of(a, g).view(-1, 1, 1), a.double())
+    wanted = (each / grid_step(CLIP)).round().sum(dim=0)
+    assert float((steps.round() - wanted).abs().max()) <= 3  # a product near a half falls to either side
+    assert float((steps.round() - wanted).abs().mean()) < 0.5
+
+
+def moves(way: Callable[[Tensor, Tensor], Tensor]) -> set[bytes]:
+    """In how many ways one user's part comes out, over others and places among them, in 2^-40 of C."""
+    own_a, own_g = made_up(1, seed=5)
+    found = set()
+    for others in (0, 1, 7, 30):
+        a, g = made_up(others)
+        for place in {0, others // 2, others}:
+            with_a, with_g = (
+                torch.cat([each[:place], own, each[place:]]) for each, own in ((a, own_a), (g, own_g))
+            )
+            change = (way(with_a, with_g) - way(a, g)) / CLIP
+            found.add((change * 2.0**40).round().numpy().tobytes())
+    return found
+
+
+def test_what_a_user_adds_is_the_same_to_the_last_bit_beside_whomever() -> None:
+    assert len(moves(summed)) == 1
+    assert len(moves(in_float32)) > 1  # so it would be seen
+
+
+@pytest.mark.parametrize("users", [1, 1024, 1025, 2500])
+def test_any_number_of_users_may_be_added_up(users: int) -> None:
+    a, g = made_up(1, places=2)
+    one = summed(a, g)
+    assert float(one.norm()) == pytest.approx(CLIP, rel=1e-5)
+    largest = torch.zeros_like(one)
+    largest[0, 0] = 2.0**GRID_BITS  # all of C in one coordinate, as often as it can be
+    torch.testing.assert_close(
+        summed(a.expand(users, -1, -1), g.expand(users, -1, -1)), users * one, rtol=1e-12, atol=0
+    )
+    a, g = torch.zeros_like(a), torch.zeros_like(g)
+    a[0, 0, 0], g[0, 0, 0] = 1.0, 2.0
+    found = summed(a.expand(users, -1, -1), g.expand(users, -1, -1))
+    torch.testing.assert_close(found / grid_step(CLIP), users * largest, rtol=1e-5, atol=0)
+    assert float(found[0, 0]) <= users * CLIP
+
+
+def test_nobody_and_those_left_out_add_nothing() -> None:
+    a, g = made_up(3)
+    assert float(summed(a[:0], g[:0]).abs().max()) == 0
+    only = torch.tensor([0.0, 1e-3, 0.0], dtype=torch.float64)
+    spoilt = torch.where(only.view(-1, 1, 1) > 0, a, torch.nan)
+    assert torch.equal(summed(spoilt, g, factors=only), summed(a[1:2], g[1:2], factors=only[1:2]))
+
+
+@pytest.mark.parametrize("places", [1, 32, 300])
+def test_a_norm_is_never_below_that_of_the_float32_product(places: int) -> None:
+    """Also where places cancel, and the product is rounding alone."""
+    for cancels in (0.0, 1.0, 1 - 1e-4, 1 - 1e-6):
+        a, g = made_up(20, places=2 * places)
+        a[:, places:], g[:, places:] = a[:, :places], -cancels * g[:, :places]
+        held = _OnGrid(a, g, CLIP)
+        everyone = slice(0, len(a))
+        norms = held.squared_norms(everyone, partial(_gram_of, everyone)).sqrt()
+        made = torch.stack([own_g.T @ own_a for own_a, own_g in zip(a, g, strict=True)]).double()
+        assert bool((made.flatten(1).norm(dim=1) <= norms * (1 + 1e-9)).all())
+        if cancels == 0.0:
+            assert bool((norms <= made.flatten(1).norm(dim=1) * (1 + 1e-3)).all())
+
+
+def test_the_room_for_a_product_is_more_than_float32_takes() -> None:
+    """Products of positive numbers, where each addition rounds by as much as it can, against float64."""
+    for places in (3, 30, 1000):
+        chance = np.random.default_rng(places)
+        a, g = (chance.random((places, 200), dtype=np.float32) + np.float32(0.5) for _ in range(2))
+        exact = g.astype(np.float64).T @ a.astype(np.float64)
+        off = float(np.linalg.norm(g.T @ a - exact))
+        sizes = float((np.linalg.norm(a, axis=1) * np.linalg.norm(g, axis=1)).sum())
+        assert 0 < off <= product_rounding(places) * sizes
+
+
+BIG, SMALL = 1e37, 1e-37
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_g"), [(1.0, 1e36), (1e36, 1.0), (1e36, SMALL), (SMALL, 1e36), (BIG, BIG), (SMALL, SMALL)]
+)
+@pytest.mark.filterwarnings("error")
+def test_a_user_of_any_size_adds_no_more_than_c_and_leaves_others_alone(of_a: float, of_g: float) -> None:
+    a, g = made_up(5)
+    others = [0, 1, 3, 4]
+    without = summed(a[others], g[others])
+    a[2] *= of_a
+    g[2] *= of_g
+    change = float((summed(a, g) - without).norm()) / CLIP
+    assert change <= 1 + 1e-4
+
+
+def test_sizes_out_of_reach_would_spoil_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bookkeeping, "REACH", float("inf"))
+    with pytest.raises((RuntimeError, AssertionError)):
+        test_a_user_of_any_size_adds_no_more_than_c_and_leaves_others_alone(SMALL, 1e36)
+
+
+def test_a_sum_beyond_what_clipped_users_make_is_refused() -> None:
+    a, g = made_up(3)
+    with pytest.raises(RuntimeError, match="larger than its users' clipped gradients"):
+        summed(a, g, factors=40 * factors_of(a, g))
+
+
+def test_without_rounding_one_by_one_what_a_user_adds_would_depend_on_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Were the constant smaller, numbers would keep places below the grid, and their bits would be no whole steps."""
+    monkeypatch.setattr(grid_sums, "_ROUNDS", np.float32(1.5 * 2**20))
+    with pytest.raises((AssertionError, RuntimeError)):
+        test_a_sum_is_that_of_the_users_products_rounded_one_by_one()
