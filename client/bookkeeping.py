@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.grid_sums import REACH, add_on_grid, grid_step, product_rounding
+from client.grid_sums import REACH, grid_step, product_rounding, sum_on_grid
 from common.models.batches import HistoryBatch
 from common.models.heads import is_unread, moving_part
 from common.models.interface import InterestModel
@@ -240,11 +240,12 @@ class _Gradients:
         """[users] float64."""
         return self.flat[users].double().square_().sum(dim=1)
 
-    def add_to(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
-        """Adds the users' weighted sum to [outputs, inputs] float64."""
+    def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Writes the users' weighted sum to [outputs, inputs] float64."""
+        found = factors.new_zeros(self.flat.shape[1])
         for users in _parts(len(factors), _at_once(self.flat)):
-            found = (factors[users] @ self.flat[users].double()).view(self.shape)
-            total += found.T if self.turned else found
+            found += factors[users] @ self.flat[users].double()
+        total.copy_(found.view(self.shape).T if self.turned else found.view(self.shape))
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept: zero times what is no number is none."""
@@ -263,9 +264,9 @@ class _Factored:
         room = _rounding(self.a.shape[1], self.a.shape[2], self.g.shape[2])
         return _from_grams(gram(self.a), gram(self.g), room)
 
-    def add_to(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
-        """Adds the users' weighted sum to [outputs, inputs] float64; `scaled` gives g times factors, float64."""
-        total.addmm_(scaled(self.g).flatten(0, 1).T, _double(self.a).flatten(0, 1))
+    def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Writes the users' weighted sum to [outputs, inputs] float64; `scaled` gives g times factors, float64."""
+        torch.mm(scaled(self.g).flatten(0, 1).T, _double(self.a).flatten(0, 1), out=total)
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept."""
@@ -279,16 +280,16 @@ class _OnGrid(_Factored):
     clip_norm: float
 
     def squared_norms(self, users: slice, gram: Callable[[Tensor], Tensor]) -> Tensor:
-        """[users] float64, and never less than the squared norm of what `add_to` adds, but for the grid."""
+        """[users] float64, and never less than the squared norm of what `sum_into` sums, but for the grid."""
         of_a, of_g = gram(self.a), gram(self.g)
         norms = super().squared_norms(users, gram).sqrt()
         norms += product_rounding(self.a.shape[1]) * _sizes(of_a, of_g)
         far = (_of_rows(of_a) > REACH**2) | (_of_rows(of_g) > (REACH * grid_step(self.clip_norm)) ** 2)
         return torch.where(far.any(dim=1), torch.inf, norms.square())
 
-    def add_to(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
-        """Adds the users' weighted sum to [outputs, inputs] float64."""
-        add_on_grid(total, self.a, self.g, factors, self.clip_norm)
+    def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Writes the users' weighted sum to [outputs, inputs] float64."""
+        sum_on_grid(total, self.a, self.g, factors, self.clip_norm)
 
     def forget(self, keep: Tensor) -> None:
         """Nothing: who has the factor zero is passed over."""
@@ -301,10 +302,10 @@ def _is_small(a: Tensor, g: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _add_clipped(
+def _sum_clipped(
     taken: dict[str, tuple[Tensor, Tensor]], biased: set[str], clip_norm: float, into: dict[str, Tensor]
 ) -> None:
-    """Adds the clipped sums of weights and biases, from (a, g) of each layer, which are given up here.
+    """Writes the clipped sums of weights and biases, from (a, g) of each layer, which are given up here.
 
     Args:
         into: name of weight or bias -> float64, of its shape.
@@ -332,9 +333,9 @@ def _add_clipped(
 
     scaled = _Shared(lambda g: g * factors.view(-1, 1, 1))
     for name, weight in weights.items():
-        weight.add_to(into[f"{name}.weight"], factors, scaled)
+        weight.sum_into(into[f"{name}.weight"], factors, scaled)
     for name, bias in biases.items():
-        into[f"{name}.bias"].add_(factors @ bias)
+        into[f"{name}.bias"].copy_(factors @ bias)
 
 
 def _held(a: Tensor, g: Tensor, clip_norm: float) -> _Gradients | _Factored:
@@ -392,8 +393,11 @@ def clipped_sums(model: InterestModel, at_once: int = 0) -> Iterator[ClippedSum]
             )
         losses.sum().backward()
         taken = {layer.name: layer.taken(len(batch), users) for layer in layers}
-        found = torch.zeros(coordinates, dtype=torch.float64, device=device)
-        _add_clipped(taken, biased, clip_norm, _named_parts(found, parameters))  # the witness stays zero
+        found = torch.empty(coordinates, dtype=torch.float64, device=device)
+        into = _named_parts(found, parameters)
+        if WITNESS in into:
+            into.pop(WITNESS).zero_()  # no user reaches it
+        _sum_clipped(taken, biased, clip_norm, into)
         return found
 
     model.train()

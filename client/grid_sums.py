@@ -39,11 +39,11 @@ def grid_step(clip_norm: float) -> float:
     return math.ldexp(clip_norm, -GRID_BITS)
 
 
-def add_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm: float) -> None:
-    """Adds users' clipped gradients of one weight, each rounded to the grid: total += sum_u round(c_u g_u^T a_u).
+def sum_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm: float) -> None:
+    """Sums users' clipped gradients of one weight, each rounded to the grid: sum_u round(c_u g_u^T a_u).
 
     Args:
-        total: [outputs, inputs] float64.
+        total: [outputs, inputs] float64, on whose numbers the sum is written.
         a: [users, places, inputs] float32, rows of norm at most REACH.
         g: [users, places, outputs] float32, rows of norm at most REACH grid steps.
         factors: [users] float64, c_u: each c_u g_u^T a_u, in float32, has norm at most `clip_norm`. Zero for nothing.
@@ -58,6 +58,7 @@ def add_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm:
     product = _place(outputs, inputs)
     step, steps = product.view(np.int32), torch.empty(outputs, inputs, dtype=torch.int32).numpy()
     taking = np.flatnonzero(scale)
+    total.zero_()
     for some in (taking[first : first + _USERS] for first in range(0, len(taking), _USERS)):
         steps.fill(_wrapped(-len(some) * _BITS))
         for user in some:
@@ -71,7 +72,7 @@ def add_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm:
             raise RuntimeError(
                 "a sum is larger than its users' clipped gradients can make it: it is not used"
             )
-        total += torch.from_numpy(steps * grid_step(clip_norm))
+        total.add_(torch.from_numpy(steps), alpha=grid_step(clip_norm))
 
 
 def _place(*shape: int) -> npt.NDArray[np.float32]:

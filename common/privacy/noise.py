@@ -35,7 +35,7 @@ LARGEST_DIMENSION = math.floor(((INFLATION - ROOM_FOR_FLOATS) * 2**GRID_BITS) **
 
 _PAIRS_AT_ONCE = 1 << 15
 _LARGEST_RATIO = 2.0**31
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 
 
 class GaussianNoise(Protocol):
@@ -200,9 +200,12 @@ def private_sum(
     at_once = _BLOCK if clipped_sum.device.type == "cpu" else dimension  # a block stays in the cores' cache
     for start in range(0, dimension, at_once):
         block = slice(start, start + at_once)
-        noise_steps = torch.from_numpy(np.rint(normals[block] * scale))  # whole multiples of the grid
+        noise_steps = torch.from_numpy(normals[block] * scale).round_()  # whole multiples of the grid
         sum_steps = (clipped_sum[block].detach().to(torch.float64) / grid).round_()
-        if not bool(sum_steps.abs().max() <= _LARGEST_RATIO * 2.0**GRID_BITS):  # also where one is no number
+        least, most = torch.aminmax(sum_steps)
+        if not bool(
+            torch.maximum(-least, most) <= _LARGEST_RATIO * 2.0**GRID_BITS
+        ):  # also where one is no number
             raise ValueError(
                 "the sum is not finite, or is far beyond what clipped users add up to: nothing is released"
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client import bookkeeping, grid_sums
 from client.bookkeeping import _gram_of, _OnGrid
-from client.grid_sums import add_on_grid, grid_step, product_rounding
+from client.grid_sums import grid_step, product_rounding, sum_on_grid
 from common.privacy.noise import GRID_BITS
 
 CLIP = 0.7
@@ -34,7 +34,7 @@ def factors_of(a: Tensor, g: Tensor, clip_norm: float = CLIP) -> Tensor:
 
 def summed(a: Tensor, g: Tensor, clip_norm: float = CLIP, factors: Tensor | None = None) -> Tensor:
     total = torch.zeros(g.shape[2], a.shape[2], dtype=torch.float64)
-    add_on_grid(total, a, g, factors_of(a, g, clip_norm) if factors is None else factors, clip_norm)
+    sum_on_grid(total, a, g, factors_of(a, g, clip_norm) if factors is None else factors, clip_norm)
     return total
 
 

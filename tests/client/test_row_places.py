@@ -35,13 +35,13 @@ def spellings(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> int:
     """In how many ways one user's part of a layer comes out, at most, over places, numbers and kinds of others."""
     model, rows, chance = subject.rewound(), some_users(USERS, subject.items), random.Random(1)
     found: list[Taken] = []
-    add = client.bookkeeping._add_clipped
+    add = client.bookkeeping._sum_clipped
 
     def seen(taken: Taken, *others: Any) -> None:
         found.append({name: (a.clone(), g.clone()) for name, (a, g) in taken.items()})
         add(taken, *others)
 
-    monkeypatch.setattr("client.bookkeeping._add_clipped", seen)
+    monkeypatch.setattr("client.bookkeeping._sum_clipped", seen)
     ways: dict[tuple[str, int], set[bytes]] = {}
     with clipped_sums(model) as clipped:
         for users in SIZES:

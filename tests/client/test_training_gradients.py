@@ -228,7 +228,7 @@ def squared_norms_of(held: _Factored | _Gradients, users: slice) -> Tensor:
 def sum_of(held: _Factored | _Gradients, factors: Tensor, sizes: tuple[int, int]) -> Tensor:
     """The weighted sum [outputs, inputs]."""
     total = torch.zeros(*sizes, dtype=torch.float64)
-    held.add_to(total, factors, lambda g: g * factors.view(-1, 1, 1))
+    held.sum_into(total, factors, lambda g: g * factors.view(-1, 1, 1))
     return total
 
 
