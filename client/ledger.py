@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -74,7 +74,13 @@ def utc_day() -> str:
 
 
 class Ledger(LedgerReader):
-    """An open ledger. Several processes may each have the same one open; a thread or process shares none."""
+    """An open ledger. Several processes may each have the same one open; a thread or process shares none.
+
+    Attributes:
+        FILES: names of the database and the key in a ledger's folder.
+    """
+
+    FILES: ClassVar[tuple[str, ...]] = (_DATABASE, _KEY)
 
     def __init__(
         self, folder: Path, connection: sqlite3.Connection, key: Ed25519PrivateKey, today: Callable[[], str]
@@ -154,7 +160,7 @@ class Ledger(LedgerReader):
             LedgerDamagedError, ReceiptError: genesis or head do not verify.
             LedgerVersionError: it was made by a version that this program does not know.
         """
-        for path in (folder, folder / _DATABASE, folder / _KEY):
+        for path in (folder, *(folder / name for name in cls.FILES)):
             if not path.exists():
                 raise LedgerMissingError(f"there is no ledger in {folder}: `fedtide site init` makes one")
             check_private(path)

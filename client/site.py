@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -202,8 +202,17 @@ def answer(site: Site, request: Request, *, until: float = math.inf) -> Update |
         return charged.released(state)
 
 
-def charge(site: Site, request: Request, *, until: float = math.inf) -> Charged | Update | Refusal:
+def charge(
+    site: Site,
+    request: Request,
+    *,
+    until: float = math.inf,
+    opened: Callable[[Path], Ledger] | None = None,
+) -> Charged | Update | Refusal:
     """The first half of an exchange: everything up to the reservation. Looks at no user's data.
+
+    Args:
+        opened: gives the ledger in a folder; None: opens it.
 
     Returns:
         The reservation, with the ledger open; or the answer, where there is one without it.
@@ -216,7 +225,7 @@ def charge(site: Site, request: Request, *, until: float = math.inf) -> Charged 
     if request.phase is Phase.METRICS and not site.metrics:
         _log.warning("site %s refuses: its policy releases no metrics", site.name)
         return Refusal(Reason.POLICY)
-    ledger = Ledger.open(site.ledger_folder)
+    ledger = (opened or Ledger.open)(site.ledger_folder)
     charged: Charged | Update | Refusal | None = None
     try:
         charged = _charge(site, request, plan, event, ledger, until)

@@ -15,6 +15,7 @@ from pathlib import Path
 from flwr.app import RecordDict
 from torch import Tensor
 
+from client import kept_ledgers
 from client.site import Charged, Site, charge, refusal_of, release_of, training_batch
 from client.training import StepSettings
 from client.training_together import NotTogetherError, check_sites_apart, train_together
@@ -60,15 +61,23 @@ def _answered(questions: Sequence[Question]) -> list[Update | Refusal]:
         for places in alike.values():
             answers |= _released({place: charged[place] for place in places})
     finally:
-        for each in charged.values():
-            each.ledger.disconnect()
+        for place, each in charged.items():
+            if isinstance(answers.get(place), Update):
+                kept_ledgers.leave(each.site.ledger_folder, each.ledger)
+            else:
+                each.ledger.disconnect()  # a reservation that is open still counts as abandoned
     return [answers[place] for place in range(len(questions))]
 
 
 def _charged(question: Question) -> Charged | Update | Refusal:
     try:
         site = Site.load(question.folder)
-        return charge(site, request_from_records(question.content), until=question.until)
+        return charge(
+            site,
+            request_from_records(question.content),
+            until=question.until,
+            opened=kept_ledgers.opened,
+        )
     except Exception as error:
         return refusal_of(error)
 

@@ -1,7 +1,7 @@
 """Many simulated sites that answer a round part by part, in this process or in a few workers, one for each core.
 
-A site is one worker's for as long as it answers: its ledger is opened, charged and closed there. What goes in and out
-of a part are messages, as bytes. While workers answer, the server admits what they answered before.
+A site is one worker's for as long as it answers: its ledger is charged there, and may stay open for the next round.
+What goes in and out of a part are messages, as bytes. While workers answer, the server admits what came before.
 """
 
 from __future__ import annotations
@@ -108,11 +108,13 @@ def _contents(first: int, answers: list[bytes]) -> dict[int, RecordDict]:
 def _begin(environment: Mapping[str, str]) -> None:
     """In a worker: one thread each, and the environment of now, as its server may have begun in another."""
     import client.together  # noqa: F401
+    from client.kept_ledgers import keep_open
     from simulations.threads import one_thread
 
     os.environ.clear()
     os.environ.update(environment)
     one_thread()
+    keep_open()
     gc.freeze()  # what was imported is no garbage: not looked through again and again
 
 
