@@ -201,16 +201,6 @@ def _rounding(places: int, inputs: int, outputs: int) -> float:
     return max(1e-10, 2.0**-52 * (inputs + outputs + places**2 + 8))
 
 
-def squared_norms(a: Tensor, g: Tensor) -> Tensor:
-    """[users]: the squared norm of each user's sum over places of g a^T from Gram matrices, and never less than it.
-
-    Args:
-        a: [users, places, inputs].
-        g: [users, places, outputs].
-    """
-    return _from_grams(_gram(a), _gram(g), _rounding(a.shape[1], a.shape[2], g.shape[2]))
-
-
 def _sizes(of_a: Tensor, of_g: Tensor) -> Tensor:
     """[users]: the sum over places of |a_p| |g_p|, from Gram matrices."""
     return (_of_rows(of_a) * _of_rows(of_g)).sqrt().sum(dim=1)
@@ -222,7 +212,10 @@ def _of_rows(gram: Tensor) -> Tensor:
 
 
 def _from_grams(of_a: Tensor, of_g: Tensor, rounding: float) -> Tensor:
-    """As `squared_norms`. Where places cancel, what is left is rounding, or even zero: its bound is added."""
+    """[users]: the squared norm of each user's sum over places of g a^T, and never less than it.
+
+    Where places cancel, what is left is rounding, or even zero: its bound is added.
+    """
     return (of_a * of_g).sum((1, 2)).clamp(min=0) + rounding * _sizes(of_a, of_g).square()
 
 

@@ -39,6 +39,56 @@ def grid_step(clip_norm: float) -> float:
     return math.ldexp(clip_norm, -GRID_BITS)
 
 
+class GridSums:
+    """Sums of users' parts, each part rounded to the grid by itself.
+
+    Args:
+        totals: [sums, coordinates] float64, on whose numbers the sums are written.
+        clip_norm: C.
+    """
+
+    def __init__(self, totals: Tensor, clip_norm: float) -> None:
+        self.step = grid_step(clip_norm)
+        self._totals = totals.zero_()
+        self._steps = torch.zeros(totals.shape, dtype=torch.int32).numpy()
+        self._counts = np.zeros(len(totals), np.int64)
+
+    def add(self, into: int, part: npt.NDArray[np.float32]) -> None:
+        """Adds one user's part.
+
+        Args:
+            into: which sum.
+            part: [coordinates], in steps of the grid, of norm at most C; given up here.
+        """
+        part += _ROUNDS
+        steps = self._steps[into]
+        np.add(steps, part.view(np.int32), out=steps)  # wraps round; the whole sum fits again
+        self._counts[into] += 1
+        if self._counts[into] == _USERS:
+            self._write(into)
+
+    def finish(self) -> Tensor:
+        """The sums.
+
+        Raises:
+            RuntimeError: a sum is beyond what parts of norm C add up to.
+        """
+        for into in np.flatnonzero(self._counts):
+            self._write(int(into))
+        return self._totals
+
+    def _write(self, into: int) -> None:
+        steps, count = self._steps[into], int(self._counts[into])
+        steps += np.int32((-count * _BITS + 2**31) % 2**32 - 2**31)  # modulo 2^32
+        if max(int(steps.max()), -int(steps.min())) > 1.01 * count * 2**GRID_BITS:
+            raise RuntimeError(
+                "a sum is larger than its users' clipped gradients can make it: it is not used"
+            )
+        self._totals[into].add_(torch.from_numpy(steps), alpha=self.step)
+        steps.fill(0)
+        self._counts[into] = 0
+
+
 def sum_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm: float) -> None:
     """Sums users' clipped gradients of one weight, each rounded to the grid: sum_u round(c_u g_u^T a_u).
 
@@ -53,34 +103,19 @@ def sum_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm:
     """
     places, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
     of_a, of_g = a.numpy(), g.numpy()
-    scale = (factors / grid_step(clip_norm)).float().numpy()
-    own_a, own_g = _place(places, inputs), _place(places, outputs)
-    product = _place(outputs, inputs)
-    step, steps = product.view(np.int32), torch.empty(outputs, inputs, dtype=torch.int32).numpy()
-    taking = np.flatnonzero(scale)
-    total.zero_()
-    for some in (taking[first : first + _USERS] for first in range(0, len(taking), _USERS)):
-        steps.fill(_wrapped(-len(some) * _BITS))
-        for user in some:
-            # All users' products are made at one place in memory: nothing can depend on where a row stands.
-            np.copyto(own_a, of_a[user])
-            np.multiply(of_g[user], scale[user], out=own_g)
-            np.matmul(own_g.T, own_a, out=product)
-            product += _ROUNDS
-            np.add(steps, step, out=steps)  # wraps round; the whole sum fits again
-        if max(int(steps.max()), -int(steps.min())) > 1.01 * len(some) * 2**GRID_BITS:
-            raise RuntimeError(
-                "a sum is larger than its users' clipped gradients can make it: it is not used"
-            )
-        total.add_(torch.from_numpy(steps), alpha=grid_step(clip_norm))
+    sums = GridSums(total.view(1, -1), clip_norm)
+    scale = (factors / sums.step).float().numpy()
+    # All users' products are made at one place in memory: nothing can depend on where a row stands.
+    own_a, own_g, product = own_place(places, inputs), own_place(places, outputs), own_place(outputs, inputs)
+    for user in np.flatnonzero(scale):
+        np.copyto(own_a, of_a[user])
+        np.multiply(of_g[user], scale[user], out=own_g)
+        np.matmul(own_g.T, own_a, out=product)
+        sums.add(0, product.reshape(-1))
+    sums.finish()
 
 
-def _place(*shape: int) -> npt.NDArray[np.float32]:
-    """Memory that begins at a multiple of 64 bytes, as torch's does."""
-    found: npt.NDArray[np.float32] = torch.empty(*shape).numpy()
+def own_place(*shape: int) -> npt.NDArray[np.float32]:
+    """Zeros that begin at a multiple of 64 bytes, as torch's memory does."""
+    found: npt.NDArray[np.float32] = torch.zeros(*shape).numpy()
     return found
-
-
-def _wrapped(number: int) -> int:
-    """The int32 that is equal to it modulo 2^32."""
-    return (number + 2**31) % 2**32 - 2**31

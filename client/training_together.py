@@ -4,9 +4,10 @@ What `training.train_round` releases for one site, this releases for each of man
 parameters: a Poisson sample of that site's users, clipped sums of its own users alone, its own noise. Only the
 arithmetic is shared. After the first step each site has parameters of its own, so a site's sampled users stand in units
 of UNIT rows, the last one filled up with its first user; every Linear layer multiplies [units, rows, in] by the weights
-of each unit's site; a user's part of the sum goes to that site. Norms, sums and noise are float64, as for one site. As
-all batches have the same shape, whoever else was sampled, at whichever site, changes no user's numbers, even by
-rounding (`bookkeeping.py` says why that counts).
+of each unit's site; a user's part of the sum goes to that site. Each user's gradient is made in float32, clipped by its
+norm in float64 and rounded to the noise's grid (`grid_sums.py`), so that sums are exact. As all batches have the same
+shape, whoever else was sampled, at whichever site, changes no user's numbers, even by rounding (`bookkeeping.py` says
+why that counts).
 
 A model shows first, on made-up users, that its sites do not touch each other; one that reads histories with a
 language model is trained one site after the other.
@@ -14,17 +15,21 @@ language model is trained one site after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from client.bookkeeping import RowsAreNotUsersError, recorded, squared_norms
+from client.bookkeeping import RowsAreNotUsersError, recorded
+from client.grid_sums import GridSums, own_place
 from client.training import (
     StepSettings,
     check_rows_are_users,
@@ -38,6 +43,8 @@ from common.models.batches import EVEN_EVENTS, HistoryBatch, concatenate
 from common.models.interface import InterestModel
 from common.models.own_weights import OWN_WEIGHTS
 from common.privacy.noise import GaussianNoise, UserSampler, private_sum
+
+Floats = npt.NDArray[np.float32]
 
 UNIT = 2
 """Rows of a unit. All units, and all batches of them, have the same shape, so a row's numbers are the same in all."""
@@ -75,8 +82,8 @@ class _Layer:
     def forward(self, tap: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: recorded(x, self.weight, self.bias, tap, self.calls)
 
-    def taken(self, rows: int) -> tuple[Tensor, Tensor]:
-        """a [rows, places, inputs] and g [rows, places, outputs], float64.
+    def taken(self, rows: int) -> tuple[Floats, Floats]:
+        """a [rows, places, inputs] and g [rows, places, outputs].
 
         Raises:
             RowsAreNotUsersError: the layer was not called, or a call's rows are not users.
@@ -84,8 +91,9 @@ class _Layer:
         if not self.calls or any(x.ndim < 2 or x.shape[0] != rows for x, _ in self.calls):
             raise RowsAreNotUsersError(f"layer {self.name} has not one row a user")
         a, g = (
-            torch.cat(
-                [call[side].double().reshape(rows, -1, call[side].shape[-1]) for call in self.calls], dim=1
+            np.concatenate(
+                [call[side].reshape(rows, -1, call[side].shape[-1]).cpu().numpy() for call in self.calls],
+                axis=1,
             )
             for side in (0, 1)
         )
@@ -93,23 +101,26 @@ class _Layer:
         return a, g
 
 
-SumsOfUnits = Callable[[Tensor, HistoryBatch, Tensor, float], Tensor]
-"""(parameters [units, coordinates], rows unit after unit, [units, UNIT] whether a row is a user, C) -> each unit's
-clipped sum [units, coordinates] float64."""
+AddSums = Callable[[Tensor, HistoryBatch, Sequence[int], GridSums, float], None]
+"""(parameters [units, coordinates], rows unit after unit, into which sum each row's clipped gradient goes, or -1 for
+none, the sums, C)."""
 
 
 @contextmanager
-def clipped_sums_of_units(model: InterestModel) -> Iterator[SumsOfUnits]:
-    """Gives a function to each unit's sum of its users' gradients, each clipped to C as a whole.
+def clipped_sums_of_units(model: InterestModel) -> Iterator[AddSums]:
+    """Gives a function that adds users' gradients, each clipped to C as a whole, to sums.
 
     Raises:
         NotTogetherError: something other than Linear layers is trainable.
         RowsAreNotUsersError: from the function: rows are not users.
     """
     layers, coordinates = _layers(model)
+    row = own_place(coordinates)  # what no layer holds (the witness) stays zero
     tap = torch.zeros((), requires_grad=True, device=next(iter(model.trainable().values())).device)
 
-    def sums(parameters: Tensor, batch: HistoryBatch, real: Tensor, clip_norm: float) -> Tensor:
+    def add(
+        parameters: Tensor, batch: HistoryBatch, into: Sequence[int], sums: GridSums, clip_norm: float
+    ) -> None:
         for layer in layers:
             layer.take(parameters)
         losses = model.per_user_loss(batch)
@@ -118,14 +129,13 @@ def clipped_sums_of_units(model: InterestModel) -> Iterator[SumsOfUnits]:
                 f"the loss has shape {tuple(losses.shape)}, but must be one number a user"
             )
         losses.sum().backward()
-        with torch.no_grad():
-            return _clipped(layers, real, clip_norm, coordinates)
+        _add_clipped(layers, row, into, sums, clip_norm)
 
     model.train()
     for layer in layers:
         layer.module.forward = layer.forward(tap)  # type: ignore[method-assign, assignment]
     try:
-        yield sums
+        yield add
     finally:
         for layer in layers:
             del layer.module.forward
@@ -154,31 +164,59 @@ def _layers(model: InterestModel) -> tuple[list[_Layer], int]:
     return layers, start
 
 
-def _clipped(layers: list[_Layer], real: Tensor, clip_norm: float, coordinates: int) -> Tensor:
-    """[units, coordinates] float64; what no layer holds (the witness) is zero."""
-    units, rows = len(real), real.numel()
-    taken = [layer.taken(rows) for layer in layers]
-    squared = torch.zeros(rows, dtype=torch.float64, device=real.device)
-    for layer, (a, g) in zip(layers, taken, strict=True):
-        squared = squared + squared_norms(a, g)
-        if layer.bias_at is not None:
-            squared = squared + g.sum(dim=1).square().sum(dim=1)
-    norms = squared.sqrt()
-    kept = norms.isfinite() & real.flatten()
-    factors = torch.where(kept, (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-    if not bool(
-        norms.isfinite().all()
-    ):  # who is no number contributes nothing: a contribution like any other
-        keep = kept.view(-1, 1, 1)
-        taken = [(torch.where(keep, a, 0.0), torch.where(keep, g, 0.0)) for a, g in taken]
-    found = torch.zeros(units, coordinates, dtype=torch.float64, device=real.device)
-    for layer, (a, g) in zip(layers, taken, strict=True):
-        scaled = (g * factors.view(-1, 1, 1)).reshape(units, -1, g.shape[-1])
-        product = torch.bmm(scaled.mT, a.reshape(units, -1, a.shape[-1]))  # [units, outputs, inputs]
-        found[:, layer.weight_at] = product.flatten(1)
-        if layer.bias_at is not None:
-            found[:, layer.bias_at] = scaled.sum(dim=1)
-    return found
+def _add_clipped(
+    layers: list[_Layer], row: Floats, into: Sequence[int], sums: GridSums, clip_norm: float
+) -> None:
+    """Adds each row's gradient, made in float32 and clipped, to its sum.
+
+    Args:
+        row: [coordinates], where every row's gradient is made: nothing can depend on where a row stands.
+    """
+    parts = [_Made.of(layer, row, *layer.taken(len(into))) for layer in layers]
+    scaled, double = own_place(len(row)), np.empty(len(row))
+    with np.errstate(all="ignore"):  # or a warning would tell of a user whose numbers are none
+        for place, which in enumerate(into):
+            if which < 0:
+                continue
+            for part in parts:
+                part.make(place)
+            np.copyto(double, row)
+            norm = math.sqrt(double @ double)
+            if math.isfinite(norm):  # who is no number contributes nothing: a contribution like any other
+                np.multiply(row, np.float32(min(1.0, clip_norm / max(norm, 1e-12)) / sums.step), out=scaled)
+                sums.add(which, scaled)
+
+
+@dataclass
+class _Made:
+    """Makes the gradient of a layer for one row after the other, always at the same place in memory."""
+
+    a: Floats
+    g: Floats
+    own_a: Floats
+    own_g: Floats
+    weight: Floats
+    bias: Floats | None
+
+    @classmethod
+    def of(cls, layer: _Layer, row: Floats, a: Floats, g: Floats) -> Self:
+        """Args: row: [coordinates], of which a part is the layer's."""
+        return cls(
+            a,
+            g,
+            own_place(*a.shape[1:]),
+            own_place(*g.shape[1:]),
+            row[layer.weight_at].reshape(g.shape[2], a.shape[2]),
+            None if layer.bias_at is None else row[layer.bias_at],
+        )
+
+    def make(self, place: int) -> None:
+        """Writes the gradient of the row at a place of the batch."""
+        np.copyto(self.own_a, self.a[place])
+        np.copyto(self.own_g, self.g[place])
+        np.matmul(self.own_g.T, self.own_a, out=self.weight)
+        if self.bias is not None:
+            np.sum(self.own_g, axis=0, out=self.bias)
 
 
 def check_sites_apart(model: InterestModel) -> None:
@@ -216,10 +254,10 @@ def check_sites_apart(model: InterestModel) -> None:
             {clip_norm: clipped_sum([row[own] for row in of_site], clip_norm) for clip_norm in clip_norms}
             for own, of_site in zip(everyone, rows, strict=True)
         ]
-        with clipped_sums_of_units(model) as sums:
+        with clipped_sums_of_units(model) as add:
             parameters = torch.stack(moved)
             together = {
-                clip_norm: _sums(sums, parameters, histories, everyone, clip_norm, 2 * UNIT)
+                clip_norm: _sums(add, parameters, histories, everyone, clip_norm, 2 * UNIT)
                 for clip_norm in clip_norms
             }
     except RowsAreNotUsersError as error:
@@ -267,13 +305,13 @@ def train_together(
     start = _flat(trainable)  # [coordinates]
     parameters = start.expand(len(sites), -1).clone()
     joined, offsets = _joined(sites)
-    with clipped_sums_of_units(model) as sums:
+    with clipped_sums_of_units(model) as add:
         for step in range(settings.steps):
             taken = [
                 torch.as_tensor(np.flatnonzero(sampler.sample(len(site), settings.sampling_rate))) + offset
                 for site, sampler, offset in zip(sites, samplers, offsets, strict=True)
             ]
-            total = _sums(sums, parameters, joined, taken, settings.clip_norm, settings.micro_batch)
+            total = _sums(add, parameters, joined, taken, settings.clip_norm, settings.micro_batch)
             for site, noise in enumerate(noises):
                 noised = private_sum(
                     total[site],
@@ -281,7 +319,7 @@ def train_together(
                     noise_multiplier=settings.noise_multiplier,
                     noise=noise,
                 )
-                parameters[site] -= settings.learning_rate * (noised / settings.normaliser)
+                parameters[site] -= (settings.learning_rate / settings.normaliser * noised).to(start.device)
             if on_step is not None:
                 on_step(step + 1)
     change = (parameters - start).cpu()
@@ -289,14 +327,14 @@ def train_together(
 
 
 def _sums(
-    sums: SumsOfUnits,
+    add: AddSums,
     parameters: Tensor,
     histories: HistoryBatch,
     taken: Sequence[Tensor],
     clip_norm: float,
     most_rows: int,
 ) -> Tensor:
-    """[sites, coordinates] float64: the clipped sum of each site's users.
+    """[sites, coordinates] float64, on the CPU: the clipped sum of each site's users.
 
     Args:
         parameters: [sites, coordinates].
@@ -304,7 +342,7 @@ def _sums(
         taken: of each site the rows of its users.
         most_rows: of one batch, for memory alone; every batch has as many, whoever was taken.
     """
-    total = torch.zeros(parameters.shape, dtype=torch.float64, device=parameters.device)
+    sums = GridSums(torch.empty(parameters.shape, dtype=torch.float64), clip_norm)
     units = [(site, unit) for site, own in enumerate(taken) for unit in own.split(UNIT) if len(unit)]
     at_once = max(1, most_rows // UNIT)
     for first in range(0, len(units), at_once):
@@ -313,11 +351,9 @@ def _sums(
         sites = torch.tensor([site for site, _ in batch] + [batch[0][0]] * lacking, device=parameters.device)
         rows = [_filled(unit) for _, unit in batch]
         index = torch.cat([*rows, *[rows[0]] * lacking]).to(parameters.device)
-        real = torch.stack([torch.arange(UNIT) < len(unit) for _, unit in batch]).to(parameters.device)
-        real = pad(real, (0, 0, 0, lacking), value=False)
-        found = sums(parameters[sites], histories.rows(index), real, clip_norm)
-        total.index_add_(0, sites[: len(batch)], found[: len(batch)])
-    return total
+        into = [site if row < len(unit) else -1 for site, unit in batch for row in range(UNIT)]
+        add(parameters[sites], histories.rows(index), into + [-1] * (UNIT * lacking), sums, clip_norm)
+    return sums.finish()
 
 
 def _filled(unit: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,14 @@ def test_one_that_others_may_read_is_refused(tmp_path: Path) -> None:
         opened(folder)
 
 
-def _charge(folder: Path, first: int) -> None:
-    with Ledger.open(folder) as ledger:
-        release(ledger, first)
+_CHARGE = """
+import sys
+from pathlib import Path
+from client.ledger import Ledger
+from tests.client.test_kept_ledgers import release
+with Ledger.open(Path(sys.argv[1])) as ledger:
+    release(ledger, int(sys.argv[2]))
+"""
 
 
 def test_what_another_process_charged_meanwhile_is_counted(tmp_path: Path) -> None:
@@ -120,10 +126,8 @@ def test_what_another_process_charged_meanwhile_is_counted(tmp_path: Path) -> No
         ledger = opened(folder)
         release(ledger, round_)
         leave(folder, ledger)
-        process = multiprocessing.get_context("spawn").Process(target=_charge, args=(folder, round_ + 1))
-        process.start()
-        process.join(60)
-        assert process.exitcode == 0
+        arguments = [sys.executable, "-c", _CHARGE, str(folder), str(round_ + 1)]
+        subprocess.run(arguments, cwd=Path(__file__).parents[2], check=True, timeout=120)
     assert outcomes(folder) == ["released"] * 7
 
 

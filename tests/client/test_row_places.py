@@ -15,6 +15,7 @@ from torch import Tensor
 
 import client.bookkeeping
 from client.bookkeeping import clipped_sums
+from client.grid_sums import GridSums
 from client.training_together import UNIT, clipped_sums_of_units
 from common.config import make_plan
 from common.models.names import FAMILIES
@@ -91,15 +92,16 @@ def test_in_a_batch_of_many_sites_it_is_so_too(core: str, folder: Path) -> None:
     model, rows = subject.rewound(), some_users(USERS, subject.items)
     flat = torch.cat([parameter.detach().flatten() for parameter in model.trainable().values()])
     ways = set()
-    with clipped_sums_of_units(model) as sums:
+    with clipped_sums_of_units(model) as add:
         for place in range(units * UNIT):
             batch = chance.choices(rows, k=units * UNIT)
             batch[place] = rows[ME]
-            mine = torch.arange(units * UNIT) == place
             parameters = flat + torch.randn(units, len(flat))  # of other sites
             parameters[place // UNIT] = flat
-            found = sums(parameters, subject.batch(batch).evened(), mine.view(units, UNIT), 1.0)
-            ways.add(found[place // UNIT].numpy().tobytes())
+            sums = GridSums(torch.empty(1, len(flat), dtype=torch.float64), 1.0)
+            into = [0 if row == place else -1 for row in range(units * UNIT)]
+            add(parameters, subject.batch(batch).evened(), into, sums, 1.0)
+            ways.add(sums.finish().numpy().tobytes())
     assert len(ways) == 1
 
 

@@ -18,7 +18,6 @@ from client.bookkeeping import (
     _is_small,
     _OnGrid,
     clipped_sums,
-    squared_norms,
 )
 from client.training import (
     UnvouchedLayerError,
@@ -343,13 +342,14 @@ def test_a_user_whose_gradient_is_not_finite_adds_nothing_in_one_pass(
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("size", [float("inf"), 1e300])
-def test_no_warning_tells_of_a_user_whose_numbers_are_none(size: float) -> None:
-    rows = torch.ones(2, 5, 40, dtype=torch.float64)
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("form", [_Factored, on_grid])
+def test_no_warning_tells_of_a_user_whose_numbers_are_none(form: Form, size: float) -> None:
+    rows = torch.ones(2, 5, 40)
     rows[1] = size
     rows[1, 0, 0] = -size
-    norms = squared_norms(rows, rows)
-    assert norms.isfinite().tolist() == [True, False]
+    norms = squared_norms_of(form(rows, rows), slice(0, 2))
+    assert norms.isfinite().tolist() == [True, form is _Factored and size == 3e38]
 
 
 def test_no_rows_are_gradients_of_no_users() -> None:
