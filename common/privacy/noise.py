@@ -163,7 +163,9 @@ def private_sum(
     where r is what clipping and summing in floating point add to C, relatively. It is at least sigma when
     2^-20 sqrt(d) <= INFLATION - ROOM_FOR_FLOATS (hence LARGEST_DIMENSION) and r <= ROOM_FOR_FLOATS, which is
     the caller's part: add up in float64, and r is a clip's rounding of about 1e-6. (Adding n users in fp32
-    costs up to 2^-23 n^2 in the worst case.) What remains is the accuracy of Box-Muller itself in float64.
+    costs up to 2^-23 n^2 in the worst case.) Or round each user's part to this grid before it is added
+    (`client/grid_sums.py`): the sum is then exact, rounding it here changes nothing, and neighbours are at most
+    C + g sqrt(d) / 2 apart. What remains is the accuracy of Box-Muller itself in float64.
 
     Args:
         clipped_sum: the sum over the sampled users, fp32 or fp64, [d], on CPU or CUDA. An empty batch is

@@ -231,6 +231,10 @@ def main() -> None:
     if given.run is not None:
         print(json.dumps(asdict(run(given.run, given.sites, given.users, given.rounds))))
         return
+    if given.sites <= ASKED:
+        parser.error(
+            f"--sites is {given.sites}, but must be above the {ASKED} that it is compared with: give more"
+        )
     folder = given.folder or Path(tempfile.mkdtemp(prefix="fedtide-scale-"))
     before = os.getloadavg()[0]
     try:

@@ -40,6 +40,8 @@ from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_tabl
 from simulations.threads import one_thread
 
 PLAIN, OWN, HOOKS, GHOST = "plain PyTorch", "Fedtide", "Opacus hooks", "Opacus ghost"
+FASTER = 8
+"""How many times faster than Opacus' hooks a step is to be, wherever plain PyTorch is."""
 STOCK_TURNS = 5
 """Turns of the stock ways, some of which take seconds a step."""
 
@@ -337,7 +339,11 @@ def measure(turns: int, device: str) -> list[Row]:
             rows += of_tokens(setting, device, ms / 1000, found[OWN])
         if not setting.lora and setting.core == "lstm":
             faster = found[HOOKS] / found[OWN]
-            rows.append(Row(f"{setting}: {HOOKS} / Fedtide", f"{faster:.1f}", ">= 8", faster >= 8))
+            asked = (
+                found[HOOKS] >= FASTER
+            )  # plain PyTorch itself is that much faster here: else nothing can be
+            wanted, met = (f">= {FASTER}", faster >= FASTER) if asked else (None, None)
+            rows.append(Row(f"{setting}: {HOOKS} / Fedtide", f"{faster:.1f}", wanted, met))
             own, plain, hooks = (peak_megabytes(setting, way, device) for way in (OWN, PLAIN, HOOKS))
             rows.append(
                 Row(
@@ -371,13 +377,13 @@ def main() -> None:
     command = "python -m simulations.benchmarks.steps" + (" --device cuda" if gpu else "")
     command += " --keep-memory" if given.keep_memory else ""
     text = (
-        f"`{command}`, {machine()}{gpu}; torch {torch.__version__}, opacus "
+        f"`{command}`, {machine()}{gpu}, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}, opacus "
         f"{version('opacus')}, one thread. Ratios of {'wall' if gpu else 'CPU'} time, medians of {given.turns} turns "
         f"(Opacus: {STOCK_TURNS}). Steps of 64 users "
         "(LoRA: 32) with 32 events, over 1,682 items (LoRA: 400). Plain: torch's own LSTM or GRU and SGD; Opacus: its "
-        "DPLSTM or DPGRU. Where the loss ranks the whole catalog, it is most of a small model's step whichever way, "
-        "and no way can be many times faster than another. At a language model's full width, what Fedtide takes beyond "
-        "plain is above all the sums' float64 products, which keep one user's clipped gradient that user's own."
+        f"DPLSTM or DPGRU. That a step is {FASTER} times faster than Opacus' hooks is asked where plain PyTorch is: "
+        "where the loss ranks the whole catalog, it is most of a small model's step whichever way, and no way can be "
+        "many times faster than another."
     )
     title = (
         "## A private step" + (" on a GPU" if gpu else "") + (", memory kept" if given.keep_memory else "")
