@@ -10,18 +10,18 @@ Li et al. 2022 (arXiv:2110.05679) for the norms, Bu et al. 2023 (arXiv:2210.0003
 gradients of weights are never computed. Where a gradient is small beside a and g, it is made after all, user by user
 in float32, as Opacus does, and the rest is the same.
 
-What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms are float64 (see
-`_rounding`), and sums are whole steps of the noise's grid (`grid_sums.py`), or float64: in float32 the rounding of a
-long sum could exceed what the noise's inflation covers (`private_sum`), and no bound on it that holds for every batch
-is near that. And a and g, which are float32, must not depend on how many others there are: BLAS takes other kernels for
-few rows than for many, and parameters far off (which a server may send) make that rounding as large as it gets: a
-fourth user was seen to move a sum by 3.6 C. So batches run evened out (`HistoryBatch.evened`). Opacus' rows are what
-all of this is held against, before the first step of each model (`training.check_rows_are_users`) and in tests.
+What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms are never
+underrated (see `_rounding`), and sums are whole steps of the noise's grid (`grid_sums.py`), or float64: in float32 the
+rounding of a long sum could exceed what the noise's inflation covers (`private_sum`), and no bound on it that holds for
+every batch is near that. And a and g, which are float32, must not depend on how many others there are: BLAS takes other
+kernels for few rows than for many, and parameters far off (which a server may send) make that rounding as large as it
+gets: a fourth user was seen to move a sum by 3.6 C. So batches run evened out (`HistoryBatch.evened`). Opacus' rows are
+what all of this is held against, before the first step of each model (`training.check_rows_are_users`) and in tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,8 +40,6 @@ from common.witness import WITNESS
 
 _AT_ONCE = 32
 """Users whose part is made in float64 at once on a CPU, for memory."""
-_IN_CACHE = 8
-"""Users whose rows are float64 at once there, so that a core's cache holds them."""
 
 ClippedSum = Callable[[HistoryBatch, float], Tensor]
 """(batch, C) -> [coordinates] float64, the trainable parameters flattened one after the other."""
@@ -137,14 +135,14 @@ class _Layer:
 class _Shared:
     """What is made of a tensor, made once: a recurrence's two maps get the same g."""
 
-    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, make: Callable[..., Tensor]) -> None:
         self._make = make
-        self._made: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._made: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        key = (x.data_ptr(), x.shape, x.stride())
+    def __call__(self, x: Tensor, *how: Hashable) -> Tensor:
+        key = (x.data_ptr(), x.shape, x.stride(), *how)
         if key not in self._made:
-            self._made[key] = (x, self._make(x))  # x is kept, or its memory could be another's
+            self._made[key] = (x, self._make(x, *how))  # x is kept, or its memory could be another's
         return self._made[key][1]
 
 
@@ -163,27 +161,31 @@ def _over_places(g: Tensor) -> Tensor:
     return torch.cat([_double(g[users]).sum(dim=1) for users in parts])
 
 
-def _gram(x: Tensor) -> Tensor:
-    """x x^T for each user, float64; on a CPU by numpy, whose BLAS is the faster one in it."""
+def _gram(x: Tensor, single: bool = False) -> Tensor:
+    """x x^T for each user, [users, places, places] float64.
+
+    Args:
+        single: whether it is made in float32, on a CPU; see `_single_rounding`.
+    """
     if x.device.type != "cpu":
         on_device = _double(x)
         return on_device @ on_device.mT
     users, places, width = x.shape
-    found = np.empty((users, places, places))
-    rows, again = np.empty((2, min(users, _IN_CACHE), places, width))
+    found = np.empty((users, places, places), np.float32 if single else np.float64)
+    # At one place in memory for all users; twice, as numpy makes half of an array's product with itself and mirrors it,
+    # which is slower.
+    row, again = np.empty((2, places, width), found.dtype)
     with np.errstate(all="ignore"):  # or a warning would tell of a user whose numbers are none
-        for some in _parts(users, _IN_CACHE):
-            count = some.stop - some.start
-            np.copyto(rows[:count], x[some].numpy())
-            # By a copy: numpy makes half of an array's product with itself and mirrors it, which is slower.
-            np.copyto(again[:count], rows[:count])
-            np.matmul(rows[:count], again[:count].swapaxes(1, 2), out=found[some])
-    return torch.from_numpy(found)
+        for user, own in enumerate(x.numpy()):
+            np.copyto(row, own)
+            np.copyto(again, row)
+            np.matmul(row, again.T, out=found[user])
+    return torch.from_numpy(found).double()
 
 
-def _gram_of(users: slice, x: Tensor) -> Tensor:
+def _gram_of(users: slice, x: Tensor, single: bool = False) -> Tensor:
     """These users' Gram matrices."""
-    return _gram(x[users])
+    return _gram(x[users], single)
 
 
 def _parts(users: int, at_once: int) -> list[slice]:
@@ -201,9 +203,24 @@ def _rounding(places: int, inputs: int, outputs: int) -> float:
     return max(1e-10, 2.0**-52 * (inputs + outputs + places**2 + 8))
 
 
-def _sizes(of_a: Tensor, of_g: Tensor) -> Tensor:
-    """[users]: the sum over places of |a_p| |g_p|, from Gram matrices."""
-    return (_of_rows(of_a) * _of_rows(of_g)).sqrt().sum(dim=1)
+_SINGLE = 2**16
+"""Places times inputs and outputs up to which Gram matrices are made in float32."""
+_FLOOR = 2.0**-100
+"""Of a row's squared norm in float32, in which the squares of small numbers are zero."""
+
+
+def _single_rounding(inputs: int, outputs: int) -> float:
+    """As `_rounding`, for Gram matrices in float32: n 2^-24 of the terms' sizes for a sum of n.
+
+    Of a user whose places do not cancel, it takes 2^-25 (inputs + outputs) places from the clip factor at most: 2^-9
+    where float32 is taken (`_SINGLE`), and a thousandth at a language model's full width with 32 events.
+    """
+    return 1.01 * 2.0**-24 * (inputs + outputs + 8)
+
+
+def _sizes(of_a: Tensor, of_g: Tensor, floor: float = 0.0) -> Tensor:
+    """[users]: the sum over places of |a_p| |g_p|, from Gram matrices; no row is shorter than the floor's root."""
+    return ((_of_rows(of_a) + floor) * (_of_rows(of_g) + floor)).sqrt().sum(dim=1)
 
 
 def _of_rows(gram: Tensor) -> Tensor:
@@ -211,12 +228,12 @@ def _of_rows(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=1, dim2=2)
 
 
-def _from_grams(of_a: Tensor, of_g: Tensor, rounding: float) -> Tensor:
+def _from_grams(of_a: Tensor, of_g: Tensor, sizes: Tensor, rounding: float) -> Tensor:
     """[users]: the squared norm of each user's sum over places of g a^T, and never less than it.
 
     Where places cancel, what is left is rounding, or even zero: its bound is added.
     """
-    return (of_a * of_g).sum((1, 2)).clamp(min=0) + rounding * _sizes(of_a, of_g).square()
+    return (of_a * of_g).sum((1, 2)).clamp(min=0) + rounding * sizes.square()
 
 
 class _Gradients:
@@ -229,7 +246,7 @@ class _Gradients:
         self.shape = made.shape[1:]
         self.flat = made.flatten(1)
 
-    def squared_norms(self, users: slice, gram: Callable[[Tensor], Tensor]) -> Tensor:
+    def squared_norms(self, users: slice, gram: Callable[..., Tensor]) -> Tensor:
         """[users] float64."""
         return self.flat[users].double().square_().sum(dim=1)
 
@@ -252,10 +269,11 @@ class _Factored:
     a: Tensor
     g: Tensor
 
-    def squared_norms(self, users: slice, gram: Callable[[Tensor], Tensor]) -> Tensor:
-        """[users] float64; `gram` gives these users' matrices of a or g, from float64."""
+    def squared_norms(self, users: slice, gram: Callable[..., Tensor]) -> Tensor:
+        """[users] float64; `gram` gives these users' matrices of a or g."""
+        of_a, of_g = gram(self.a), gram(self.g)
         room = _rounding(self.a.shape[1], self.a.shape[2], self.g.shape[2])
-        return _from_grams(gram(self.a), gram(self.g), room)
+        return _from_grams(of_a, of_g, _sizes(of_a, of_g), room)
 
     def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
         """Writes the users' weighted sum to [outputs, inputs] float64; `scaled` gives g times factors, float64."""
@@ -272,11 +290,22 @@ class _OnGrid(_Factored):
 
     clip_norm: float
 
-    def squared_norms(self, users: slice, gram: Callable[[Tensor], Tensor]) -> Tensor:
+    def squared_norms(self, users: slice, gram: Callable[..., Tensor]) -> Tensor:
         """[users] float64, and never less than the squared norm of what `sum_into` sums, but for the grid."""
-        of_a, of_g = gram(self.a), gram(self.g)
-        norms = super().squared_norms(users, gram).sqrt()
-        norms += product_rounding(self.a.shape[1]) * _sizes(of_a, of_g)
+        if self.a.shape[1] * (self.a.shape[2] + self.g.shape[2]) > _SINGLE:
+            return self._squared_norms(users, gram, False)
+        found = self._squared_norms(users, gram, True)
+        if bool(found.isfinite().all()):
+            return found
+        # Squares of large numbers are none in float32. For each user alone: others keep what they have.
+        return torch.where(found.isfinite(), found, self._squared_norms(users, gram, False))
+
+    def _squared_norms(self, users: slice, gram: Callable[..., Tensor], single: bool) -> Tensor:
+        places, inputs, outputs = self.a.shape[1], self.a.shape[2], self.g.shape[2]
+        room = _single_rounding(inputs, outputs) if single else _rounding(places, inputs, outputs)
+        of_a, of_g = gram(self.a, single), gram(self.g, single)
+        sizes = _sizes(of_a, of_g, _FLOOR if single else 0.0)
+        norms = _from_grams(of_a, of_g, sizes, room).sqrt() + product_rounding(places) * sizes
         far = (_of_rows(of_a) > REACH**2) | (_of_rows(of_g) > (REACH * grid_step(self.clip_norm)) ** 2)
         return torch.where(far.any(dim=1), torch.inf, norms.square())
 

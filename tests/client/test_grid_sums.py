@@ -78,7 +78,7 @@ def test_what_a_user_adds_is_the_same_to_the_last_bit_beside_whomever() -> None:
 def test_any_number_of_users_may_be_added_up(users: int) -> None:
     a, g = made_up(1, places=2)
     one = summed(a, g)
-    assert float(one.norm()) == pytest.approx(CLIP, rel=1e-5)
+    assert float(one.norm()) == pytest.approx(CLIP, rel=1e-4)
     largest = torch.zeros_like(one)
     largest[0, 0] = 2.0**GRID_BITS  # all of C in one coordinate, as often as it can be
     torch.testing.assert_close(
@@ -87,7 +87,7 @@ def test_any_number_of_users_may_be_added_up(users: int) -> None:
     a, g = torch.zeros_like(a), torch.zeros_like(g)
     a[0, 0, 0], g[0, 0, 0] = 1.0, 2.0
     found = summed(a.expand(users, -1, -1), g.expand(users, -1, -1))
-    torch.testing.assert_close(found / grid_step(CLIP), users * largest, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found / grid_step(CLIP), users * largest, rtol=1e-4, atol=0)
     assert float(found[0, 0]) <= users * CLIP
 
 
@@ -99,19 +99,38 @@ def test_nobody_and_those_left_out_add_nothing() -> None:
     assert torch.equal(summed(spoilt, g, factors=only), summed(a[1:2], g[1:2], factors=only[1:2]))
 
 
+def norms_of(a: Tensor, g: Tensor) -> Tensor:
+    everyone = slice(0, len(a))
+    return _OnGrid(a, g, CLIP).squared_norms(everyone, partial(_gram_of, everyone)).sqrt()
+
+
+@pytest.mark.parametrize("single", [0, 2**30], ids=["float64", "float32"])
 @pytest.mark.parametrize("places", [1, 32, 300])
-def test_a_norm_is_never_below_that_of_the_float32_product(places: int) -> None:
+def test_a_norm_is_never_below_that_of_the_float32_product(
+    places: int, single: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where places cancel, and the product is rounding alone."""
+    monkeypatch.setattr(bookkeeping, "_SINGLE", single)
     for cancels in (0.0, 1.0, 1 - 1e-4, 1 - 1e-6):
         a, g = made_up(20, places=2 * places)
         a[:, places:], g[:, places:] = a[:, :places], -cancels * g[:, :places]
-        held = _OnGrid(a, g, CLIP)
-        everyone = slice(0, len(a))
-        norms = held.squared_norms(everyone, partial(_gram_of, everyone)).sqrt()
+        norms = norms_of(a, g)
         made = torch.stack([own_g.T @ own_a for own_a, own_g in zip(a, g, strict=True)]).double()
         assert bool((made.flatten(1).norm(dim=1) <= norms * (1 + 1e-9)).all())
         if cancels == 0.0:
-            assert bool((norms <= made.flatten(1).norm(dim=1) * (1 + 1e-3)).all())
+            most = 1 + (2.0**-25 * (INPUTS + OUTPUTS + 8) * 2 * places if single else 0) + 1e-3
+            assert bool((norms <= made.flatten(1).norm(dim=1) * most).all())
+
+
+def test_in_float32_a_norm_without_room_would_be_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of positive numbers, whose float32 products round down or up as they come."""
+    generator = torch.Generator().manual_seed(3)
+    a, g = torch.rand(200, 1, 900, generator=generator), torch.rand(200, 1, 380, generator=generator)
+    exact = a.double().norm(dim=2) * g.double().norm(dim=2)
+    assert bool((norms_of(a, g) >= exact[:, 0]).all())
+    monkeypatch.setattr(bookkeeping, "_single_rounding", lambda *_: 0.0)
+    monkeypatch.setattr(bookkeeping, "product_rounding", lambda *_: 0.0)
+    assert not bool((norms_of(a, g) >= exact[:, 0]).all())
 
 
 def test_the_room_for_a_product_is_more_than_float32_takes() -> None:
@@ -126,26 +145,61 @@ def test_the_room_for_a_product_is_more_than_float32_takes() -> None:
 
 
 BIG, SMALL = 1e37, 1e-37
+SIZES = [
+    (1.0, 1e36),
+    (1e36, 1.0),
+    (1e36, SMALL),
+    (SMALL, 1e36),
+    (BIG, BIG),
+    (SMALL, SMALL),
+    (1e-24, 1e17),
+    (1e17, 1e-24),
+]
+
+
+def change_by_one_of_size(of_a: float, of_g: float, clip_norm: float) -> float:
+    """How far a user, in clip norms, moves a sum, whose a and g are so many times what others' are."""
+    a, g = made_up(5)
+    others = [0, 1, 3, 4]
+    without = summed(a[others], g[others], clip_norm)
+    a[2] *= of_a
+    g[2] *= of_g
+    return float((summed(a, g, clip_norm) - without).norm()) / clip_norm
+
+
+@pytest.mark.parametrize("single", [0, 2**16], ids=["float64", "float32"])
+@pytest.mark.parametrize(("of_a", "of_g"), SIZES)
+@pytest.mark.filterwarnings("error")
+def test_a_user_of_any_size_adds_no_more_than_c_and_leaves_others_alone(
+    of_a: float, of_g: float, single: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bookkeeping, "_SINGLE", single)
+    for clip_norm in (CLIP, 1e-9):
+        assert change_by_one_of_size(of_a, of_g, clip_norm) <= 1 + 1e-4
+
+
+def test_a_user_whose_squares_are_no_float32_is_clipped_as_others_are() -> None:
+    assert change_by_one_of_size(1.0, 1e20, CLIP) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("of_a", "of_g"), [(1.0, 1e36), (1e36, 1.0), (1e36, SMALL), (SMALL, 1e36), (BIG, BIG), (SMALL, SMALL)]
+    ("name", "value", "sizes", "single", "clip_norm"),
+    [("REACH", float("inf"), (SMALL, 1e36), 0, CLIP), ("_FLOOR", 0.0, (1e-23, 1e14), 2**16, 1e-9)],
 )
-@pytest.mark.filterwarnings("error")
-def test_a_user_of_any_size_adds_no_more_than_c_and_leaves_others_alone(of_a: float, of_g: float) -> None:
-    a, g = made_up(5)
-    others = [0, 1, 3, 4]
-    without = summed(a[others], g[others])
-    a[2] *= of_a
-    g[2] *= of_g
-    change = float((summed(a, g) - without).norm()) / CLIP
-    assert change <= 1 + 1e-4
-
-
-def test_sizes_out_of_reach_would_spoil_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bookkeeping, "REACH", float("inf"))
+def test_sizes_out_of_reach_would_spoil_a_sum(
+    name: str,
+    value: float,
+    sizes: tuple[float, float],
+    single: int,
+    clip_norm: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Squares that are zero in float32, say, of numbers that are not: a norm of nothing."""
+    monkeypatch.setattr(bookkeeping, "_SINGLE", single)
+    assert change_by_one_of_size(*sizes, clip_norm) <= 1 + 1e-4
+    monkeypatch.setattr(bookkeeping, name, value)
     with pytest.raises((RuntimeError, AssertionError)):
-        test_a_user_of_any_size_adds_no_more_than_c_and_leaves_others_alone(SMALL, 1e36)
+        assert change_by_one_of_size(*sizes, clip_norm) <= 1 + 1e-4
 
 
 def test_a_sum_beyond_what_clipped_users_make_is_refused() -> None:

@@ -278,8 +278,8 @@ def test_a_user_whose_places_cancel_still_adds_no_more_than_c(
         return max(float(sum_of(held, f, (40, 30)).norm()) for f in each)
 
     assert most() <= 1 + 1e-9
-    monkeypatch.setattr("client.bookkeeping._rounding", lambda *_: 0.0)
-    monkeypatch.setattr("client.bookkeeping.product_rounding", lambda *_: 0.0)
+    for room in ("_rounding", "_single_rounding", "product_rounding"):
+        monkeypatch.setattr(f"client.bookkeeping.{room}", lambda *_: 0.0)
     if form is _Factored:
         assert most() > 10  # without room for rounding
     elif form is on_grid:

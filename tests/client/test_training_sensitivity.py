@@ -241,7 +241,7 @@ def test_a_user_moves_the_sum_by_c_however_many_others_there_are_and_whatever_wa
     monkeypatch.setattr("client.bookkeeping._AT_ONCE", at_once)
     moves = movements_by_one_more(*a_touchy_model())
     assert max(moves) <= 1 + 1e-6
-    assert min(moves) >= 1 - 1e-5  # what room for rounding takes from a norm
+    assert min(moves) >= 1 - 1e-4  # what room for rounding takes from a norm
 
 
 def test_a_users_rounding_that_depends_on_how_many_others_there_are_would_be_caught(
