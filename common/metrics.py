@@ -79,14 +79,15 @@ def top_lists(scores: npt.ArrayLike, k: int, seen: Seen = None) -> npt.NDArray[n
     """
     _check_k(k)
     table, masked = _scores_and_mask(scores, seen)
-    order = np.argsort(-table, axis=1, kind="stable")
-    # Unseen items first, each part in order of score.
-    order = np.take_along_axis(
-        order, np.argsort(np.take_along_axis(masked, order, axis=1), axis=1, kind="stable"), axis=1
-    )
-    best = order[:, :k].astype(np.int64)
-    best[np.take_along_axis(masked, best, axis=1)] = -1
-    return np.pad(best, ((0, 0), (0, max(0, k - best.shape[1]))), constant_values=-1)
+    key = np.where(masked, np.nan, -table)  # what is seen comes last, behind every number
+    most = min(k, table.shape[1])
+    worst = np.partition(key, most - 1, axis=1)[:, most - 1]  # NaN where fewer are unseen
+    best = np.full((len(table), k), -1, dtype=np.int64)
+    for user, (own, limit) in enumerate(zip(key, worst, strict=True)):
+        listed = np.flatnonzero(~np.isnan(own) if np.isnan(limit) else own <= limit)
+        listed = listed[np.argsort(own[listed], kind="stable")[:most]]
+        best[user, : len(listed)] = listed
+    return best
 
 
 def hit_rate(of_targets: npt.ArrayLike, k: int) -> Floats:
@@ -206,6 +207,10 @@ def _list_counts(lists: npt.ArrayLike, items: int) -> npt.NDArray[np.int64]:
 # Beyond accuracy
 
 
+_LISTS_AT_ONCE = 1024
+"""Users whose lists' vectors are held at once."""
+
+
 def intra_list_diversity(vectors: npt.ArrayLike, lists: npt.ArrayLike) -> Floats:
     """The mean of 1 - cosine over the pairs of a user's list (Ziegler et al. 2005): [users].
 
@@ -221,12 +226,18 @@ def intra_list_diversity(vectors: npt.ArrayLike, lists: npt.ArrayLike) -> Floats
         raise ValueError("vectors must be finite numbers [items, dim]")
     norms = np.linalg.norm(table, axis=1, keepdims=True)
     unit = table / np.where(norms > 0, norms, 1.0)
-    diversities = []
-    for row in np.asarray(lists):
-        listed = unit[_indices(row[row >= 0], len(unit), "lists")]  # [k, dim]
-        pairs = np.triu_indices(len(listed), 1)
-        diversities.append(float(np.mean(1 - (listed @ listed.T)[pairs])) if len(listed) > 1 else 0.0)
-    return np.array(diversities)
+    rows = np.asarray(lists)
+    _indices(rows[rows >= 0], len(unit), "lists")
+    diversities = np.zeros(len(rows))
+    for first in range(0, len(rows), _LISTS_AT_ONCE):
+        some = rows[first : first + _LISTS_AT_ONCE]
+        listed = unit[some] * (some >= 0)[:, :, None]  # [users, k, dim]
+        pairs = np.maximum(1, (counts := (some >= 0).sum(axis=1)) * (counts - 1))
+        # The sum of cosines over ordered pairs, from that over all pairs of an item, itself included.
+        own = np.square(listed).sum(axis=(1, 2))
+        cosines = np.square(listed.sum(axis=1)).sum(axis=1) - own
+        diversities[first : first + len(some)] = np.where(counts > 1, 1 - cosines / pairs, 0.0)
+    return diversities
 
 
 def novelty(popularity: npt.ArrayLike, lists: npt.ArrayLike) -> Floats:

@@ -91,22 +91,21 @@ def smallest_budget(events: Sequence[Event], delta: float) -> tuple[float, int]:
     """
     from common.privacy.renyi import NANO, best_order, charge_of, renyi_to_epsilon
 
-    low = 0.0
-    high = epsilon = 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
+    times = Counter(events)
+
+    def admits(epsilon: float) -> bool:
         try:
-            order = best_order(events, middle, delta)
+            order = best_order(events, epsilon, delta)
         except ValueError:  # no budget at all at this epsilon
-            low = middle
-            continue
-        charges = sum(times * charge_of(event, order) for event, times in Counter(events).items())
-        if renyi_to_epsilon(charges / NANO, delta, order) <= middle:
-            epsilon = high = middle
-        else:
-            low = middle
-    budget = math.ceil(epsilon * 10 + 1e-9) / 10
-    return budget, best_order(events, budget, delta)
+            return False
+        charges = sum(count * charge_of(event, order) for event, count in times.items())
+        return renyi_to_epsilon(charges / NANO, delta, order) <= epsilon
+
+    low, high = 0, 10_000  # in tenths
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if admits(middle / 10) else (middle, high)
+    return high / 10, best_order(events, high / 10, delta)
 
 
 def propose(federation: Federation) -> Proposal:
