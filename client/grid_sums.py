@@ -1,8 +1,9 @@
 """Sums of users' clipped gradients on a CPU, in whole steps of the grid that noise is added on.
 
 Each user's clipped gradient of a weight is a float32 product of that user's own, rounded to the grid (`private_sum`) by
-itself. What is added up then are whole numbers: exact, in any order, so what a user adds is that user's own to the last
-bit, whoever else is there. Float64 sums come close to that, and take twice the time.
+itself. What is added up then are whole numbers: exact, in any order. So others reach what a user adds through nothing
+but the last bits of that user's clip factor, where it was found beside theirs. Float64 sums come close to that, and
+take twice the time.
 """
 
 from __future__ import annotations

@@ -7,11 +7,15 @@ A site of an organisation opens its ledger for each request, and so does every p
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections import OrderedDict
+from contextlib import suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
 
 from client.ledger import Ledger
+from client.ledger_errors import LedgerError
+from common.privacy.faults import ReceiptError
 
 MOST = 128
 """Each takes three or four of the files that a process may have open, of which there are often 1,024."""
@@ -29,15 +33,17 @@ def keep_open(most: int = MOST) -> None:
 
 
 def opened(folder: Path) -> Ledger:
-    """The ledger in a folder, kept or opened.
+    """The ledger in a folder, kept or opened; its head is verified either way.
 
     Raises:
-        What `Ledger.open` raises: also where the folder, or a file of it, was replaced meanwhile.
+        What `Ledger.open` raises: also where the folder, or a file of it, was replaced or written over meanwhile.
     """
     ledger, known = _kept.pop(folder, (None, None))
     if ledger is not None:
-        if known == _known(folder):
-            return ledger
+        with suppress(LedgerError, ReceiptError, sqlite3.Error):  # opened anew, it says what is wrong
+            if known == _known(folder):
+                ledger.check_head()
+                return ledger
         ledger.disconnect()
     return Ledger.open(folder)
 

@@ -212,6 +212,8 @@ def test_without_rounding_one_by_one_what_a_user_adds_would_depend_on_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Were the constant smaller, numbers would keep places below the grid, and their bits would be no whole steps."""
-    monkeypatch.setattr(grid_sums, "_ROUNDS", np.float32(1.5 * 2**20))
+    smaller = np.float32(1.5 * 2**20)
+    monkeypatch.setattr(grid_sums, "_ROUNDS", smaller)
+    monkeypatch.setattr(grid_sums, "_BITS", int(smaller.view(np.int32)))
     with pytest.raises((AssertionError, RuntimeError)):
         test_a_sum_is_that_of_the_users_products_rounded_one_by_one()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ import simulations.answering
 from client import kept_ledgers
 from client.kept_ledgers import close_all, keep_open, leave, opened
 from client.ledger import Ledger
+from client.ledger_errors import LedgerDamagedError
 from client.private_files import LoosePermissionsError
+from common.privacy.faults import ReceiptError
 from simulations.audit.receipts import audit_receipts
 from tests.client.test_ledger import TRAINING, reserve
 from tests.tiny import SITES, tiny_run
@@ -102,6 +105,18 @@ def test_a_ledger_that_was_put_back_from_a_backup_is_opened_anew(tmp_path: Path)
     assert outcomes(folder) == ["released"] * 2
 
 
+def test_one_whose_database_was_written_over_in_its_place_is_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path / "ledger")
+    leave(folder, opened(folder))
+    with sqlite3.connect(folder / "ledger.sqlite") as other:
+        for trigger in ("entries_no_update", "entries_no_delete"):
+            other.execute(f"DROP TRIGGER {trigger}")
+        other.execute("UPDATE entries SET entry = (SELECT entry FROM entries WHERE seq = 1) WHERE seq = 2")
+    other.close()
+    with pytest.raises((LedgerDamagedError, ReceiptError)):
+        opened(folder)
+
+
 def test_one_that_others_may_read_is_refused(tmp_path: Path) -> None:
     folder = made(tmp_path / "ledger")
     leave(folder, opened(folder))
@@ -114,6 +129,7 @@ _CHARGE = """
 import sys
 from pathlib import Path
 from client.ledger import Ledger
+from client.ledger_errors import LedgerDamagedError
 from tests.client.test_kept_ledgers import release
 with Ledger.open(Path(sys.argv[1])) as ledger:
     release(ledger, int(sys.argv[2]))
