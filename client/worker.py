@@ -57,7 +57,8 @@ def send(connection: socket.socket, data: bytes) -> None:
     if len(data) > LARGEST:
         raise WorkerError(f"a message of {len(data)} bytes is too long")
     connection.sendall(_LENGTH.pack(len(data)))
-    connection.sendall(data)
+    if data:  # the other side may hang up as soon as it has a message of no bytes
+        connection.sendall(data)
 
 
 def receive(connection: socket.socket) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -15,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from client.bundle_guard import GUARDED, write_commands
-from client.starter import SOCKET, main, start_one
+from client.starter import SOCKET, start_one
 from client.worker import listen
-from common.bundle import installed_code
 
 
 def wait_for(true: Callable[[], object], seconds: float = 120.0) -> None:
@@ -32,11 +30,13 @@ def children(pid: int) -> set[int]:
 
 
 @contextmanager
-def starter(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def starter(folder: Path, *started: str) -> Iterator[subprocess.Popen[bytes]]:
     write_commands(folder / "bin", folder, folder / "site.log")
     with (folder / "starter.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "client.starter", folder, folder / "site.log"], stdout=log, stderr=log
+            [sys.executable, *(started or ("-m", "client.starter")), folder, folder / "site.log"],
+            stdout=log,
+            stderr=log,
         )
     try:
         wait_for((folder / SOCKET).exists)
@@ -108,27 +108,32 @@ def test_another_users_call_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
             caller.wait()
 
 
-def test_code_that_was_installed_since_is_never_run_by_what_was_imported_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    versions = iter(["old", "old", "new", "new"])
-    monkeypatch.setattr(installed_code, "__wrapped__", lambda: next(versions))
-    monkeypatch.setattr("common.logs.set_up_logs", lambda *_, **__: None)
-    monkeypatch.setattr(logging.getLogger("fedtide.site"), "propagate", True)
-    write_commands(tmp_path / "bin", tmp_path, tmp_path / "site.log")
-    before = signal.getsignal(signal.SIGCHLD)
-    caller: list[subprocess.Popen[bytes]] = []
+UPDATED = """
+import sys
+from common.bundle import installed_code
+versions = iter(["old", "old", "old", "old", "new", "new"])
+installed_code.__wrapped__ = lambda: next(versions)
+from client.starter import main
+main(sys.argv[1:])
+"""
+"""A starter under which another version is installed after its first ClientApp was forked."""
 
-    def listening(path: Path) -> object:
-        opened = listen(path)
-        caller.append(called(tmp_path, "--help"))
-        return opened
 
-    monkeypatch.setattr("client.starter.listen", listening)
-    try:
-        main([str(tmp_path), str(tmp_path / "site.log")])  # ends by itself
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-    said, _ = caller[0].communicate(timeout=60)
-    assert b"Run a Flower ClientApp" in said  # where it was called, with the new code
-    assert "another version was installed" in caplog.text
+def test_code_that_was_installed_since_is_never_run_by_what_was_imported_before(tmp_path: Path) -> None:
+    with starter(tmp_path, "-c", UPDATED) as process:
+        first = called(tmp_path, *NOWHERE)
+        wait_for(lambda: children(process.pid))
+        second = called(tmp_path, "--help")
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode == 0
+        assert b"Run a Flower ClientApp" in said  # where it was called, with the new code
+        wait_for(lambda: "another version was installed" in (tmp_path / "site.log").read_text())
+        time.sleep(0.5)
+        assert children(process.pid)  # what had begun goes on,
+        assert first.poll() is None
+        assert process.poll() is None
+        first.kill()
+        first.wait()
+        assert process.wait(60) == 0  # and when all of it has ended, so does the starter
+    assert "was not started" not in (tmp_path / "site.log").read_text()
+    assert b"Run a Flower ClientApp" not in (tmp_path / "starter.log").read_bytes()  # not by the old
