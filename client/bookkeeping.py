@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.grid_sums import REACH, grid_step, product_rounding, sum_on_grid
+from client.grid_sums import REACH, grid_step, own_place, product_rounding, sum_on_grid
 from common.models.batches import HistoryBatch
 from common.models.heads import is_unread, moving_part
 from common.models.interface import InterestModel
@@ -237,13 +237,26 @@ def _from_grams(of_a: Tensor, of_g: Tensor, sizes: Tensor, rounding: float) -> T
 
 
 class _Gradients:
-    """Each user's gradient of one weight, made: [users, inputs * outputs] float32."""
+    """Each user's gradient of one weight, made on a CPU: [users, inputs * outputs] float32."""
 
     def __init__(self, a: Tensor, g: Tensor) -> None:
         self.turned = g.shape[2] > a.shape[2]  # the product whose result has the longer rows is faster
         first, second = (a, g) if self.turned else (g, a)
-        made = first.transpose(1, 2) @ second
-        self.shape = made.shape[1:]
+        places, rows, columns = *first.shape[1:], second.shape[2]
+        made = torch.empty(len(a), rows, columns)
+        # At one place in memory for all users: a product of all at once may take another kernel when there are more.
+        own_first, own_second, product = (
+            own_place(places, rows),
+            own_place(places, columns),
+            own_place(rows, columns),
+        )
+        with np.errstate(all="ignore"):  # or a warning would tell of a user whose numbers are none
+            for own, x, y in zip(made.numpy(), first.numpy(), second.numpy(), strict=True):
+                np.copyto(own_first, x)
+                np.copyto(own_second, y)
+                np.matmul(own_first.T, own_second, out=product)
+                np.copyto(own, product)
+        self.shape = (rows, columns)
         self.flat = made.flatten(1)
 
     def squared_norms(self, users: slice, gram: Callable[..., Tensor]) -> Tensor:
@@ -361,10 +374,10 @@ def _sum_clipped(
 
 
 def _held(a: Tensor, g: Tensor, clip_norm: float) -> _Gradients | _Factored:
-    """Each user's gradient of one weight, as it is cheapest."""
-    if _is_small(a, g):
-        return _Gradients(a, g)
-    return _OnGrid(a, g, clip_norm) if a.device.type == "cpu" else _Factored(a, g)
+    """Each user's gradient of one weight, as it is cheapest; on a device, all is float64."""
+    if a.device.type != "cpu":
+        return _Factored(a, g)
+    return _Gradients(a, g) if _is_small(a, g) else _OnGrid(a, g, clip_norm)
 
 
 def _named_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

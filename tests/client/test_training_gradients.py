@@ -289,6 +289,35 @@ def test_a_user_whose_places_cancel_still_adds_no_more_than_c(
         assert most() == pytest.approx(1)  # the norm is that of the very numbers that are summed
 
 
+@pytest.mark.parametrize("form", [_Gradients, on_grid])
+def test_a_users_part_is_the_same_to_the_bit_whoever_else_is_there(form: Form) -> None:
+    """With parts that cancel to nothing but rounding, so that another order of additions would show."""
+    users, places = 20, 31
+    generator = torch.Generator().manual_seed(0)
+    a, g = (
+        torch.randn(users, places, 18, generator=generator),
+        torch.randn(users, places, 30, generator=generator),
+    )
+    for rows in (a, g):
+        rows[:, places // 2 + 1 :] = rows[:, : places // 2]
+    g[:, places // 2 + 1 :] *= -1
+    g[:, places // 2] = 0
+    g *= 1000
+
+    def part(a: Tensor, g: Tensor, user: int) -> Tensor:
+        factors = torch.zeros(len(a), dtype=torch.float64)
+        factors[user] = 0.1
+        return sum_of(form(a, g), factors, (30, 18))
+
+    alone = [part(a[user : user + 1], g[user : user + 1], 0) for user in range(users)]
+    assert all(each.any() for each in alone)
+    for first, last in ((0, 20), (3, 20), (0, 7), (11, 19)):
+        for user in range(first, last):
+            assert torch.equal(part(a[first:last], g[first:last], user - first), alone[user])
+    turned = torch.arange(places).flip(0)
+    assert not all(torch.equal(part(a[:, turned], g[:, turned], u), alone[u]) for u in range(users))
+
+
 def test_a_layer_that_is_called_twice_gives_both_calls_gradient() -> None:
     class Twice(Recommend):
         def read(self, vectors: Tensor, batch: HistoryBatch) -> Reading:
@@ -343,7 +372,7 @@ def test_a_user_whose_gradient_is_not_finite_adds_nothing_in_one_pass(
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("size", [float("inf"), float("nan"), 3e38])
-@pytest.mark.parametrize("form", [_Factored, on_grid])
+@pytest.mark.parametrize("form", [_Factored, _Gradients, on_grid])
 def test_no_warning_tells_of_a_user_whose_numbers_are_none(form: Form, size: float) -> None:
     rows = torch.ones(2, 5, 40)
     rows[1] = size
