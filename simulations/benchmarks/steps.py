@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
@@ -356,6 +357,13 @@ def measure(turns: int, device: str) -> list[Row]:
     return rows
 
 
+def kernels() -> str:
+    """The vector instructions that torch takes, and the kernels of numpy's BLAS, which may be of another kind."""
+    blas = [each for each in threadpool_info() if each["user_api"] == "blas"]
+    named = ", ".join(f"{each['internal_api']} {each.get('architecture', '')}".rstrip() for each in blas)
+    return f"torch {torch.backends.cpu.get_cpu_capability()}, numpy {named}"
+
+
 def main() -> None:
     """Prints the table, and adds it to the page unless told not to."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -377,7 +385,7 @@ def main() -> None:
     command = "python -m simulations.benchmarks.steps" + (" --device cuda" if gpu else "")
     command += " --keep-memory" if given.keep_memory else ""
     text = (
-        f"`{command}`, {machine()}{gpu}, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}, opacus "
+        f"`{command}`, {machine()}{gpu}, {kernels()}; torch {torch.__version__}, opacus "
         f"{version('opacus')}, one thread. Ratios of {'wall' if gpu else 'CPU'} time, medians of {given.turns} turns "
         f"(Opacus: {STOCK_TURNS}). Steps of 64 users "
         "(LoRA: 32) with 32 events, over 1,682 items (LoRA: 400). Plain: torch's own LSTM or GRU and SGD; Opacus: its "
