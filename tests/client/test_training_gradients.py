@@ -15,6 +15,7 @@ from client.bookkeeping import (
     _Factored,
     _Gradients,
     _gram_of,
+    _held,
     _is_small,
     _OnGrid,
     clipped_sums,
@@ -79,18 +80,25 @@ def assert_rows_are_users(model: InterestModel, batch: HistoryBatch, *, room: fl
     assert_one_pass_gives_the_rows_sum(model, batch, expected)
 
 
+def as_on_a_device(a: Tensor, g: Tensor, clip_norm: float) -> _Factored:
+    return _Factored(a, g)
+
+
 def assert_one_pass_gives_the_rows_sum(
     model: InterestModel, batch: HistoryBatch, expected: list[list[Tensor]]
 ) -> None:
-    """The clipped sum of a step is that of the loop: with every user clipped, with some, with none."""
+    """A step's clipped sum is the loop's: every user clipped, some, none; on a CPU, and as a device does it."""
     flat = torch.stack([torch.cat([gradient.flatten() for gradient in user]) for user in expected]).double()
     norms = flat.norm(dim=1, keepdim=True)
     with clipped_sums(model) as clipped:
         for clip_norm in (0.5 * float(norms[norms > 0].min()), float(norms.median()), 2 * float(norms.max())):
             wanted = (flat * (clip_norm / norms.clamp(min=1e-12)).clamp(max=1)).sum(dim=0)
-            found = clipped(batch, clip_norm)
-            assert float((found - wanted).norm()) <= 1e-4 * clip_norm
-            assert found.dtype == torch.float64
+            for held in (_held, as_on_a_device):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("client.bookkeeping._held", held)
+                    found = clipped(batch, clip_norm)
+                assert float((found - wanted).norm()) <= 1e-4 * clip_norm
+                assert found.dtype == torch.float64
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -258,6 +266,9 @@ def test_norms_and_sums_are_the_same_in_all_forms(
 def test_each_form_is_taken_somewhere() -> None:
     taken = [_is_small(torch.zeros(1, places, i), torch.zeros(1, places, o)) for places, i, o in SIZES]
     assert taken == [False, False, True, True]
+    for places, inputs, outputs in SIZES:
+        on_device = (torch.zeros(1, places, size, device="meta") for size in (inputs, outputs))
+        assert type(_held(*on_device, CLIP)) is _Factored
 
 
 @pytest.mark.parametrize("form", [_Factored, _Gradients, on_grid])
