@@ -48,7 +48,10 @@ class Sites:
     def run(self, **server: Any) -> RunFolder:
         plan = self.first.plan
         plan = plan.model_copy(
-            update={"server": plan.server.model_validate({**plan.server.model_dump(), **server})}
+            update={
+                "name": "more",  # a run of the first one's name, begun in the same second, is the same to a site
+                "server": plan.server.model_validate({**plan.server.model_dump(), **server}),
+            }
         )
         run = RunFolder.create(
             self.folder / "more", plan, Catalog.load(self.folder / "sites" / "catalog.jsonl")
