@@ -359,9 +359,9 @@ def measure(turns: int, device: str) -> list[Row]:
 
 def kernels() -> str:
     """The vector instructions that torch takes, and the kernels of numpy's BLAS, which may be of another kind."""
-    blas = [each for each in threadpool_info() if each["user_api"] == "blas"]
-    named = ", ".join(f"{each['internal_api']} {each.get('architecture', '')}".rstrip() for each in blas)
-    return f"torch {torch.backends.cpu.get_cpu_capability()}, numpy {named}"
+    blas = (each for each in threadpool_info() if each["user_api"] == "blas")
+    named = {f"{each['internal_api']} {each.get('architecture', '')}".rstrip() for each in blas}
+    return f"torch {torch.backends.cpu.get_cpu_capability()}, numpy {', '.join(sorted(named))}"
 
 
 def main() -> None:
