@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.assets import home, language_model
-from common.config import ModelPlan, read_plan
+from common.config import read_plan
 from common.events.catalog import Catalog
+from common.model_plan import ModelPlan
 from common.models.build import BuiltModel, build_model, category_names, item_texts
 from common.models.priors import make_priors
 from common.wire import state_from_bytes

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.config import ModelPlan
 from common.events.histories import Histories
 from common.events.labels import LabelRule, padded_labels
 from common.metrics import ranks, top_lists
+from common.model_plan import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from simulations.quality import TOP, Quality, category_quality, interest_quality, ranking_quality

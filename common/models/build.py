@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.config import ModelPlan, PlanError
+from common.config import PlanError
+from common.model_plan import ModelPlan
 from common.models.history_encoder import HistoryEncoder
 from common.models.interface import InterestModel
 from common.models.item_vectors import TextProjection, item_vectors

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from common.config import ModelPlan
+from common.model_plan import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.heads import zero_linear
 from common.models.history_encoder import HistoryEncoder

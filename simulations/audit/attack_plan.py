@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from client.training import StepSettings
-from common.config import ModelPlan, Plan
+from common.config import Plan
+from common.model_plan import ModelPlan
 from common.privacy.accountants import epsilon_pld
 from common.privacy.mechanisms import PoissonSubsampledGaussian
 from simulations.audit.recovery import AttackError

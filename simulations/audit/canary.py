@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from client.training import StepSettings, per_user_gradients, prepare_histories, train_round
-from common.config import ModelPlan
+from common.model_plan import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.build import build_model
 from common.models.interface import InterestModel

@@ -10,7 +10,7 @@ import typer
 from simulations.audit.terminal import conclude, plan_of, progress, say
 
 if TYPE_CHECKING:
-    from common.config import ModelPlan
+    from common.model_plan import ModelPlan
     from simulations.audit.evidence import Evidence
 
 

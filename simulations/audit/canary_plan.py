@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.config import ModelPlan
+from common.model_plan import ModelPlan
 from common.privacy.accountants import epsilon_pld
 from common.privacy.calibration import calibrate_noise
 from common.privacy.mechanisms import PoissonSubsampledGaussian

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from client.training import StepSettings, per_user_gradients
-from common.config import ModelPlan
+from common.model_plan import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.build import build_model
 from common.models.interface import InterestModel

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from client.training import train_round
-from common.config import ModelPlan
+from common.model_plan import ModelPlan
 from common.models.names import FAMILIES
 from simulations.audit.canary_findings import audit_canaries
 from simulations.audit.canary_plan import Registration, plan_canaries

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.cli import main
-from common.config import ModelPlan
+from common.model_plan import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from simulations.audit.canary import Hunt, canary_model, hunt
