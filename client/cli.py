@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from client.ledger_reading import LedgerStatus
     from common.privacy.mechanisms import Event
 
 app = typer.Typer(
@@ -26,9 +26,6 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-_BAR = 40
-_BARS = 24
 
 
 def _mapping(text: str | None, option: str) -> dict[str, str]:
@@ -175,7 +172,7 @@ def init(
         return
     console = Console()
     console.print(made.report.table())
-    say = _sayer(console)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(f"Site {site.name} is made in {site.folder}")
     say(f"Key fingerprint: {fingerprint(made.key_id)}")
     if made.node_key is not None:
@@ -220,10 +217,6 @@ def connect(
     )
 
 
-def _sayer(console: Any) -> Any:
-    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def _runs_admitted(ledger_folder: Path, events: list[Event]) -> tuple[float, bool]:
     """How often the typical plan's events fit in the budget, and whether they fit once, whole."""
     from client.ledger import Ledger
@@ -242,6 +235,7 @@ def status(
     plot: Annotated[Path | None, typer.Option(help="Draw the burn-down as a PNG, too.")] = None,
 ) -> None:
     """Say how much of the budget is spent, and draw how it burnt down."""
+    from client.burn_down import draw, facts, show
     from client.ledger import Ledger
     from client.site import Site
 
@@ -249,109 +243,13 @@ def status(
     with Ledger.open(site.ledger_folder) as ledger:
         found = ledger.status()
     if plot is not None:
-        _draw(found, site.name, plot)
+        draw(found, site.name, plot)
     if as_json:
-        print(json.dumps(_facts(site.name, found), indent=2))
+        print(json.dumps(facts(site.name, found), indent=2))
     else:
-        _show(site.name, found)
+        show(site.name, found)
         if plot is not None:
             print(f"The burn-down is drawn in {plot}")
-
-
-def _runs(status: LedgerStatus) -> list[dict[str, Any]]:
-    """What each run took, in the order of their first charges."""
-    runs: dict[str, dict[str, Any]] = {}
-    for charge in status.charges:
-        it = runs.setdefault(
-            charge.reserve.run,
-            {"run": charge.reserve.run, "released": 0, "burnt": 0, "open": 0, "share": 0.0},
-        )
-        it[charge.outcome] += 1
-        it["share"] += charge.reserve.charge / status.cap
-        it["left_after"] = 1 - charge.reserve.spent / status.cap
-    return list(runs.values())
-
-
-def _facts(name: str, status: LedgerStatus) -> dict[str, Any]:
-    genesis = status.genesis
-    return {
-        "site": name,
-        "key_id": status.key_id,
-        "epsilon": genesis.epsilon,
-        "delta": genesis.delta,
-        "renyi_order": genesis.order,
-        "share_spent": status.share,
-        "spent_nano": status.spent,
-        "cap_nano": status.cap,
-        "charges": len(status.charges),
-        "burnt": status.burnt,
-        "open": status.open,
-        "withdrawn": status.closed,
-        "head": {"seq": status.seq, "hash": status.head},
-        "runs": _runs(status),
-    }
-
-
-def _show(name: str, status: LedgerStatus) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console, genesis = Console(), status.genesis
-    say = _sayer(console)
-    say(
-        f"Site {name}: {status.share:.1%} of the Renyi budget at order {genesis.order} spent; total guarantee "
-        f"(epsilon {genesis.epsilon:g}, delta {genesis.delta:g}) for each user, whatever happens next."
-    )
-    if status.closed:
-        say("The site has withdrawn: nothing more may be reserved or released.")
-    say(
-        f"{len(status.charges)} charges, {status.burnt} of them burnt (charged, never released), "
-        f"{status.open} open; the ledger ends at entry {status.seq}."
-    )
-    if not status.charges:
-        return
-    table = Table(title="burn-down: what is left of the budget after each run")
-    table.add_column("run")
-    for column in ("released", "burnt", "spent", "left"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    runs = _runs(status)
-    if len(runs) > _BARS:
-        say(f"The last {_BARS} of {len(runs)} runs:")
-    for run in runs[-_BARS:]:
-        full = round(_BAR * run["left_after"])
-        table.add_row(
-            run["run"],
-            str(run["released"]),
-            str(run["burnt"] + run["open"]),
-            f"{run['share']:.1%}",
-            f"{run['left_after']:.1%}",
-            "█" * full + "░" * (_BAR - full),
-        )
-    console.print(table)
-
-
-def _draw(status: LedgerStatus, name: str, file: Path) -> None:
-    from common.cli import UserError
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "--plot needs matplotlib: install fedtide[simulation], or leave --plot out"
-        ) from error
-    left = [1.0] + [1 - charge.reserve.spent / status.cap for charge in status.charges]
-    burnt = [place + 1 for place, charge in enumerate(status.charges) if charge.outcome != "released"]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.step(range(len(left)), left, where="post", label="budget left")
-    axes.plot(burnt, [left[place] for place in burnt], "x", color="tab:red", label="burnt or open")
-    axes.set(xlabel="charges", ylabel="share of the Renyi budget", ylim=(0, 1.02), title=f"{name}: burn-down")
-    axes.legend()
-    try:
-        figure.savefig(file, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the plot {file} cannot be written ({error}): choose another path") from error
 
 
 @app.command()
