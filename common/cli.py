@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
+import typer.core
 from typer.core import TyperGroup
+
+typer.core.HAS_RICH = False  # or plain help has marks of rich's in it, as in "\[default: 10]" (typer 0.20)
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("common.planning_cli:app", "Turn public numbers into a plan, and say what to expect of it."),

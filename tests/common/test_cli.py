@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -35,10 +36,21 @@ def test_help_answers_in_under_a_second_and_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = help_of([command], capsys)
+    group = re.search(r"^Commands:\n((?:  .*\n?)+)", said, re.MULTILINE)
+    for name in re.findall(r"^  (\S+)", group[1], re.MULTILINE) if group else ():
+        said += help_of([command, name], capsys)
+    assert "[default: " in said or "[required]" in said
+    assert "\\[" not in said  # marks of rich's
+
+
+def help_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([*command, "--help"])
     assert end.value.code == 0
-    assert "Usage" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(rf"^Usage: .*{' '.join(command)}", said)
+    return said
 
 
 @pytest.fixture(scope="module")
