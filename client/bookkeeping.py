@@ -7,8 +7,8 @@ came back, g: user u's gradient is the sum over places p of g_up a_up^T, and all
     sum over users of c_u gradient_u = (c g)^T a              one product for each weight; c: the clip factors.
 
 Li et al. 2022 (arXiv:2110.05679) for the norms, Bu et al. 2023 (arXiv:2210.00038) for both in one pass; autograd's own
-gradients of weights are never computed. Where a gradient is small beside a and g, it is made after all, user by user
-in float32, as Opacus does, and the rest is the same.
+gradients of weights are never computed. Where a gradient is small beside a and g, a CPU makes it after all, user by
+user in float32, as Opacus does, and the rest is the same.
 
 What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms are never
 underrated (see `_rounding`), and sums are whole steps of the noise's grid (`grid_sums.py`), or float64: in float32 the
@@ -245,11 +245,8 @@ class _Gradients:
         places, rows, columns = *first.shape[1:], second.shape[2]
         made = torch.empty(len(a), rows, columns)
         # At one place in memory for all users: a product of all at once may take another kernel when there are more.
-        own_first, own_second, product = (
-            own_place(places, rows),
-            own_place(places, columns),
-            own_place(rows, columns),
-        )
+        own_first, own_second = own_place(places, rows), own_place(places, columns)
+        product = own_place(rows, columns)
         with np.errstate(all="ignore"):  # or a warning would tell of a user whose numbers are none
             for own, x, y in zip(made.numpy(), first.numpy(), second.numpy(), strict=True):
                 np.copyto(own_first, x)
@@ -266,7 +263,7 @@ class _Gradients:
     def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
         """Writes the users' weighted sum to [outputs, inputs] float64."""
         found = factors.new_zeros(self.flat.shape[1])
-        for users in _parts(len(factors), _at_once(self.flat)):
+        for users in _parts(len(factors), _AT_ONCE):
             found += factors[users] @ self.flat[users].double()
         total.copy_(found.view(self.shape).T if self.turned else found.view(self.shape))
 

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -119,20 +120,21 @@ class OnlineModel:
         """Goes on from a layer that `save` wrote.
 
         Raises:
-            FeedbackError: the file is damaged, or of another model.
+            FeedbackError: the file cannot be read, is damaged, or is of another model; the layer stays as it is.
         """
         try:
             state = load(file.read_bytes())
-            with torch.no_grad():
-                for weight, name in ((self._layer.weight, "weight"), (self._layer.bias, "bias")):
-                    if state[name].shape != weight.shape:
-                        raise FeedbackError(
-                            f"{file} was adapted from another model: delete it and start anew"
-                        )
-                    weight.copy_(state[name])
-        except FeedbackError:
-            raise
-        except Exception as error:
+        except OSError as error:
             raise FeedbackError(
-                f"{file} cannot be read as adapted weights: delete it and start anew"
+                f"{file} cannot be read ({error.strerror}): run this as its owner, on a disk that works"
             ) from error
+        except SafetensorError as error:
+            raise FeedbackError(
+                f"{file} is damaged: put a copy of it back, or delete it and start anew"
+            ) from error
+        own = {"weight": self._layer.weight, "bias": self._layer.bias}
+        if {name: part.shape for name, part in state.items()} != {name: w.shape for name, w in own.items()}:
+            raise FeedbackError(f"{file} was adapted from another model: move it away to start anew")
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(state[name])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from client.feedback import LARGEST_STEP, FeedbackError, OnlineModel
 from common.models.batches import HistoryBatch
@@ -80,9 +81,17 @@ def test_adapted_weights_are_private_travel_and_fit_their_own_model_only(tmp_pat
     assert torch.equal(other.log_odds(batch, ITEMS), online.log_odds(batch, ITEMS))
     with pytest.raises(FeedbackError, match="another model"):
         OnlineModel(a_model("recommend"), "recommend").load(file)
-    file.write_bytes(b"nonsense")
-    with pytest.raises(FeedbackError, match="cannot be read"):
+    whole = load(file.read_bytes())
+    file.write_bytes(save({"weight": whole["weight"] + 1, "bias": whole["bias"][1:]}))
+    with pytest.raises(FeedbackError, match="another model"):
         other.load(file)
+    file.write_bytes(save(whole)[:-1])
+    with pytest.raises(FeedbackError, match="is damaged: put a copy of it back"):
+        other.load(file)
+    with pytest.raises(FeedbackError, match=r"cannot be read \(Is a directory\)") as refused:
+        other.load(tmp_path)
+    assert "delete" not in str(refused.value)  # what is in it may be whole
+    assert torch.equal(other.log_odds(batch, ITEMS), online.log_odds(batch, ITEMS))
 
 
 def test_feedback_that_cannot_work_is_refused_in_words() -> None:

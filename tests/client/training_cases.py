@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from client.bookkeeping import clipped_sums
-from client.training import StepSettings
+from client.bookkeeping import _Factored, _held, clipped_sums
+from client.training import StepSettings, per_user_gradients
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.interface import InterestModel
@@ -96,3 +97,52 @@ class SeededSampler:
 def flat(update: dict[str, Tensor]) -> npt.NDArray[np.float64]:
     """An update as one vector."""
     return torch.cat([update[name].flatten() for name in sorted(update)]).double().numpy()
+
+
+RAGGED = [[1, 2, 3, 4, 9, 2], [5, 6], [7], [3, 3, 8, 11, 0], [10, 1, 10]]
+"""One user with one event, one with an item twice."""
+
+
+def one_at_a_time(model: InterestModel, batch: HistoryBatch) -> list[list[Tensor]]:
+    """Each user's gradients from a batch of that user alone, without hooks: [users][parameters]."""
+    parameters = list(model.trainable().values())
+    return [
+        list(torch.autograd.grad(model.per_user_loss(batch.rows(torch.tensor([user]))).sum(), parameters))
+        for user in range(len(batch))
+    ]
+
+
+def assert_rows_are_users(model: InterestModel, batch: HistoryBatch, *, room: float) -> None:
+    """Every trainable parameter's rows equal the loop's, and every parameter is really moved by someone."""
+    batch = model.prepare(batch)
+    with per_user_gradients(model) as gradients:
+        rows = gradients(batch)
+    expected = one_at_a_time(model, batch)
+    for place, name in enumerate(model.trainable()):
+        size = max(float(user[place].norm()) for user in expected)
+        assert size > 1e-7, f"{name} has no gradient, so the comparison is empty"
+        for user, own in enumerate(expected):
+            assert float((rows[place][user] - own[place]).norm()) <= room * size, name
+    assert_one_pass_gives_the_rows_sum(model, batch, expected)
+
+
+def as_on_a_device(a: Tensor, g: Tensor, clip_norm: float) -> _Factored:
+    return _Factored(a, g)
+
+
+def assert_one_pass_gives_the_rows_sum(
+    model: InterestModel, batch: HistoryBatch, expected: list[list[Tensor]]
+) -> None:
+    """A step's clipped sum is the loop's: every user clipped, some, none; on a CPU, and as a device does it."""
+    flat = torch.stack([torch.cat([gradient.flatten() for gradient in user]) for user in expected]).double()
+    norms = flat.norm(dim=1, keepdim=True)
+    with clipped_sums(model) as clipped:
+        for clip_norm in (0.5 * float(norms[norms > 0].min()), float(norms.median()), 2 * float(norms.max())):
+            wanted = (flat * (clip_norm / norms.clamp(min=1e-12)).clamp(max=1)).sum(dim=0)
+            for held in (_held, as_on_a_device):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("client.bookkeeping._held", held)
+                    found = clipped(batch, clip_norm)
+                assert float((found - wanted).norm()) <= 1e-4 * clip_norm
+                assert found.dtype == torch.float64
+    assert all(parameter.grad is None for parameter in model.parameters())
