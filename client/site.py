@@ -28,8 +28,9 @@ from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerErro
 from client.ledger_reading import Reservation
 from client.lower_states import LOWER_STATES, prepare_kept
 from client.policy import POLICY, Limits, check_plan, read_policy
+from client.self_test import rows_of_scores, rows_of_units
 from client.statistics import release_metrics, release_statistics
-from client.training import StepSettings, check_rows_are_users, train_round
+from client.training import StepSettings, train_round
 from common.config import Plan, PlanError, make_plan
 from common.events.catalog import Catalog
 from common.events.histories import Histories
@@ -386,7 +387,9 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
     model.set_released(priors)
     if request.phase is Phase.UPDATE:
         model.hold_adapters(plan.holds_adapters(request.round))
-        check_rows_are_users(model)
+        unit_rows_of(model, plan)
+    if request.phase is Phase.METRICS:
+        rows_of_scores(model, plan.performance.micro_batch, plan.model.max_events)
     _LOADED[model] = loaded
     return model
 
@@ -406,15 +409,17 @@ def release_of(charged: Charged) -> dict[str, torch.Tensor]:
         places = plan.privacy.witness_places
         return release_statistics(histories, len(charged.catalog), plan.statistics, request, noise, places)
     if held_out is not None and request.phase is Phase.METRICS:
-        return release_metrics(model, histories, held_out, plan, noise)
+        at_once = plan.performance.micro_batch
+        return release_metrics(model, histories, held_out, plan, noise, unit_rows=at_once)
     settings = StepSettings.of(plan)
+    rows = unit_rows_of(model, plan)
 
     def on_step(step: int) -> None:
         site.note_progress(request.round, step, settings.steps)
 
     def prepared() -> HistoryBatch:
         batch = _batch(histories, plan)
-        return prepare_kept(model, batch, plan.performance.micro_batch, site.folder / LOWER_STATES)
+        return prepare_kept(model, batch, rows, site.folder / LOWER_STATES)
 
     return train_round(
         model,
@@ -424,6 +429,12 @@ def release_of(charged: Charged) -> dict[str, torch.Tensor]:
         noise=noise,
         on_step=on_step,
     )
+
+
+def unit_rows_of(model: InterestModel, plan: Plan) -> int:
+    """The rows of a step's units, as the model shows at its present parameters (`self_test.rows_of_units`)."""
+    settings = StepSettings.of(plan)
+    return rows_of_units(model, settings.micro_batch, plan.model.max_events, settings.engine)
 
 
 def _batch(histories: Histories, plan: Plan) -> HistoryBatch:

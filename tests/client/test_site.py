@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from client import site as site_module
-from client import training
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
 from client.site import Site, SiteError, answer
@@ -217,8 +216,8 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_reserved(
 def test_a_model_that_the_engine_does_not_vouch_for_burns_no_round(
     site: Site, ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(training, "LARGEST_DIMENSION", 10)
-    monkeypatch.setattr(training, "_SHOWN", WeakKeyDictionary())
+    monkeypatch.setattr("client.opacus_gradients.LARGEST_DIMENSION", 10)
+    monkeypatch.setattr("client.self_test._SHOWN", WeakKeyDictionary())
     lose_histories(site)
     assert answer(site, ask()) == Refusal(Reason.MODEL)
     assert "trainable coordinates" in caplog.text
