@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,7 +108,7 @@ def check_rows_are_users(model: InterestModel) -> None:
     names = tuple(model.trainable())
     if names in shown.structure:
         return
-    with _ordinary(model) as device:
+    with ordinary(model) as device:
         batch = model.prepare(made_up_histories(model, device))
         users = range(len(batch))
         _check_witness(model, batch)
@@ -136,7 +136,7 @@ _BESIDE = (
 
 
 @contextmanager
-def _ordinary(model: InterestModel) -> Iterator[torch.device]:
+def ordinary(model: InterestModel) -> Iterator[torch.device]:
     """The model at ordinary parameters, the same each time; its own come back afterwards."""
     trainable = model.trainable()
     start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
@@ -335,16 +335,13 @@ def _alike_rows(
         if kind in shown.unlike:
             continue
         probe, one_pass = _probe(shown, model, found, events), passes(found)
+        everywhere = (probe.everywhere, list(range(found)))
         if kind not in shown.alike:
-            with _ordinary(model):
-                everywhere = probe.states_alike and _alike(one_pass(probe.everywhere), range(found))
-            if everywhere:
-                shown.alike.add(kind)
-        if kind in shown.alike:
-            unit, places = probe.mixed()
-            once = dict(one_pass(unit))
-            if _alike(once, places) and (found > 1 or _equal(once, one_pass(unit))):
-                return found
+            with ordinary(model):
+                if probe.states_alike and _alike(one_pass, everywhere, probe.mixed()):
+                    shown.alike.add(kind)
+        if kind in shown.alike and _alike(one_pass, probe.mixed(), probe.mixed()):
+            return found
         shown.unlike.add(kind)
         _log.warning(
             "this machine's kernels do not give all %d rows of a unit the same numbers with %d threads: smaller units "
@@ -397,14 +394,15 @@ def _probe(shown: _Shown, model: InterestModel, rows: int, events: int) -> _Prob
     return shown.probes[rows, events]
 
 
-def _equal(once: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> bool:
-    """Whether two passes over one unit computed the same, to the bit."""
-    return all(same_rows(part, again[name], 0) for name, part in once.items())
-
-
-def _alike(computed: Mapping[str, Tensor], places: Sequence[int]) -> bool:
-    """Whether a user got the same numbers, to the bit, at each of these places of a unit."""
-    return all(same_rows(part, part[list(places)], places[0]) for part in computed.values())
+def _alike(one_pass: Pass, *units: tuple[HistoryBatch, list[int]]) -> bool:
+    """Whether a user got the same numbers, to the bit, in two units, at each place of these."""
+    (first, own), (second, others) = units
+    once = {name: part.clone() for name, part in one_pass(first).items()}
+    again = one_pass(second)
+    return all(
+        same_rows(part, part[own], own[0]) and same_rows(part, again[name][others], own[0])
+        for name, part in once.items()
+    )
 
 
 def same_rows(among: Tensor, everywhere: Tensor, place: int) -> bool:

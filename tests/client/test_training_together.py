@@ -123,6 +123,7 @@ def test_a_site_whose_rows_reached_another_would_be_seen(monkeypatch: pytest.Mon
     model = of_core("lstm")
     check_sites_apart(model)
     together._SHOWN.clear()
+    together._APART.clear()
     right = together._add_clipped
 
     def shifted(parts: Any, row: Any, into: list[int], *given: Any) -> None:
