@@ -117,6 +117,28 @@ def sum_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm:
     sums.finish()
 
 
+def sum_rows_on_grid(rows: Tensor, factors: Tensor, clip_norm: float) -> Tensor:
+    """Sums users' whole gradients, each scaled and rounded to the grid by itself.
+
+    Args:
+        rows: [users, coordinates] float32.
+        factors: [users] float64; each factor times its row has norm at most `clip_norm`. Zero for nothing.
+
+    Returns:
+        [coordinates] float64.
+    """
+    if rows.device.type != "cpu":
+        finite = torch.where(factors.unsqueeze(1) > 0, rows, 0.0)  # zero times a NaN is NaN
+        return sum_of_rounded(finite, factors, clip_norm)
+    sums = GridSums(torch.empty(1, rows.shape[1], dtype=torch.float64), clip_norm)
+    own, part = own_place(rows.shape[1]), own_place(rows.shape[1])
+    for row, scale in zip(rows.numpy(), (factors / sums.step).float().numpy(), strict=True):
+        np.copyto(own, row if scale else 0.0)
+        np.multiply(own, scale, out=part)
+        sums.add(0, part)
+    return sums.finish()[0]
+
+
 def own_place(*shape: int) -> npt.NDArray[np.float32]:
     """Zeros that begin at a multiple of 64 bytes, as torch's memory does."""
     found: npt.NDArray[np.float32] = torch.zeros(*shape).numpy()

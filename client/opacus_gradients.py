@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from client.bookkeeping import ClippedSum, RowsAreNotUsersError, Seen, nobody_sees
-from client.grid_sums import sum_of_rounded
+from client.grid_sums import sum_rows_on_grid
 from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.privacy.noise import LARGEST_DIMENSION
@@ -179,7 +179,6 @@ def opacus_sums(
             seen({"gradients": flat, "factors": factors})
             counts = norms.isfinite()  # a user whose gradient is not finite contributes nothing
             counts[users:] = False
-            flat = torch.where(counts.unsqueeze(1), flat, 0.0)
-            return sum_of_rounded(flat, torch.where(counts, factors, 0.0), clip_norm)
+            return sum_rows_on_grid(flat, torch.where(counts, factors, 0.0), clip_norm)
 
         yield total

@@ -5,8 +5,8 @@ depends on who else is there, made large by parameters far off. So this searches
 random, scaled, near ties, climbed along the gradient and picked for how much they make of a rounding; users around
 every multiple of a unit; for steps by both engines, sites trained together, metrics, and adapters. Each in processes of
 their own under each family of kernels that the libraries can be told to take, and with 1, 2 and 4 threads. The worst
-movement goes into docs/audit.md. Beside it stands what the same search finds where a batch has as many rows as there are users,
-which shows that it can find something.
+movement goes into docs/audit.md. Beside it stands what the same search finds where a batch has as many rows as there
+are users, which shows that it can find something.
 
 Intel's library takes one family of kernels on other makers' processors, whatever it is told; `--as-intel` builds a
 two-line library with `cc` that makes it believe that it runs on an Intel processor, for this search alone.
