@@ -112,7 +112,8 @@ def simulate(
     run = RunFolder.create(options.runs.resolve(), plan, dataset.catalog)
     watcher.on_phase("setting up the sites")
     root = options.sites.resolve() if options.sites else run.path / "sites"
-    registry = Registry(root / "registry")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    registry = Registry(registry_folder(root))
     # Sites that outlive the run keep a catalog of their own beside them.
     catalog_file = root / "catalog.jsonl"
     if not catalog_file.is_file():
@@ -153,6 +154,17 @@ def simulate(
     )
 
 
+def registry_folder(sites: Path) -> Path:
+    """Where the registry of simulated sites lies: beside their folder, not among what is private to them.
+
+    Args:
+        sites: the folder of all sites: `sites` of a run, or one that outlives it and has a registry of its own.
+    """
+    if (sites / "registry").is_dir():  # sites that were made by an older version keep theirs
+        return sites / "registry"
+    return sites.with_name("registry" if sites.name == "sites" else f"{sites.name}-registry")
+
+
 def _split(options: SimulationOptions, whole: Histories) -> Split:
     if options.fold is not None:
         if options.split != "leave-one-out" or options.sites is not None or options.test:
@@ -177,7 +189,7 @@ def _run_and_watch(
     environment = {
         RUN_FOLDER: str(run.path),
         SITES_FOLDER: str(root),
-        REGISTRY_FOLDER: str(root / "registry"),
+        REGISTRY_FOLDER: str(registry_folder(root)),
         NODES_EXPECTED: str(len(sites)),
     }
     follower = Follower(run, plan, sites, built, held_out, watcher)
