@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.policy import Performance
 from client.self_test import Engine, rows_of_units, sums_by
 from common.config import Plan
 from common.memory import memory_kept
@@ -53,8 +54,9 @@ class StepSettings:
     engine: Engine = "fast"
 
     @classmethod
-    def of(cls, plan: Plan) -> StepSettings:
-        """The settings of one round of a calibrated plan."""
+    def of(cls, plan: Plan, performance: Performance | None = None) -> StepSettings:
+        """The settings of one round of a calibrated plan, at a site that computes like this; None: as by default."""
+        performance = performance or Performance()
         event = plan.round_event()
         return cls(
             sampling_rate=event.sampling_rate,
@@ -63,9 +65,8 @@ class StepSettings:
             normaliser=plan.privacy.normaliser,
             steps=event.steps,
             learning_rate=plan.training.learning_rate,
-            micro_batch=unit_rows(
-                event.sampling_rate * plan.privacy.users_per_site, plan.performance.micro_batch
-            ),
+            micro_batch=unit_rows(event.sampling_rate * plan.privacy.users_per_site, performance.micro_batch),
+            engine=performance.engine,
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from client.app import SITES_FOLDER
+from client.policy import Performance
 from client.site import SiteError
 from common.assets import home, language_model
 from common.config import Plan
@@ -52,6 +53,7 @@ class SimulationOptions:
         sites_by, n_sites, alpha, seed: how users fall to sites.
         sites: folder of sites that outlive the run; None for new ones inside the run.
         site_budget: epsilon cap of new sites' ledgers; None for the smallest that admits the plan.
+        performance: how every site computes; None: new ones as by default, others as before.
         baseline_epochs: of the same model without privacy; 0 for none.
         split: which events are held out: "leave-one-out" or "temporal".
         fold: (number from 1, folds): leave-one-out over users of one fold, who are at no site; None for all users.
@@ -67,6 +69,7 @@ class SimulationOptions:
     seed: int = 0
     sites: Path | None = None
     site_budget: float | None = None
+    performance: Performance | None = None
     baseline_epochs: int = 15
     split: Literal["leave-one-out", "temporal"] = "leave-one-out"
     fold: tuple[int, int] | None = None
@@ -134,6 +137,7 @@ def simulate(
         split,
         budget=options.site_budget,
         seed=options.seed,
+        performance=options.performance,
     )
     watcher.on_sites(sites, report, plan)
     held_out = HeldOut.of(
