@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -19,7 +19,7 @@ from client import kept_ledgers
 from client.site import Charged, Site, charge, refusal_of, release_of, training_batch
 from client.training import StepSettings
 from client.training_together import NotTogetherError, check_sites_apart, train_together
-from common.models.batches import HistoryBatch
+from common.models.batches import HistoryBatch, even_events
 from common.models.interface import InterestModel
 from common.phases import Phase
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
@@ -96,7 +96,9 @@ def _released(charged: dict[int, Charged]) -> dict[int, Update | Refusal]:
         try:
             model = first.ready()
             if model is not None:
-                check_sites_apart(model)
+                check_sites_apart(
+                    model, _settings(first).micro_batch, even_events(first.plan.model.max_events)
+                )
                 return _trained(charged, model)
         except NotTogetherError as error:  # said of made-up users, before any history was looked at
             _log.info("sites are trained one after the other: %s", error)
@@ -124,7 +126,7 @@ def _trained(charged: dict[int, Charged], model: InterestModel) -> dict[int, Upd
     if not batches:
         return answers
     first = charged[next(iter(batches))]
-    settings = StepSettings.of(first.plan, first.site.performance)
+    settings = _settings(first)
 
     def on_step(step: int) -> None:
         for place in batches if len(batches) <= _MOST_NOTED else ():
@@ -144,6 +146,12 @@ def _trained(charged: dict[int, Charged], model: InterestModel) -> dict[int, Upd
     return answers | {
         place: _committed(charged[place], state) for place, state in zip(batches, states, strict=True)
     }
+
+
+def _settings(charged: Charged) -> StepSettings:
+    """Of a round's steps; a batch holds rows of all sites, so it is as large as the sites allow."""
+    performance = charged.site.performance
+    return replace(StepSettings.of(charged.plan, performance), micro_batch=performance.micro_batch)
 
 
 def _committed(charged: Charged, state: dict[str, Tensor]) -> Update | Refusal:
