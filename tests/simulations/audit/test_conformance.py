@@ -14,7 +14,7 @@ from common.models.names import FAMILIES
 from simulations.audit.cli import app
 from simulations.audit.conformance.checking import ANSWER, LEVEL, attempted
 from simulations.audit.conformance.code import Code
-from simulations.audit.conformance.controls import _refused
+from simulations.audit.conformance.controls import refused
 from simulations.audit.conformance.forks import in_fork
 from simulations.audit.conformance.noise import forked_noise, noise_checks
 from simulations.audit.conformance.reply import reply_checks
@@ -149,9 +149,9 @@ def test_a_fault_that_breaks_the_code_off_shows_nothing_of_the_check() -> None:
     def breaks() -> list[Check]:
         raise ValueError("no noise")
 
-    assert not _refused("noise level", "a fault", breaks).holds
+    assert not refused("noise level", "a fault", breaks).holds
     passing = Check("noise level", "x", 1.0, "1", True, "fine")
-    assert not _refused("noise level", "a fault", lambda: [passing]).holds
+    assert not refused("noise level", "a fault", lambda: [passing]).holds
 
 
 def poisson(steps: int = 120) -> Iterator[np.ndarray]:
