@@ -10,7 +10,7 @@ from common.phases import Phase
 from simulations.audit.conformance.answers_of_sites import any_site_answers, same_answer_again
 from simulations.audit.conformance.code import Code
 from simulations.audit.conformance.controls import refused
-from simulations.audit.conformance.made_up_sites import MadeUpSites
+from simulations.audit.conformance.made_up_sites import LORA, MadeUpSites
 from simulations.audit.conformance.pairs_of_sites import (
     Way,
     answer_sensitivity,
@@ -38,6 +38,7 @@ SEEN_BY: Mapping[str, tuple[str, Ask]] = {
     "later units clipped to 10 C": ("answer sensitivity", _LOUD),
     "largest layer's norm": ("answer sensitivity", _LOUD),
     "long users in two rows": ("answer sensitivity", _LOUD),
+    "adapters not clipped": ("answer sensitivity", _LOUD),
     "C read doubled": ("answer sensitivity", _LOUD),
     "together: norm up to 40 C": ("answer sensitivity", _LOUDER),
     "update scaled by users": ("answer own row", _LOUD),
@@ -65,7 +66,7 @@ CLOCK = "clock for a key"
 
 
 def controls_of_answers(
-    code: Code, sites: Callable[[], MadeUpSites], small: Callable[[], Subject]
+    code: Code, sites: Callable[..., MadeUpSites], small: Callable[[], Subject]
 ) -> Iterator[tuple[str, Callable[[], Sequence[Check]]]]:
     """The sabotages' names, and what to ask of each."""
     one, together = code.paths.items()
@@ -75,7 +76,8 @@ def controls_of_answers(
         def asked(
             name: str = name, check: str = check, ask: Ask = ask, path: tuple[str, Any] = path
         ) -> list[Check]:
-            way = Way(sites(), *path)
+            fields = LORA if SABOTAGES[name].mode == "lora" else {}
+            way = Way(sites(**fields), *path)
             with SABOTAGES[name].at_work():
                 return [refused(check, SABOTAGES[name].does, lambda: ask(way))]
 

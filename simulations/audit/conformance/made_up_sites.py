@@ -10,10 +10,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from common.events.histories import Histories
 from common.models.batches import HistoryBatch
 from common.models.build import build_model, item_texts
 from common.models.interface import InterestModel
+from common.models.names import FAMILIES
 from common.phases import Phase
 from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian
 from common.privacy.noise import SecurePoissonSampler, UserSampler
@@ -37,12 +39,19 @@ from common.wire import Refusal, Request, State, Update
 from simulations.audit.conformance.checking import Vector
 from simulations.audit.conformance.code import Answers, Everyone, SameAgain
 from simulations.audit.conformance.subjects import MOVED, language_model, texts
+from simulations.faults.tiny import WORDS
 
 Rows = Sequence[Sequence[int]]
 """Each user's items, oldest first."""
 
 ITEMS, MAX_EVENTS, WITNESS_PLACES, AGREED = 120, 24, 32, 26
 """AGREED: users that each site has agreed to have at least."""
+
+LORA: Mapping[str, Any] = {"mode": "lora", "lora_rank": 2, "lora_train_down": True}
+"""Fields of a model that reads histories with a language model."""
+
+LIKED_FROM = 4.0
+"""The plan's default: values of even items are above, of odd items below."""
 
 MICRO_BATCH = 24
 """Rows of a unit, in which users go through the model."""
@@ -88,12 +97,14 @@ def a_plan(
     rate: float = 0.5,
     noise: float = 2.0,
     moves: float = 1.0,
+    model: Mapping[str, Any] = MappingProxyType({}),
     **more: Any,
 ) -> Plan:
     """A plan of one round.
 
     Args:
         moves: how far a sum that is moved by C moves the parameters.
+        model: fields of the model's plan, instead of the usual.
         more: sections.
     """
     users = 10
@@ -105,6 +116,8 @@ def a_plan(
                 "width": 4,
                 "hidden_width": 4,
                 "max_events": MAX_EVENTS,
+                "most_tokens": 40,
+                **model,
             },
             "privacy": {
                 "clip_norm": clip_norm,
@@ -133,20 +146,26 @@ def histories_of(rows: Rows) -> Histories:
         items=np.array([item for row in rows for item in row], dtype=np.int32),
         times=np.array([_hour(event) for row in rows for event in range(len(row))], dtype=np.int64),
         kinds=np.zeros(sum(len(row) for row in rows), dtype=np.int16),
-        values=np.full(sum(len(row) for row in rows), np.nan, dtype=np.float32),
+        values=np.array([_value(item) for row in rows for item in row], dtype=np.float32),
         kind_names=("view",),
     )
 
 
-def batch_of(rows: Rows) -> HistoryBatch:
-    """What a site must make of these users: the latest MAX_EVENTS events of each, padded on the right."""
-    items = np.full((len(rows), MAX_EVENTS), -1, dtype=np.int64)
-    times = np.zeros((len(rows), MAX_EVENTS), dtype=np.int64)
+def batch_of(rows: Rows, events: int = MAX_EVENTS) -> HistoryBatch:
+    """What a site must make of these users: the latest `events` of each, padded on the right."""
+    items = np.full((len(rows), events), -1, dtype=np.int64)
+    times = np.zeros((len(rows), events), dtype=np.int64)
+    labels = np.full((len(rows), events), np.nan, dtype=np.float32)
     for user, row in enumerate(rows):
-        last = list(row)[-MAX_EVENTS:]
+        last = list(row)[-events:]
         items[user, : len(last)] = last
         times[user, : len(last)] = [_hour(len(row) - len(last) + event) for event in range(len(last))]
-    return HistoryBatch.of(items, times)
+        labels[user, : len(last)] = [_value(item) >= LIKED_FROM for item in last]
+    return HistoryBatch.of(items, times, labels=labels)
+
+
+def _value(item: int) -> float:
+    return 5.0 if item % 2 == 0 else 1.0
 
 
 def _hour(event: int) -> int:
@@ -204,21 +223,28 @@ class MadeUpSites:
 
     Attributes:
         model: the checker's own.
+        max_events: of a history.
         start: trainable parameters off their start, as a server might broadcast them.
         fresh: those of a new model.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Everything is written under a folder."""
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = "sites", *, agreed: int = AGREED, **model: Any) -> None:
+        """Sites that do not exist yet.
+
+        Args:
+            folder: everything is written in a folder `name` of it, which is not there yet.
+            agreed: how many users each site has agreed to have at least.
+            model: fields of the model's plan, instead of the usual.
+        """
         self.language_model = language_model(folder)
-        place = folder / "sites"
+        self._model_fields = model
+        place = folder / name
         place.mkdir()
         self._catalog = place / "catalog.jsonl"
         catalog = Catalog(
             ids=tuple(f"i{item}" for item in range(ITEMS)),
             texts=tuple(texts(ITEMS)),
-            categories=((),) * ITEMS,
+            categories=tuple((WORDS[item % 3],) for item in range(ITEMS)),
         )
         catalog.save(self._catalog)
         self._template = place / "template"
@@ -227,15 +253,18 @@ class MadeUpSites:
             folder=self._template,
             name="made-up",
             catalog=self._catalog,
-            users_at_least=AGREED,
+            users_at_least=agreed,
+            families=tuple(FAMILIES),
             metrics=True,
         )
         site.save()
         typical: list[Event] = [PoissonSubsampledGaussian(0.5, 2.0, 20), GaussianSum(6.0)]
-        Ledger.create(site.ledger_folder, epsilon=50, delta=1e-5, typical_plan=typical).disconnect()
+        Ledger.create(site.ledger_folder, epsilon=100, delta=1e-5, typical_plan=typical).disconnect()
         self._made = 0
+        plan = self.plan(1.0).model
+        self.max_events = plan.max_events
         self.model: InterestModel = build_model(
-            a_plan(self.language_model, 1.0).model,
+            plan,
             item_texts(catalog.texts, catalog.categories),
             self.language_model,
             categories=catalog.categories,
@@ -250,7 +279,11 @@ class MadeUpSites:
 
     def plan(self, clip_norm: float, **fields: Any) -> Plan:
         """See `a_plan`."""
-        return a_plan(self.language_model, clip_norm, **fields)
+        return a_plan(self.language_model, clip_norm, model=self._model_fields, **fields)
+
+    def batch(self, rows: Rows) -> HistoryBatch:
+        """See `batch_of`."""
+        return batch_of(rows, self.max_events)
 
     @contextmanager
     def holding(self, users: Sequence[Rows]) -> Iterator[list[Path]]:

@@ -14,18 +14,19 @@ import numpy.typing as npt
 import torch
 
 from client.generators import Generators
+from common.config import Plan
 from common.privacy.noise import INFLATION, GaussianNoise
 from common.privacy.statistics import noise_chi_square
 from simulations.audit.conformance.by_hand import constants_of, train_by_hand
 from simulations.audit.conformance.checking import Vector, at_most, corrected, statistical
-from simulations.audit.conformance.code import Code, Everyone
+from simulations.audit.conformance.code import Code, Everyone, SameAgain
 from simulations.audit.conformance.made_up_sites import (
     ITEMS,
     MAX_EVENTS,
+    WITNESS_PLACES,
     Draws,
     Recorded,
     Rows,
-    batch_of,
     distance,
     in_sums,
 )
@@ -45,6 +46,8 @@ USERS_OF_EACH: Sequence[Rows] = ([LOUD, [4, 5], LONG, [3, 5, 9]], [LONG, [8, 9, 
 """Of the two sites whose rounds are computed again."""
 
 SHARED_STEPS = 260
+MOST_STEPS = 2000
+"""Of a run's round that is computed by hand."""
 
 
 @dataclass
@@ -59,49 +62,94 @@ class _Replayed:
 
 
 def exact_round(way: Way, steps: int = STEPS) -> list[Check]:
+    """`exact round` and `draws` of a long round with much noise and a small learning rate; see `round_of`."""
+    loud = way.loudness(LOUD) / 16
+    return round_of(way, way.sites.plan(loud, steps=steps, rate=RATE, noise=20.0, moves=0.001))
+
+
+def round_of(way: Way, plan: Plan) -> list[Check]:
     """`exact round` and `draws`: each site's update is the plan's round over what the site was given to draw from."""
-    plan = way.sites.plan(way.loudness(LOUD) / 16, steps=steps, rate=RATE, noise=20.0, moves=0.001)
+    settings = constants_of(plan)
     samplers = [Recorded() for _ in USERS_OF_EACH]
     draws = Draws(*samplers)
     released = way.sites.released(way.path, plan, USERS_OF_EACH, draws.again())
     odd, worst = list[str](), 0.0
     for site, (rows, sampler) in enumerate(zip(USERS_OF_EACH, samplers, strict=True)):
-        stream = draws.streams[site] if site < len(draws.streams) else None
-        drawn = 0 if stream is None else len(stream.drawn)
-        if sampler.asked != [(len(rows), plan.privacy.sampling_rate)] * steps:
+        stream = draws.streams[site] if site < len(draws.streams) else SameAgain()
+        if sampler.asked != [(len(rows), settings.sampling_rate)] * settings.steps:
             rates = sorted({rate for _, rate in sampler.asked})
             odd.append(f"users were drawn {len(sampler.asked)} times at {rates or 'no rate'}")
-        if drawn != steps:
-            odd.append(f"noise was drawn {drawn} times")
-        if stream is None or drawn < steps or len(sampler.drawn) < steps:
+        if len(stream.drawn) != settings.steps:
+            odd.append(f"noise was drawn {len(stream.drawn)} times")
+        if min(len(stream.drawn), len(sampler.drawn)) < settings.steps:
             continue
         way.sites.model.load_trainable(way.sites.start)
         wanted = train_by_hand(
             way.sites.model,
-            batch_of(rows),
-            constants_of(plan),
+            way.sites.batch(rows),
+            settings,
             sampler=_Replayed(iter(sampler.drawn)),
             noise=stream.rewind(),
         )
         worst = max(worst, distance(in_sums(released[site], plan), in_sums(wanted, plan)))
-    said = "; ".join(odd) or f"users once a step at {plan.privacy.sampling_rate:g}, noise once a step"
+    said = "; ".join(odd) or f"users once a step at {settings.sampling_rate:g}, noise once a step"
     return [
         Check(
             "draws",
             way.name,
             float(len(odd)),
-            f"{steps} times each, at the plan's rate",
+            f"{settings.steps} times each, at the plan's rate",
             not odd,
-            f"In a round of {steps} steps: {said}.",
+            f"In a round of {settings.steps} steps: {said}.",
         ),
         at_most(
             "exact round",
             way.name,
             worst,
             EXACT,
-            f"A round of {steps} steps lies {worst:.2g} C from the same round computed from the plan by hand.",
+            f"A round of {settings.steps} steps lies {worst:.2g} C from the same round computed from the plan by hand.",
         ),
     ]
+
+
+def round_of_run(way: Way, run: Plan) -> list[Check]:
+    """The same with a run's own privacy and training, over users and a model that are made up.
+
+    Where steps are so long that rounding grows from each to the next, only as many are taken as can be followed.
+    """
+    privacy = run.privacy.model_copy(update={"witness_places": WITNESS_PLACES})
+    training = run.training.model_copy(update={"rounds": 1, "head_rounds": 0})
+    plan = way.sites.plan(run.privacy.clip_norm)
+    for steps in _fewer(training.steps_per_round):
+        part = training.model_copy(update={"steps_per_round": steps})
+        plan = plan.model_copy(update={"privacy": privacy, "training": part})
+        if _strays(way, plan) <= EXACT / 100:
+            break
+    return round_of(way, plan)
+
+
+def _fewer(steps: int) -> Iterator[int]:
+    steps = min(steps, MOST_STEPS)
+    while steps > 1:
+        yield steps
+        steps //= 4
+    yield 1
+
+
+def _strays(way: Way, plan: Plan) -> float:
+    """How far a round by hand strays where it begins one rounding of float32 away, in units of C."""
+    samplers, noise, found = (Everyone(), Everyone()), SameAgain(), list[Vector]()
+    for off, sampler in zip((1.0, 1 + 2**-23), samplers, strict=True):
+        way.sites.model.load_trainable({name: off * value for name, value in way.sites.start.items()})
+        update = train_by_hand(
+            way.sites.model,
+            way.sites.batch(USERS_OF_EACH[0]),
+            constants_of(plan),
+            sampler=sampler,
+            noise=noise.rewind(),
+        )
+        found.append(in_sums(update, plan))
+    return distance(*found)
 
 
 def shares(way: Way, steps: int = SHARED_STEPS) -> list[Check]:
@@ -118,7 +166,7 @@ def shares(way: Way, steps: int = SHARED_STEPS) -> list[Check]:
     for user in range(users):
         way.sites.model.load_trainable(start)
         one = train_by_hand(
-            way.sites.model, batch_of([rows[user]]), alone, sampler=Everyone(), noise=Silence()
+            way.sites.model, way.sites.batch([rows[user]]), alone, sampler=Everyone(), noise=Silence()
         )
         directions.append(in_sums(one, plan))
     released = way.sites.released(

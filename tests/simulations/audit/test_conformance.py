@@ -178,7 +178,8 @@ def test_the_command_writes_evidence_and_refuses_what_it_does_not_know(
 ) -> None:
     from simulations.audit.conformance import suite
 
-    monkeypatch.setattr(suite, "_of_device", lambda *_: iter(()))
+    for name in ("_of_device", "_of_answers", "_of_language_model"):
+        monkeypatch.setattr(suite, name, lambda *_: iter(()))
     monkeypatch.setattr(suite, "reply_checks", lambda *_: [])
     monkeypatch.setattr(suite, "ROUNDS", 2)
     run = tmp_path / "run"
