@@ -29,13 +29,13 @@ from simulations.audit.evidence import Check
 
 Ask = Callable[[Way], Sequence[Check]]
 
-_LOUD, _LOUDER = (partial(answer_sensitivity, loudness=(each,)) for each in (16.0, 1e3))
+_LOUD, _LOUDER = (partial(answer_sensitivity, loudness=(each,), units=1) for each in (16.0, 1e3))
 _ROUND = partial(exact_round, steps=110)
 
 SEEN_BY: Mapping[str, tuple[str, Ask]] = {
     "clip factor with a floor": ("answer sensitivity", _LOUDER),
     "biases out of the norm": ("answer sensitivity", _LOUD),
-    "later units clipped to 10 C": ("answer sensitivity", _LOUD),
+    "later units clipped to 10 C": ("answer sensitivity", partial(_LOUD, units=6)),
     "largest layer's norm": ("answer sensitivity", _LOUD),
     "long users in two rows": ("answer sensitivity", _LOUD),
     "adapters not clipped": ("answer sensitivity", _LOUD),

@@ -73,10 +73,10 @@ class Way:
         return self.sites.released(self.path, plan, [rows, NEIGHBOURS], draws.again())
 
 
-def answer_sensitivity(way: Way, loudness: Sequence[float] = LOUDNESS) -> list[Check]:
+def answer_sensitivity(way: Way, loudness: Sequence[float] = LOUDNESS, units: int = UNITS) -> list[Check]:
     """`answer sensitivity`, `answer own row` and `other site`.
 
-    At the second loudness, or the only one, there are UNITS units of rows, and the loud user stands in each in turn.
+    At the second loudness, or the only one, there are so many units of rows, and the loud user stands in each in turn.
     """
     moved, strange, heard, disturbed = list[float](), list[float](), list[float](), 0
     for loud in loudness:
@@ -86,7 +86,7 @@ def answer_sensitivity(way: Way, loudness: Sequence[float] = LOUDNESS) -> list[C
             own, neighbour = way.released(plan, rows, draws)
             return in_sums(own, plan), neighbour
 
-        many = UNITS * MICRO_BATCH - 2
+        many = units * MICRO_BATCH - 2
         nobody = sums([])[0]
         newcomers = {"loud": LOUD, "long": LONG, "quiet": [4, 5]}
         alone = {name: sums([user])[0] - nobody for name, user in newcomers.items()}
