@@ -185,7 +185,12 @@ def test_the_command_writes_evidence_and_refuses_what_it_does_not_know(
     run = tmp_path / "run"
     run.mkdir()
     (run / "plan.json").write_text(
-        json.dumps({"model": {"family": "dual", "core": "gru", "task": "interest"}})
+        json.dumps(
+            {
+                "model": {"family": "dual", "core": "gru", "task": "interest", "max_events": 30},
+                "privacy": {"noise_multiplier": 3.0},
+            }
+        )
     )
     asked = ["conformance", "--family", "classifier", "--mode", "vectors", "--device", "cpu", "--no-controls"]
     answered = CliRunner().invoke(app, [*asked, "--run", str(run), "--json"])
@@ -194,6 +199,8 @@ def test_the_command_writes_evidence_and_refuses_what_it_does_not_know(
     assert {check.subject for check in found.checks} == {
         "classifier, vectors, cpu",
         "dual, vectors, cpu, core gru, task interest",
+        "one site, the run's plan",
+        "sites together, the run's plan",
     }
     assert (
         found.command

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import Parameter, signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from client.generators import SECURE, Generators
+from client.site import answer
+from client.together import answered_together
 from client.training import train_round
 from common.config import Plan, make_plan
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
@@ -42,6 +45,9 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUpSites]:
 
 def test_a_site_draws_anew_for_each_answer_unless_a_caller_says_otherwise(sites: MadeUpSites) -> None:
     assert Generators(noise=SecureGaussian, sampler=SecurePoissonSampler) == SECURE
+    for ask in (answer, answered_together):
+        asked = signature(ask).parameters["generators"]  # type: ignore[arg-type]
+        assert (asked.kind, asked.default) == (Parameter.KEYWORD_ONLY, SECURE)
     plan, rows, draws = sites.plan(0.3), some_users(5, ITEMS), Draws()
     for path in Code().paths.values():
         given = [sites.released(path, plan, [rows, rows], draws.again())[0] for _ in range(2)]
