@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from client.generators import SECURE, Generators
 from client.kept import device_of, kept_batch, kept_catalog, kept_histories, site_model, take_threads
 from client.ledger import Ledger
 from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerError
@@ -43,7 +44,7 @@ from common.precision import encoded
 from common.privacy.anchors import Countersignature
 from common.privacy.faults import AfterCloseError, ReceiptError, SecondReservationError
 from common.privacy.mechanisms import Event
-from common.privacy.noise import LARGEST_DIMENSION, SecureGaussian, SecurePoissonSampler
+from common.privacy.noise import LARGEST_DIMENSION
 from common.sums import POPULARITY, PairLayout
 from common.wire import Reason, Refusal, Request, Update, WireError, state_to_bytes
 
@@ -184,18 +185,21 @@ class Charged:
         return Refusal(Reason.FAILED)
 
 
-def answer(site: Site, request: Request, *, until: float = math.inf) -> Update | Refusal:
+def answer(
+    site: Site, request: Request, *, until: float = math.inf, generators: Generators = SECURE
+) -> Update | Refusal:
     """One exchange at a site: reserve, compute, commit, answer. Never raises for what a request or the data do.
 
     Args:
         until: when the request expires, in seconds since 1970: nothing is spent for an answer that nobody awaits.
+        generators: for audits and tests; a site that answers a server leaves them out.
     """
     charged = charge(site, request, until=until)
     if not isinstance(charged, Charged):
         return charged
     with charged.ledger:
         try:
-            state = release_of(charged)
+            state = release_of(charged, generators=generators)
         except Exception as error:
             return charged.failed(error)
         return charged.released(state)
@@ -395,7 +399,7 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
     return model
 
 
-def release_of(charged: Charged) -> dict[str, torch.Tensor]:
+def release_of(charged: Charged, *, generators: Generators = SECURE) -> dict[str, torch.Tensor]:
     """What leaves the site for a request whose cost is reserved: the first look at the data is here."""
     site, plan, request, model = charged.site, charged.plan, charged.request, charged.model
     if model is not None:
@@ -405,7 +409,7 @@ def release_of(charged: Charged) -> dict[str, torch.Tensor]:
     if plan.metrics.share:  # each user's last event is for the metrics, and for nothing else
         histories, last = whole.without_last(1)
         held_out = last[:, 0].astype(np.int64)
-    noise = SecureGaussian()
+    noise = generators.noise()
     if model is None:
         places = plan.privacy.witness_places
         return release_statistics(histories, len(charged.catalog), plan.statistics, request, noise, places)
@@ -427,7 +431,7 @@ def release_of(charged: Charged) -> dict[str, torch.Tensor]:
         model,
         kept_batch(model, whole, (plan.model, bool(plan.metrics.share), device), prepared),
         settings,
-        sampler=SecurePoissonSampler(),
+        sampler=generators.sampler(),
         noise=noise,
         on_step=on_step,
     )

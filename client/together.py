@@ -16,13 +16,13 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from client import kept_ledgers
+from client.generators import SECURE, Generators
 from client.site import Charged, Site, charge, refusal_of, release_of, training_batch
 from client.training import StepSettings
 from client.training_together import NotTogetherError, check_sites_apart, train_together
 from common.models.batches import HistoryBatch, even_events
 from common.models.interface import InterestModel
 from common.phases import Phase
-from common.privacy.noise import SecureGaussian, SecurePoissonSampler
 from common.wire import Refusal, Update, answer_to_records, request_from_records
 
 _log = logging.getLogger("fedtide.site")
@@ -40,12 +40,16 @@ class Question:
     until: float
 
 
-def answered_together(questions: Sequence[Question]) -> list[RecordDict]:
-    """The answers, in order. Never raises, and tells no text. All sites' ledgers are open meanwhile."""
-    return [answer_to_records(each) for each in _answered(questions)]
+def answered_together(questions: Sequence[Question], *, generators: Generators = SECURE) -> list[RecordDict]:
+    """The answers, in order. Never raises, and tells no text. All sites' ledgers are open meanwhile.
+
+    Args:
+        generators: for audits and tests; each site gets its own of them.
+    """
+    return [answer_to_records(each) for each in _answered(questions, generators)]
 
 
-def _answered(questions: Sequence[Question]) -> list[Update | Refusal]:
+def _answered(questions: Sequence[Question], generators: Generators) -> list[Update | Refusal]:
     charged: dict[int, Charged] = {}
     answers: dict[int, Update | Refusal] = {}
     try:
@@ -59,7 +63,7 @@ def _answered(questions: Sequence[Question]) -> list[Update | Refusal]:
         for place, each in charged.items():
             alike.setdefault(_kind(each, place), []).append(place)
         for places in alike.values():
-            answers |= _released({place: charged[place] for place in places})
+            answers |= _released({place: charged[place] for place in places}, generators)
     finally:
         for place, each in charged.items():
             if isinstance(answers.get(place), Update):
@@ -90,7 +94,7 @@ def _kind(charged: Charged, place: int) -> Hashable:
     return request.plan, request.round, request.model_digest, id(charged.model), charged.site.performance
 
 
-def _released(charged: dict[int, Charged]) -> dict[int, Update | Refusal]:
+def _released(charged: dict[int, Charged], generators: Generators) -> dict[int, Update | Refusal]:
     first = next(iter(charged.values()))
     if len(charged) > 1 and first.site.performance.engine == "fast":
         try:
@@ -99,22 +103,24 @@ def _released(charged: dict[int, Charged]) -> dict[int, Update | Refusal]:
                 check_sites_apart(
                     model, _settings(first).micro_batch, even_events(first.plan.model.max_events)
                 )
-                return _trained(charged, model)
+                return _trained(charged, model, generators)
         except NotTogetherError as error:  # said of made-up users, before any history was looked at
             _log.info("sites are trained one after the other: %s", error)
-    return {place: _alone(each) for place, each in charged.items()}
+    return {place: _alone(each, generators) for place, each in charged.items()}
 
 
-def _alone(charged: Charged) -> Update | Refusal:
+def _alone(charged: Charged, generators: Generators) -> Update | Refusal:
     try:
         charged.ready()
-        state = release_of(charged)
+        state = release_of(charged, generators=generators)
     except Exception as error:
         return _failed(charged, error)
     return _committed(charged, state)
 
 
-def _trained(charged: dict[int, Charged], model: InterestModel) -> dict[int, Update | Refusal]:
+def _trained(
+    charged: dict[int, Charged], model: InterestModel, generators: Generators
+) -> dict[int, Update | Refusal]:
     """One batch for all; a site whose histories cannot be read leaves it, and stays charged."""
     answers: dict[int, Update | Refusal] = {}
     batches: dict[int, HistoryBatch] = {}
@@ -137,8 +143,8 @@ def _trained(charged: dict[int, Charged], model: InterestModel) -> dict[int, Upd
             model,
             list(batches.values()),
             settings,
-            samplers=[SecurePoissonSampler() for _ in batches],
-            noises=[SecureGaussian() for _ in batches],
+            samplers=[generators.sampler() for _ in batches],
+            noises=[generators.noise() for _ in batches],
             on_step=on_step,
         )
     except Exception as error:  # nothing of it has left a site

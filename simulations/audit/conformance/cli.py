@@ -60,6 +60,7 @@ def conformance(
         modes=_known("mode", mode, MODES),
         devices=devices() if device == "auto" else _known("device", [device], devices()),
         model=None if run is None else _model_of(run),
+        plan=None if run is None else plan_of(run),
         with_controls=controls,
     )
     command = " ".join(

@@ -1,24 +1,35 @@
-"""The code under test, as the tests see it: a trainer, two releases of sums, a reply, and their generators."""
+"""The code under test, as the tests see it: a trainer, two releases of sums, whole answers, and their generators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from client.generators import SECURE, Generators
 from client.site import Site, answer
 from client.statistics import release_metrics, release_statistics
+from client.together import Question, answered_together
 from client.training import train_round
 from common.config import Plan
 from common.events.histories import Histories
 from common.models.interface import InterestModel
 from common.phases import StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
-from common.wire import Request, answer_to_records
+from common.wire import (
+    Refusal,
+    Request,
+    Update,
+    answer_from_records,
+    answer_to_records,
+    request_to_records,
+)
 from simulations.audit.trainers import Trainer
 
 if TYPE_CHECKING:
@@ -30,6 +41,8 @@ MetricsRelease = Callable[
     [InterestModel, Histories, npt.NDArray[np.int64], Plan, GaussianNoise], dict[str, Tensor]
 ]
 Reply = Callable[[Site, Request], "RecordDict"]
+Answers = Callable[[Sequence[tuple[Path, Request]], Generators], list[Update | Refusal]]
+"""(a site's folder and what it is asked, for each; generators) -> what came over the wire from each."""
 
 
 def site_reply(site: Site, request: Request) -> RecordDict:
@@ -37,11 +50,34 @@ def site_reply(site: Site, request: Request) -> RecordDict:
     return answer_to_records(answer(site, request))
 
 
+def one_by_one(questions: Sequence[tuple[Path, Request]], generators: Generators) -> list[Update | Refusal]:
+    """What sites answer as they do in a deployment, each by itself."""
+    found = [
+        answer(Site.load(folder), request, generators=generators)
+        if generators is not SECURE
+        else answer(Site.load(folder), request)
+        for folder, request in questions
+    ]
+    return [answer_from_records(answer_to_records(each)) for each in found]
+
+
+def in_one_go(questions: Sequence[tuple[Path, Request]], generators: Generators) -> list[Update | Refusal]:
+    """What the sites of a simulation answer, all in one batch."""
+    asked = [Question(folder, request_to_records(request), math.inf) for folder, request in questions]
+    found = (
+        answered_together(asked, generators=generators)
+        if generators is not SECURE
+        else answered_together(asked)
+    )
+    return [answer_from_records(each) for each in found]
+
+
 @dataclass(frozen=True)
 class Code:
     """What is tested; a site's own unless told.
 
     Attributes:
+        paths: the ways from a request to an answer: of a site by itself, and of many in one batch.
         sampler, noise: make the generators that a site makes for each round.
     """
 
@@ -49,6 +85,9 @@ class Code:
     statistics: StatisticsRelease = release_statistics
     metrics: MetricsRelease = release_metrics
     reply: Reply = site_reply
+    paths: Mapping[str, Answers] = field(
+        default_factory=lambda: {"one site": one_by_one, "sites together": in_one_go}
+    )
     sampler: Callable[[], UserSampler] = SecurePoissonSampler
     noise: Callable[[], GaussianNoise] = SecureGaussian
 
@@ -84,6 +123,11 @@ class SameAgain:
         """From the beginning."""
         self._next = 0
         return self
+
+    @property
+    def drawn(self) -> Sequence[npt.NDArray[np.float64]]:
+        """What was drawn so far, call by call."""
+        return self._drawn
 
     def normal(self, size: int) -> npt.NDArray[np.float64]:
         """As in the first run."""

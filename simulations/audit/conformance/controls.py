@@ -91,13 +91,14 @@ def controls(code: Code, folder: Path) -> list[Check]:
         *_of_sampling(separable, code),
         *_of_sums(small, code, folder),
     ]
-    return [_refused(*each) for each in asked]
+    return [refused(*each) for each in asked]
 
 
 Control = tuple[str, str, Callable[[], Sequence[Check]]]
 
 
-def _refused(name: str, fault: str, ask: Callable[[], Sequence[Check]]) -> Check:
+def refused(name: str, fault: str, ask: Callable[[], Sequence[Check]]) -> Check:
+    """Whether a fault was refused by the check of that name."""
     found = [check for check in attempted(name, "control", ask) if check.name == name]
     # Code that breaks off was not measured, so nothing is shown of the check.
     caught = next((check for check in found if not check.holds and check.bound != ANSWER), None)

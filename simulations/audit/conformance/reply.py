@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +22,7 @@ from common.privacy.receipts import Receipt
 from common.sums import POPULARITY, SITES
 from common.wire import Request, State, state_from_bytes
 from simulations.audit.conformance.code import Code
+from simulations.audit.conformance.made_up_sites import own_home
 from simulations.audit.conformance.subjects import language_model, some_users, texts
 from simulations.audit.conformance.sums import histories_of
 from simulations.audit.evidence import Check
@@ -38,23 +37,9 @@ OF_THE_RELEASE = ("body.update_digest", "signature")
 """Fields of the receipt's last entry that say which bytes were released, and so differ as the noise does."""
 
 
-@contextmanager
-def _own_home(folder: Path) -> Iterator[None]:
-    """Fedtide's cache in a folder of one's own, inside."""
-    before = os.environ.get("FEDTIDE_HOME")
-    os.environ["FEDTIDE_HOME"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FEDTIDE_HOME"]
-        else:
-            os.environ["FEDTIDE_HOME"] = before
-
-
 def reply_checks(code: Code, folder: Path, only: Sequence[Phase] = PHASES) -> list[Check]:
     """`nothing else leaves`, for a statistic, an update and metrics."""
-    with tempfile.TemporaryDirectory(dir=folder) as name, _own_home(Path(name) / "home"):
+    with tempfile.TemporaryDirectory(dir=folder) as name, own_home(Path(name) / "home"):
         plan, catalog = _plan(folder), _catalog()
         state = build_model(
             plan.model,

@@ -11,12 +11,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.config import Plan
 from common.models.names import FAMILIES
+from common.phases import Phase
+from simulations.audit.conformance.answers_of_sites import any_site_answers, same_answer_again
 from simulations.audit.conformance.checking import LEVEL, attempted
-from simulations.audit.conformance.code import Code
+from simulations.audit.conformance.code import Answers, Code
 from simulations.audit.conformance.controls import controls
+from simulations.audit.conformance.controls_training import controls_of_answers
+from simulations.audit.conformance.made_up_sites import AGREED, LORA, MadeUpSites, at_made_up_sites
 from simulations.audit.conformance.noise import forked_noise, noise_checks
+from simulations.audit.conformance.pairs_of_sites import (
+    Way,
+    answer_sensitivity,
+    numbers_that_are_none,
+    unheard_user,
+)
 from simulations.audit.conformance.reply import reply_checks
+from simulations.audit.conformance.rounds_of_sites import (
+    answered_noise,
+    exact_round,
+    round_of_run,
+    shares,
+    stopped_clock,
+)
 from simulations.audit.conformance.sampling import USERS, forked_sampling, sampling
 from simulations.audit.conformance.sensitivity import LOUDEST, OTHERS, rows_are_users, sensitivity
 from simulations.audit.conformance.subjects import MODES, Subject, a_subject, devices
@@ -34,6 +52,10 @@ STATISTICAL = (
     "independent users",
     "independent steps",
     "sum noise",
+    "shares",
+    "answer noise",
+    "new answer",
+    "stopped clock",
 )
 """Checks that honest code fails with chance LEVEL at most; the others it never fails."""
 
@@ -52,6 +74,7 @@ class Options:
     Attributes:
         families, modes, devices: each with each.
         model: fields of a run's model plan, to be tested beside them; sizes are those of all subjects.
+        plan: a run's own, whose privacy and training are tested beside the usual.
         with_controls: whether broken variants are put through the same checks.
     """
 
@@ -59,6 +82,7 @@ class Options:
     modes: Sequence[str] = MODES
     devices: Sequence[str] | None = None
     model: Mapping[str, Any] | None = None
+    plan: Plan | None = None
     with_controls: bool = True
 
 
@@ -71,6 +95,7 @@ class Workshop:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._made: dict[str, Subject] = {}
+        self._sites: dict[str, MadeUpSites] = {}
 
     def subject(self, **fields: Any) -> Subject:
         """A subject of these fields (see `a_subject`)."""
@@ -78,6 +103,17 @@ class Workshop:
         if name not in self._made:
             self._made[name] = a_subject(self.folder, **fields)
         return self._made[name]
+
+    def sites(self, **fields: Any) -> MadeUpSites:
+        """Sites in folders of their own (see `MadeUpSites`)."""
+        name = repr(sorted(fields.items()))
+        if name not in self._sites:
+            self._sites[name] = MadeUpSites(self.folder, f"sites-{len(self._sites)}", **fields)
+        return self._sites[name]
+
+    def way(self, name: str, path: Answers, **fields: Any) -> Way:
+        """From a request to an answer, at those sites."""
+        return Way(self.sites(**fields), name, path)
 
 
 def conformance(
@@ -95,7 +131,11 @@ def conformance(
         workshop: where subjects are kept from one call to the next; one of its own if left out.
     """
     began, checks = time.monotonic(), list[Check]()
-    with tempfile.TemporaryDirectory(prefix="fedtide-conformance-") as name, _one_thread():
+    with (
+        tempfile.TemporaryDirectory(prefix="fedtide-conformance-") as name,
+        _one_thread(),
+        at_made_up_sites(Path(name)),
+    ):
         questions = list(_questions(options, code, workshop or Workshop(Path(name))))
         for number, (what, of, ask) in enumerate(questions, start=1):
             checks += attempted(what, of, ask)
@@ -130,15 +170,52 @@ def _questions(options: Options, code: Code, workshop: Workshop) -> Iterator[Ask
             place = f"{model['family']}, {model['mode']}, {device}"
             yield from _of_model(partial(workshop.subject, device=device, **model), place, code)
         yield from _of_device(workshop, device, code)
+    for name, path in code.paths.items():
+        yield from _of_answers(partial(workshop.way, name, path), name)
+        lora = partial(workshop.way, f"{name}, lora", path, **LORA)
+        yield from _of_language_model(lora, f"{name}, lora")
+        if options.plan is not None and options.plan.privacy.noise_multiplier is not None:
+            yield "exact round", f"{name}, the run's plan", partial(_of_run, workshop, options, name, path)
     yield "nothing else leaves", "reply", lambda: reply_checks(code, workshop.folder)
     if options.with_controls:
         yield "controls", "controls", lambda: controls(code, workshop.folder)
+        small = partial(workshop.subject, family="recommend", mode="vectors", device="cpu")
+        for name, ask in controls_of_answers(code, workshop.sites, small):
+            yield "controls", name, ask
 
 
 def _of_model(subject: Callable[[], Subject], place: str, code: Code) -> Iterator[Ask]:
     yield "rows are users", place, lambda: rows_are_users(subject())
     yield "sensitivity", place, lambda: sensitivity(subject(), code)
     yield "noise level", place, lambda: noise_checks(subject(), code, ROUNDS)
+
+
+def _of_answers(way: Callable[[], Way], name: str) -> Iterator[Ask]:
+    """From request to decoded update, at the plan's own numbers; the family is the same for all."""
+    yield "answer sensitivity", name, lambda: answer_sensitivity(way())
+    yield "unheard user", name, lambda: unheard_user(way())
+    yield "no number", name, lambda: numbers_that_are_none(way())
+    yield "no number", f"{name}, metrics", lambda: numbers_that_are_none(way(), Phase.METRICS)
+    yield "exact round", name, lambda: exact_round(way())
+    yield "shares", name, lambda: shares(way())
+    yield "answer noise", name, lambda: answered_noise(way())
+    yield "any site", name, lambda: any_site_answers(way())
+    yield "same answer", name, lambda: same_answer_again(way())
+
+
+def _of_language_model(way: Callable[[], Way], name: str) -> Iterator[Ask]:
+    """What goes another way through a site where histories are read by a language model."""
+    yield "answer sensitivity", name, lambda: answer_sensitivity(way(), loudness=(16.0,))
+    yield "exact round", name, lambda: exact_round(way(), steps=10)
+
+
+def _of_run(workshop: Workshop, options: Options, name: str, path: Answers) -> Sequence[Check]:
+    """A round of the run's own plan."""
+    assert options.plan is not None
+    fields = {**(options.model or {}), "max_events": options.plan.model.max_events}
+    agreed = max(AGREED, options.plan.privacy.users_per_site)
+    way = workshop.way(f"{name}, the run's plan", path, agreed=agreed, **fields)
+    return round_of_run(way, options.plan)
 
 
 def _of_device(workshop: Workshop, device: str, code: Code) -> Iterator[Ask]:
@@ -151,6 +228,7 @@ def _of_device(workshop: Workshop, device: str, code: Code) -> Iterator[Ask]:
     if device == "cpu":  # a copy of a process cannot use CUDA
         yield "forked noise", device, lambda: forked_noise(small(), code)
         yield "forked sampling", device, lambda: forked_sampling(separable(), code)
+    yield "stopped clock", device, lambda: stopped_clock(small(), code)
     yield "sum noise", device, lambda: sum_checks(small(), code)
 
 

@@ -62,7 +62,8 @@ def by_conformance(liar: Liar, trial: int) -> Evidence:
         devices=("cpu",),
         with_controls=False,
     )
-    code = Code(trainer=liar.trainer, metrics=liar.metrics, reply=liar.reply)
+    # Whole answers are left out: a liar stands in for the trainer alone.
+    code = Code(trainer=liar.trainer, metrics=liar.metrics, reply=liar.reply, paths={})
     return conformance(options, code, workshop=_workshop())
 
 

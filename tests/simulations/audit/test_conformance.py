@@ -14,7 +14,7 @@ from common.models.names import FAMILIES
 from simulations.audit.cli import app
 from simulations.audit.conformance.checking import ANSWER, LEVEL, attempted
 from simulations.audit.conformance.code import Code
-from simulations.audit.conformance.controls import _refused
+from simulations.audit.conformance.controls import refused
 from simulations.audit.conformance.forks import in_fork
 from simulations.audit.conformance.noise import forked_noise, noise_checks
 from simulations.audit.conformance.reply import reply_checks
@@ -149,9 +149,9 @@ def test_a_fault_that_breaks_the_code_off_shows_nothing_of_the_check() -> None:
     def breaks() -> list[Check]:
         raise ValueError("no noise")
 
-    assert not _refused("noise level", "a fault", breaks).holds
+    assert not refused("noise level", "a fault", breaks).holds
     passing = Check("noise level", "x", 1.0, "1", True, "fine")
-    assert not _refused("noise level", "a fault", lambda: [passing]).holds
+    assert not refused("noise level", "a fault", lambda: [passing]).holds
 
 
 def poisson(steps: int = 120) -> Iterator[np.ndarray]:
@@ -178,13 +178,19 @@ def test_the_command_writes_evidence_and_refuses_what_it_does_not_know(
 ) -> None:
     from simulations.audit.conformance import suite
 
-    monkeypatch.setattr(suite, "_of_device", lambda *_: iter(()))
+    for name in ("_of_device", "_of_answers", "_of_language_model"):
+        monkeypatch.setattr(suite, name, lambda *_: iter(()))
     monkeypatch.setattr(suite, "reply_checks", lambda *_: [])
     monkeypatch.setattr(suite, "ROUNDS", 2)
     run = tmp_path / "run"
     run.mkdir()
     (run / "plan.json").write_text(
-        json.dumps({"model": {"family": "dual", "core": "gru", "task": "interest"}})
+        json.dumps(
+            {
+                "model": {"family": "dual", "core": "gru", "task": "interest", "max_events": 30},
+                "privacy": {"noise_multiplier": 3.0},
+            }
+        )
     )
     asked = ["conformance", "--family", "classifier", "--mode", "vectors", "--device", "cpu", "--no-controls"]
     answered = CliRunner().invoke(app, [*asked, "--run", str(run), "--json"])
@@ -193,6 +199,8 @@ def test_the_command_writes_evidence_and_refuses_what_it_does_not_know(
     assert {check.subject for check in found.checks} == {
         "classifier, vectors, cpu",
         "dual, vectors, cpu, core gru, task interest",
+        "one site, the run's plan",
+        "sites together, the run's plan",
     }
     assert (
         found.command

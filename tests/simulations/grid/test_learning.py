@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import client.site
+from client.generators import Generators
+from client.site import release_of
 from common.assets import language_model
 from common.config import Plan, Precision, WirePlan
 from common.events.histories import Histories
@@ -43,8 +45,10 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]
     folder = tmp_path_factory.mktemp("grid")
     seeded = Seeded(np.random.default_rng(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.site, "SecureGaussian", lambda: seeded)
-        patch.setattr(client.site, "SecurePoissonSampler", lambda: seeded)
+        generators = Generators(noise=lambda: seeded, sampler=lambda: seeded)
+        patch.setattr(
+            client.site, "release_of", lambda charged, **_: release_of(charged, generators=generators)
+        )
         return folder, tiny_run(folder, plan=PLAN)
 
 
