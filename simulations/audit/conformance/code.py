@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from client.generators import SECURE, Generators
+from client.self_test import Engine
 from client.site import Site, answer
 from client.statistics import release_metrics, release_statistics
 from client.together import Question, answered_together
-from client.training import train_round
+from client.training import StepSettings, train_round
 from common.config import Plan
 from common.events.histories import Histories
+from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.phases import StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
@@ -90,6 +92,17 @@ class Code:
     )
     sampler: Callable[[], UserSampler] = SecurePoissonSampler
     noise: Callable[[], GaussianNoise] = SecureGaussian
+
+
+def by_engine(engine: Engine, trainer: Trainer) -> Trainer:
+    """The trainer with steps made by an engine, whatever its settings say."""
+
+    def trained(
+        model: InterestModel, histories: HistoryBatch, settings: StepSettings, **given: Any
+    ) -> dict[str, Tensor]:
+        return trainer(model, histories, replace(settings, engine=engine), **given)
+
+    return trained
 
 
 class Everyone:

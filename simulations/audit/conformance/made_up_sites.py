@@ -228,12 +228,21 @@ class MadeUpSites:
         fresh: those of a new model.
     """
 
-    def __init__(self, folder: Path, name: str = "sites", *, agreed: int = AGREED, **model: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "sites",
+        *,
+        agreed: int = AGREED,
+        performance: Performance = PERFORMANCE,
+        **model: Any,
+    ) -> None:
         """Sites that do not exist yet.
 
         Args:
             folder: everything is written in a folder `name` of it, which is not there yet.
             agreed: how many users each site has agreed to have at least.
+            performance: how each site computes.
             model: fields of the model's plan, instead of the usual.
         """
         self.language_model = language_model(folder)
@@ -256,7 +265,7 @@ class MadeUpSites:
             users_at_least=agreed,
             families=tuple(FAMILIES),
             metrics=True,
-            performance=PERFORMANCE,
+            performance=performance,
         )
         site.save()
         typical: list[Event] = [PoissonSubsampledGaussian(0.5, 2.0, 20), GaussianSum(6.0)]

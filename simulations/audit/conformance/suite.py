@@ -6,20 +6,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from client.self_test import Engine
 from common.config import Plan
 from common.models.names import FAMILIES
 from common.phases import Phase
 from simulations.audit.conformance.answers_of_sites import any_site_answers, same_answer_again
 from simulations.audit.conformance.checking import LEVEL, attempted
-from simulations.audit.conformance.code import Answers, Code
+from simulations.audit.conformance.code import Answers, Code, by_engine
 from simulations.audit.conformance.controls import controls
 from simulations.audit.conformance.controls_training import controls_of_answers
-from simulations.audit.conformance.made_up_sites import AGREED, LORA, MadeUpSites, at_made_up_sites
+from simulations.audit.conformance.made_up_sites import (
+    AGREED,
+    LORA,
+    PERFORMANCE,
+    MadeUpSites,
+    at_made_up_sites,
+)
 from simulations.audit.conformance.noise import forked_noise, noise_checks
 from simulations.audit.conformance.pairs_of_sites import (
     Way,
@@ -76,6 +83,7 @@ class Options:
         model: fields of a run's model plan, to be tested beside them; sizes are those of all subjects.
         plan: a run's own, whose privacy and training are tested beside the usual.
         with_controls: whether broken variants are put through the same checks.
+        engine: of a step, at every site that is made up.
     """
 
     families: Sequence[str] = tuple(FAMILIES)
@@ -84,6 +92,7 @@ class Options:
     model: Mapping[str, Any] | None = None
     plan: Plan | None = None
     with_controls: bool = True
+    engine: Engine = "fast"
 
 
 Ask = tuple[str, str, Callable[[], Sequence[Check]]]
@@ -92,8 +101,8 @@ Ask = tuple[str, str, Callable[[], Sequence[Check]]]
 class Workshop:
     """Where subjects are made, each once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, engine: Engine = "fast") -> None:
+        self.folder, self.engine = folder, engine
         self._made: dict[str, Subject] = {}
         self._sites: dict[str, MadeUpSites] = {}
 
@@ -108,7 +117,9 @@ class Workshop:
         """Sites in folders of their own (see `MadeUpSites`)."""
         name = repr(sorted(fields.items()))
         if name not in self._sites:
-            self._sites[name] = MadeUpSites(self.folder, f"sites-{len(self._sites)}", **fields)
+            performance = PERFORMANCE.model_copy(update={"engine": self.engine})
+            place = f"sites-{len(self._sites)}"
+            self._sites[name] = MadeUpSites(self.folder, place, performance=performance, **fields)
         return self._sites[name]
 
     def way(self, name: str, path: Answers, **fields: Any) -> Way:
@@ -136,7 +147,8 @@ def conformance(
         _one_thread(),
         at_made_up_sites(Path(name)),
     ):
-        questions = list(_questions(options, code, workshop or Workshop(Path(name))))
+        code = replace(code, trainer=by_engine(options.engine, code.trainer))
+        questions = list(_questions(options, code, workshop or Workshop(Path(name), options.engine)))
         for number, (what, of, ask) in enumerate(questions, start=1):
             checks += attempted(what, of, ask)
             if on_step is not None:
@@ -153,6 +165,7 @@ def conformance(
             "families": list(options.families),
             "modes": list(options.modes),
             "devices": list(options.devices or devices()),
+            "engine": options.engine,
             "others": list(OTHERS),
             "loudest_user_in_clip_norms": LOUDEST,
         },
