@@ -108,8 +108,19 @@ def _answered_by_worker(socket: Path, content: RecordDict, until: float) -> Reco
 def _answered(message: Message, context: Context) -> Message:
     worker, until = context.node_config.get("worker"), message.metadata.created_at + message.metadata.ttl
     if worker:
-        return Message(_answered_by_worker(Path(str(worker)), message.content, until), reply_to=message)
-    return Message(answered(lambda: site_folder(context), message.content, until=until), reply_to=message)
+        return reply_to(message, _answered_by_worker(Path(str(worker)), message.content, until))
+    return reply_to(message, answered(lambda: site_folder(context), message.content, until=until))
+
+
+def reply_to(message: Message, content: RecordDict) -> Message:
+    """A reply whose every field but its content is a function of the message that it answers.
+
+    Flower states when a reply was made, to the microsecond, and what is left of the time to answer: the end of a site's
+    work, which depends on its users.
+    """
+    reply = Message(content, reply_to=message)
+    reply.metadata.created_at, reply.metadata.ttl = message.metadata.created_at, message.metadata.ttl
+    return reply
 
 
 @app.query()  # type: ignore[untyped-decorator]

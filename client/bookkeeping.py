@@ -10,18 +10,18 @@ Li et al. 2022 (arXiv:2110.05679) for the norms, Bu et al. 2023 (arXiv:2210.0003
 gradients of weights are never computed. Where a gradient is small beside a and g, a CPU makes it after all, user by
 user in float32, as Opacus does, and the rest is the same.
 
-What one user adds to the sum must be that user's clipped gradient, whoever else is there. So norms are never
-underrated (see `_rounding`), and sums are whole steps of the noise's grid (`grid_sums.py`), or float64: in float32 the
-rounding of a long sum could exceed what the noise's inflation covers (`private_sum`), and no bound on it that holds for
-every batch is near that. And a and g, which are float32, must not depend on how many others there are: BLAS takes other
-kernels for few rows than for many, and parameters far off (which a server may send) make that rounding as large as it
-gets: a fourth user was seen to move a sum by 3.6 C. So batches run evened out (`HistoryBatch.evened`). Opacus' rows are
-what all of this is held against, before the first step of each model (`training.check_rows_are_users`) and in tests.
+What one user adds to the sum is that user's clipped gradient, the same to the bit whoever else is there. So norms are
+never underrated (see `_rounding`), and every user's part is rounded to the noise's grid by itself, so that sums are
+exact in any order (`grid_sums.py`). And a and g, which are float32, must not depend on how many others there are, nor
+on the place among them: libraries take other kernels for other shapes, and parameters far off (which a server may send)
+make that rounding as large as it gets: a ninth user was seen to move a sum by 5 C. So every pass is over a unit of rows
+of one shape (`HistoryBatch.unit`), and the model shows at each request's parameters that all rows of a unit compute
+alike (`self_test.py`). Opacus' rows are what all of this is held against, there and in tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,18 +31,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.grid_sums import REACH, grid_step, own_place, product_rounding, sum_on_grid
+from client.grid_sums import (
+    REACH,
+    equal_parts,
+    grid_step,
+    own_place,
+    product_rounding,
+    sum_of_rounded,
+    sum_on_grid,
+)
 from common.models.batches import HistoryBatch
 from common.models.heads import is_unread, moving_part
 from common.models.interface import InterestModel
 from common.models.own_weights import gradient_through, linear_of_sites
 from common.witness import WITNESS
 
-_AT_ONCE = 32
-"""Users whose part is made in float64 at once on a CPU, for memory."""
-
 ClippedSum = Callable[[HistoryBatch, float], Tensor]
 """(batch, C) -> [coordinates] float64, the trainable parameters flattened one after the other."""
+Seen = Callable[[Mapping[str, Tensor]], None]
+"""Told what was computed for each row of a unit, by name: [rows, ...], float32 or float64."""
 
 
 class RowsAreNotUsersError(RuntimeError):
@@ -108,11 +115,8 @@ class _Layer:
         bias = None if self.module.bias is None else self.module.bias.detach()
         return lambda x: recorded(x, weight, bias, tap, self.calls)
 
-    def taken(self, rows: int, users: int) -> tuple[Tensor, Tensor]:
-        """a [users, places, inputs] and g [users, places, outputs] over all calls; they are forgotten here.
-
-        Args:
-            rows: of the batch; those after the users' are dropped.
+    def taken(self, rows: int) -> tuple[Tensor, Tensor]:
+        """a [rows, places, inputs] and g [rows, places, outputs] over all calls; they are forgotten here.
 
         Raises:
             RowsAreNotUsersError: the layer was not called, or a call's rows are not users.
@@ -124,9 +128,7 @@ class _Layer:
                 raise RowsAreNotUsersError(
                     f"layer {self.name} was called on shape {tuple(x.shape)}, but must have one row a user"
                 )
-        joined = [
-            tuple(each[:users].reshape(users, -1, each.shape[-1]) for each in call) for call in self.calls
-        ]
+        joined = [tuple(each.reshape(rows, -1, each.shape[-1]) for each in call) for call in self.calls]
         self.calls.clear()
         a, g = zip(*joined, strict=True)
         return (a[0], g[0]) if len(a) == 1 else (torch.cat(a, dim=1), torch.cat(g, dim=1))
@@ -150,15 +152,9 @@ def _double(x: Tensor) -> Tensor:
     return x.to(torch.float64, memory_format=torch.contiguous_format)
 
 
-def _at_once(rows: Tensor) -> int:
-    """Users of whom float64 is made at once: on a device, all."""
-    return _AT_ONCE if rows.device.type == "cpu" else max(1, len(rows))
-
-
 def _over_places(g: Tensor) -> Tensor:
     """[users, outputs] float64: each user's sum."""
-    parts = _parts(len(g), _at_once(g))
-    return torch.cat([_double(g[users]).sum(dim=1) for users in parts])
+    return torch.cat([_double(g[users]).sum(dim=1) for users in equal_parts(len(g))])
 
 
 def _gram(x: Tensor, single: bool = False) -> Tensor:
@@ -186,10 +182,6 @@ def _gram(x: Tensor, single: bool = False) -> Tensor:
 def _gram_of(users: slice, x: Tensor, single: bool = False) -> Tensor:
     """These users' Gram matrices."""
     return _gram(x[users], single)
-
-
-def _parts(users: int, at_once: int) -> list[slice]:
-    return [slice(first, min(first + at_once, users)) for first in range(0, users, at_once)]
 
 
 def _rounding(places: int, inputs: int, outputs: int) -> float:
@@ -239,7 +231,8 @@ def _from_grams(of_a: Tensor, of_g: Tensor, sizes: Tensor, rounding: float) -> T
 class _Gradients:
     """Each user's gradient of one weight, made on a CPU: [users, inputs * outputs] float32."""
 
-    def __init__(self, a: Tensor, g: Tensor) -> None:
+    def __init__(self, a: Tensor, g: Tensor, clip_norm: float) -> None:
+        self.clip_norm = clip_norm
         self.turned = g.shape[2] > a.shape[2]  # the product whose result has the longer rows is faster
         first, second = (a, g) if self.turned else (g, a)
         places, rows, columns = *first.shape[1:], second.shape[2]
@@ -260,12 +253,10 @@ class _Gradients:
         """[users] float64."""
         return self.flat[users].double().square_().sum(dim=1)
 
-    def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+    def sum_into(self, total: Tensor, factors: Tensor) -> None:
         """Writes the users' weighted sum to [outputs, inputs] float64."""
-        found = factors.new_zeros(self.flat.shape[1])
-        for users in _parts(len(factors), _AT_ONCE):
-            found += factors[users] @ self.flat[users].double()
-        total.copy_(found.view(self.shape).T if self.turned else found.view(self.shape))
+        found = sum_of_rounded(self.flat, factors, self.clip_norm).view(self.shape)
+        total.copy_(found.T if self.turned else found)
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept: zero times what is no number is none."""
@@ -274,10 +265,11 @@ class _Gradients:
 
 @dataclass
 class _Factored:
-    """Each user's gradient of one weight as its two factors, float32."""
+    """Each user's gradient of one weight as its two factors, float32; as a device holds it."""
 
     a: Tensor
     g: Tensor
+    clip_norm: float
 
     def squared_norms(self, users: slice, gram: Callable[..., Tensor]) -> Tensor:
         """[users] float64; `gram` gives these users' matrices of a or g."""
@@ -285,9 +277,14 @@ class _Factored:
         room = _rounding(self.a.shape[1], self.a.shape[2], self.g.shape[2])
         return _from_grams(of_a, of_g, _sizes(of_a, of_g), room)
 
-    def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
-        """Writes the users' weighted sum to [outputs, inputs] float64; `scaled` gives g times factors, float64."""
-        torch.mm(scaled(self.g).flatten(0, 1).T, _double(self.a).flatten(0, 1), out=total)
+    def sum_into(self, total: Tensor, factors: Tensor) -> None:
+        """Writes the users' weighted sum to [outputs, inputs] float64, from a float64 product of each user's own."""
+        step = grid_step(self.clip_norm)
+        total.zero_()
+        for users in equal_parts(len(factors)):
+            scaled = _double(self.g[users]) * (factors[users] / step).view(-1, 1, 1)
+            total += torch.bmm(scaled.mT, _double(self.a[users])).round_().sum(dim=0)
+        total.mul_(step)
 
     def forget(self, keep: Tensor) -> None:
         """Sets to zero the users that are not kept."""
@@ -297,8 +294,6 @@ class _Factored:
 @dataclass
 class _OnGrid(_Factored):
     """The same on a CPU: every user's part is a float32 product of its own, on the noise's grid."""
-
-    clip_norm: float
 
     def squared_norms(self, users: slice, gram: Callable[..., Tensor]) -> Tensor:
         """[users] float64, and never less than the squared norm of what `sum_into` sums, but for the grid."""
@@ -319,12 +314,12 @@ class _OnGrid(_Factored):
         far = (_of_rows(of_a) > REACH**2) | (_of_rows(of_g) > (REACH * grid_step(self.clip_norm)) ** 2)
         return torch.where(far.any(dim=1), torch.inf, norms.square())
 
-    def sum_into(self, total: Tensor, factors: Tensor, scaled: Callable[[Tensor], Tensor]) -> None:
+    def sum_into(self, total: Tensor, factors: Tensor) -> None:
         """Writes the users' weighted sum to [outputs, inputs] float64."""
         sum_on_grid(total, self.a, self.g, factors, self.clip_norm)
 
     def forget(self, keep: Tensor) -> None:
-        """Nothing: who has the factor zero is passed over."""
+        """Nothing: who has the factor zero adds zeros."""
 
 
 def _is_small(a: Tensor, g: Tensor) -> bool:
@@ -335,27 +330,35 @@ def _is_small(a: Tensor, g: Tensor) -> bool:
 
 @torch.no_grad()
 def _sum_clipped(
-    taken: dict[str, tuple[Tensor, Tensor]], biased: set[str], clip_norm: float, into: dict[str, Tensor]
+    taken: dict[str, tuple[Tensor, Tensor]],
+    biased: set[str],
+    clip_norm: float,
+    into: dict[str, Tensor],
+    users: int,
+    seen: Seen,
 ) -> None:
     """Writes the clipped sums of weights and biases, from (a, g) of each layer, which are given up here.
 
     Args:
         into: name of weight or bias -> float64, of its shape.
+        users: the rows after so many add nothing.
     """
-    users, device = next((len(g), g.device) for _, g in taken.values())
+    rows, device = next((len(g), g.device) for _, g in taken.values())
     biases = {name: _over_places(taken[name][1]) for name in biased}
     weights = {name: _held(a, g, clip_norm) for name, (a, g) in taken.items()}
     taken.clear()
 
-    squared = torch.zeros(users, dtype=torch.float64, device=device)
+    squared = torch.zeros(rows, dtype=torch.float64, device=device)
     for bias in biases.values():
         squared += bias.square().sum(dim=1)
-    for part in _parts(users, _at_once(squared)):
+    for part in equal_parts(rows):
         gram = _Shared(partial(_gram_of, part))
         for weight in weights.values():
             squared[part] += weight.squared_norms(part, gram)
     norms = squared.sqrt()
     factors = (clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+    seen({"factors": factors, **{f"{name}.bias": bias for name, bias in biases.items()}})
+    factors[users:] = 0.0
     finite = norms.isfinite()
     if not bool(finite.all()):  # such a user contributes nothing: a contribution like any other
         factors = torch.where(finite, factors, 0.0)
@@ -363,34 +366,40 @@ def _sum_clipped(
         for weight in weights.values():
             weight.forget(finite)
 
-    scaled = _Shared(lambda g: g * factors.view(-1, 1, 1))
     for name, weight in weights.items():
-        weight.sum_into(into[f"{name}.weight"], factors, scaled)
+        weight.sum_into(into[f"{name}.weight"], factors)
     for name, bias in biases.items():
-        into[f"{name}.bias"].copy_(factors @ bias)
+        into[f"{name}.bias"].copy_(sum_of_rounded(bias, factors, clip_norm))
 
 
 def _held(a: Tensor, g: Tensor, clip_norm: float) -> _Gradients | _Factored:
     """Each user's gradient of one weight, as it is cheapest; on a device, all is float64."""
     if a.device.type != "cpu":
-        return _Factored(a, g)
-    return _Gradients(a, g) if _is_small(a, g) else _OnGrid(a, g, clip_norm)
+        return _Factored(a, g, clip_norm)
+    return (_Gradients if _is_small(a, g) else _OnGrid)(a, g, clip_norm)
 
 
-def _named_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _namedequal_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Views of a flat vector, of the parameters' shapes."""
     parts = flat.split([parameter.numel() for parameter in parameters.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
 
 
+def nobody_sees(_: Mapping[str, Tensor]) -> None:
+    """Looks at nothing."""
+
+
 @contextmanager
-def clipped_sums(model: InterestModel, at_once: int = 0) -> Iterator[ClippedSum]:
+def clipped_sums(
+    model: InterestModel, rows: int | None = None, seen: Seen = nobody_sees
+) -> Iterator[ClippedSum]:
     """Gives a function from a batch of users to the sum of their gradients, each clipped to C as a whole.
 
     The model is changed inside alone: its trainable Linear layers record. What else is trainable is refused.
 
     Args:
-        at_once: users of the largest batch, see `HistoryBatch.evened`.
+        rows: of a unit (`HistoryBatch.unit`), the same in every pass; None: as many as a batch has users.
+        seen: told what was computed for each row: losses, (a, g) of each layer, biases' gradients and clip factors.
 
     Raises:
         RowsAreNotUsersError: something else than recording layers' weights and biases is trainable; or, from the
@@ -413,23 +422,30 @@ def clipped_sums(model: InterestModel, at_once: int = 0) -> Iterator[ClippedSum]
 
     def total(batch: HistoryBatch, clip_norm: float) -> Tensor:
         users = len(batch)
-        if users == 0:  # transformers cannot run on no rows; no user contributes nothing
+        if users == 0 and not rows:  # transformers cannot run on no rows; no user contributes nothing
             return torch.zeros(coordinates, dtype=torch.float64, device=device)
         for layer in layers:
             layer.calls.clear()
-        batch = batch.evened(at_once)
-        losses = model.per_user_loss(batch)
-        if losses.shape != (len(batch),):
+        unit = batch.unit(rows or users)
+        losses = model.per_user_loss(unit)
+        if losses.shape != (len(unit),):
             raise RowsAreNotUsersError(
                 f"the loss has shape {tuple(losses.shape)}, but must be one number a user"
             )
         losses.sum().backward()
-        taken = {layer.name: layer.taken(len(batch), users) for layer in layers}
+        taken = {layer.name: layer.taken(len(unit)) for layer in layers}
+        parts = {
+            f"{name}.{side}": part
+            for name, own in taken.items()
+            for side, part in zip("ag", own, strict=True)
+        }
+        seen({"losses": losses.detach(), **parts})
+        del parts
         found = torch.empty(coordinates, dtype=torch.float64, device=device)
-        into = _named_parts(found, parameters)
+        into = _namedequal_parts(found, parameters)
         if WITNESS in into:
             into.pop(WITNESS).zero_()  # no user reaches it
-        _sum_clipped(taken, biased, clip_norm, into)
+        _sum_clipped(taken, biased, clip_norm, into, users, seen)
         return found
 
     model.train()

@@ -273,7 +273,7 @@ def dry_step(site: Site) -> str:
     """
     import numpy as np
 
-    from client.kept import device_of, site_model
+    from client.kept import device_of, site_model, take_threads
     from client.training import StepSettings, train_round
     from common.assets import DEFAULT_LANGUAGE_MODEL, AssetError, language_model
     from common.config import make_plan
@@ -300,15 +300,17 @@ def dry_step(site: Site) -> str:
         }
     )
     catalog = Catalog.load(site.catalog)
-    model = site_model(plan, catalog, offline=site.offline, language_models=site.limits.language_models)
+    how = site.performance
+    take_threads(how)
+    model = site_model(plan, catalog, how, offline=site.offline, language_models=site.limits.language_models)
     chance = np.random.default_rng(0)
     items = chance.integers(0, len(catalog), size=(32, 10))
     times = np.cumsum(chance.integers(1, 86_400, size=(32, 10)), axis=1)
     began = time.monotonic()
     train_round(
         model,
-        HistoryBatch.of(items, times, device_of(plan)),
-        StepSettings.of(plan),
+        HistoryBatch.of(items, times, device_of(how)),
+        StepSettings.of(plan, how),
         sampler=SecurePoissonSampler(),
         noise=SecureGaussian(),
     )

@@ -116,6 +116,16 @@ def init(
         ),
     ] = None,
     metrics: Annotated[bool, typer.Option("--metrics", help="Noisy metrics may be released.")] = False,
+    engine: Annotated[str | None, typer.Option(help="Of a step: fast, or opacus: Opacus' own hooks.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, which is the default; cuda; or auto: cuda where it is.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of the arithmetic; else the machine's own number.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Users computed at once: a step's memory follows it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a site: clean and de-identify its log, open its ledger, and write the file that enrols it.
@@ -126,7 +136,7 @@ def init(
 
     from client.long_work import long_work
     from client.making import ENROLMENT, Sources, make_site
-    from client.policy import POLICY
+    from client.policy import POLICY, performance_of
     from common.cli import UserError
     from common.events.cleaning import CleaningPolicy
     from common.privacy.enrolment import fingerprint, node_fingerprint
@@ -151,6 +161,9 @@ def init(
                 policy=CleaningPolicy(minimum_events=minimum_events, max_events_per_user=max_events_per_user),
                 metrics=metrics,
                 language_models=_folders(language_model),
+                performance=performance_of(
+                    engine=engine, device=device, threads=threads, micro_batch=micro_batch
+                ),
                 server=_server(server_address, ca),
                 progress=progress,
             )

@@ -1,9 +1,8 @@
 """Sums of users' clipped gradients on a CPU, in whole steps of the grid that noise is added on.
 
 Each user's clipped gradient of a weight is a float32 product of that user's own, rounded to the grid (`private_sum`) by
-itself. What is added up then are whole numbers: exact, in any order. So others reach what a user adds through nothing
-but the last bits of that user's clip factor, where it was found beside theirs. Float64 sums come close to that, and
-take twice the time.
+itself. What is added up then are whole numbers: exact, in any order. Float64 sums come close to that, and take twice
+the time.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ _ROUNDS = np.float32(1.5 * 2**23)
 _BITS = int(_ROUNDS.view(np.int32))
 _USERS = 1024
 """That may be added up in int32: each coordinate is at most C, that is 2^20 steps, and rounding."""
+_AT_ONCE = 32
+"""Rows whose part is made in float64 at once, for memory: at most so many, and in equal parts of a unit."""
 REACH = 2.0**100
 """Largest norm of a row that float32 products are vouched for: below, no overflow, and nothing is lost to underflow."""
 
@@ -108,15 +109,62 @@ def sum_on_grid(total: Tensor, a: Tensor, g: Tensor, factors: Tensor, clip_norm:
     scale = (factors / sums.step).float().numpy()
     # All users' products are made at one place in memory: nothing can depend on where a row stands.
     own_a, own_g, product = own_place(places, inputs), own_place(places, outputs), own_place(outputs, inputs)
-    for user in np.flatnonzero(scale):
-        np.copyto(own_a, of_a[user])
-        np.multiply(of_g[user], scale[user], out=own_g)
+    for user, own_scale in enumerate(scale):  # of nobody, too: the work follows rows, not users
+        np.copyto(own_a, of_a[user] if own_scale else 0.0)
+        np.multiply(of_g[user] if own_scale else 0.0, own_scale, out=own_g)
         np.matmul(own_g.T, own_a, out=product)
         sums.add(0, product.reshape(-1))
     sums.finish()
+
+
+def sum_rows_on_grid(rows: Tensor, factors: Tensor, clip_norm: float) -> Tensor:
+    """Sums users' whole gradients, each scaled and rounded to the grid by itself.
+
+    Args:
+        rows: [users, coordinates] float32.
+        factors: [users] float64; each factor times its row has norm at most `clip_norm`. Zero for nothing.
+
+    Returns:
+        [coordinates] float64.
+    """
+    if rows.device.type != "cpu":
+        finite = torch.where(factors.unsqueeze(1) > 0, rows, 0.0)  # zero times a NaN is NaN
+        return sum_of_rounded(finite, factors, clip_norm)
+    sums = GridSums(torch.empty(1, rows.shape[1], dtype=torch.float64), clip_norm)
+    own, part = own_place(rows.shape[1]), own_place(rows.shape[1])
+    for row, scale in zip(rows.numpy(), (factors / sums.step).float().numpy(), strict=True):
+        np.copyto(own, row if scale else 0.0)
+        np.multiply(own, scale, out=part)
+        sums.add(0, part)
+    return sums.finish()[0]
 
 
 def own_place(*shape: int) -> npt.NDArray[np.float32]:
     """Zeros that begin at a multiple of 64 bytes, as torch's memory does."""
     found: npt.NDArray[np.float32] = torch.zeros(*shape).numpy()
     return found
+
+
+def equal_parts(rows: int) -> list[slice]:
+    """Parts of a unit's rows that all have one size, so that what is computed of them has one shape."""
+    count = next((count for count in range(max(1, -(-rows // _AT_ONCE)), rows + 1) if rows % count == 0), 1)
+    size = rows // count
+    return [slice(first, first + size) for first in range(0, rows, max(1, size))]
+
+
+def sum_of_rounded(values: Tensor, factors: Tensor, clip_norm: float) -> Tensor:
+    """Sums users' scaled values, each rounded to the noise's grid by itself: exact in any order.
+
+    Args:
+        values: [users, coordinates], finite.
+        factors: [users] float64.
+        clip_norm: C.
+
+    Returns:
+        [coordinates] float64.
+    """
+    step = grid_step(clip_norm)
+    total = factors.new_zeros(values.shape[1])
+    for users in equal_parts(len(factors)):
+        total += (values[users].double() * (factors[users] / step).unsqueeze(1)).round_().sum(dim=0)
+    return total.mul_(step)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from client.policy import Performance
 from common.assets import home, language_model
 from common.config import Plan
 from common.events.catalog import Catalog
@@ -33,16 +34,23 @@ _MODELS_KEPT = 2
 
 
 def site_model(
-    plan: Plan, catalog: Catalog, *, offline: bool, language_models: Mapping[str, str] | None = None
+    plan: Plan,
+    catalog: Catalog,
+    performance: Performance,
+    *,
+    offline: bool,
+    language_models: Mapping[str, str] | None = None,
 ) -> InterestModel:
     """The plan's model over a catalog, built once for each process and plan.
 
     Args:
+        performance: on which device it is, and how precise its frozen weights are.
         language_models: name in a plan -> folder of this site, where it has one of its own.
     """
     encoder = (language_models or {}).get(plan.model.encoder) or plan.model.encoder
     witness = plan.privacy.witness_places
-    key = (f"{plan.model.model_dump_json()} {witness} {encoder}", catalog.digest())
+    device, precision = device_of(performance), performance.frozen_precision
+    key = (f"{plan.model.model_dump_json()} {witness} {encoder} {device} {precision}", catalog.digest())
     if key not in _MODELS:
         while len(_MODELS) >= _MODELS_KEPT:
             _MODELS.popitem(last=False)
@@ -53,17 +61,24 @@ def site_model(
             cache=home() / "item-vectors",
             categories=catalog.categories,
             witness_places=witness,
+            frozen_precision=precision,
         )
-        _MODELS[key] = built.model.to(device_of(plan))
+        _MODELS[key] = built.model.to(device)
     _MODELS.move_to_end(key)
     return _MODELS[key]
 
 
-def device_of(plan: Plan) -> torch.device:
-    """CUDA where there is one, unless the plan says otherwise."""
-    if plan.performance.device == "auto":
+def device_of(performance: Performance) -> torch.device:
+    """The device that the site names; for `auto` CUDA where there is one."""
+    if performance.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(plan.performance.device)
+    return torch.device(performance.device)
+
+
+def take_threads(performance: Performance) -> None:
+    """From now on the arithmetic of this process takes as many threads as the site names, if it names any."""
+    if performance.threads is not None:
+        torch.set_num_threads(performance.threads)
 
 
 def kept_catalog(file: Path) -> Catalog:

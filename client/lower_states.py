@@ -25,22 +25,23 @@ LOWER_STATES = "lower-states"
 _log = logging.getLogger("fedtide.site")
 
 
-def prepare_kept(
-    model: InterestModel, histories: HistoryBatch, micro_batch: int, folder: Path
-) -> HistoryBatch:
+def prepare_kept(model: InterestModel, histories: HistoryBatch, rows: int, folder: Path) -> HistoryBatch:
     """`prepare_histories`, with states mapped from the folder where they lie there, and written there where not.
 
     A disk that takes no file costs no round: the states are then in memory alone.
+
+    Args:
+        rows: of a unit.
     """
     encoder = model.encoder if isinstance(model, SequenceModel) else None
     if encoder is None or len(histories) == 0:
-        return prepare_histories(model, histories, micro_batch)
+        return prepare_histories(model, histories, rows)
     histories = histories.with_even_events()  # as they are prepared
     index = torch.arange(len(histories), device=histories.items.device)
 
     def fill(states: Array) -> None:
-        for chunk in index.split(micro_batch):
-            prepared = prepare_histories(model, histories.rows(chunk), micro_batch)
+        for chunk in index.split(rows):
+            prepared = prepare_histories(model, histories.rows(chunk), rows)
             assert prepared.token_states is not None
             states[chunk.cpu().numpy()] = prepared.token_states.cpu().numpy()
 
@@ -53,8 +54,8 @@ def prepare_kept(
                 other.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("lower layers' states cannot be kept in %s (%s)", folder, error.strerror)
-        return prepare_histories(model, histories, micro_batch)
-    events = [encoder.token_sequences(histories.items[chunk])[1] for chunk in index.split(micro_batch)]
+        return prepare_histories(model, histories, rows)
+    events = [encoder.token_sequences(histories.items[chunk])[1] for chunk in index.split(rows)]
     return replace(
         histories,
         token_states=torch.from_numpy(states).to(histories.items.device),

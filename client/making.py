@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from client.connection import Connection, make_connection
 from client.ledger import Ledger
-from client.policy import POLICY, Policy, policy_text
+from client.policy import Limits, Performance
 from client.private_files import FOLDER_MODE, sync_folder
 from client.site import Site, SiteError
 from client.units import UNITS, write_units
@@ -78,6 +78,7 @@ def make_site(
     policy: CleaningPolicy | None = None,
     metrics: bool = False,
     language_models: Mapping[str, str] | None = None,
+    performance: Performance | None = None,
     server: tuple[str, Path] | None = None,
     progress: Progress | None = None,
 ) -> MadeSite:
@@ -91,6 +92,7 @@ def make_site(
         policy: how the log is cleaned.
         metrics: whether noisy metrics may be released.
         language_models: that a plan may name, beside the default one: name -> the site's own folder.
+        performance: how it computes; None: as by default.
         server: HOST:PORT and the file of its certificate authority; None for a site without a connection.
         progress: told how far the log is read and bound, which may take long.
 
@@ -133,18 +135,14 @@ def make_site(
             users_at_least=users_at_least,
             families=families,
             metrics=metrics,
+            limits=Limits(
+                language_models={DEFAULT_LANGUAGE_MODEL.name: "", **(language_models or {})},
+                epsilon=min(epsilon, 100.0),
+                delta=delta,
+            ),
+            performance=performance or Performance(),
         )
         site.save()
-        allowed = Policy(
-            users_at_least=users_at_least,
-            families=families,
-            metrics=metrics,
-            language_models={DEFAULT_LANGUAGE_MODEL.name: "", **(language_models or {})},
-            epsilon=min(epsilon, 100.0),
-            delta=delta,
-        )
-        (partial / POLICY).write_text(policy_text(allowed), encoding="utf-8")
-        site = replace(site, limits=allowed.limits)
         with Ledger.create(
             site.ledger_folder,
             epsilon=epsilon,

@@ -12,12 +12,12 @@ import tomllib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from common.config import Plan, PlanError
-from common.models.names import FAMILIES
+from common.models.names import FAMILIES, FrozenPrecision
 from common.phases import FROZEN
 from common.privacy.mechanisms import (
     MOST_STEPS,
@@ -34,6 +34,26 @@ Delta = Annotated[float, Field(gt=0, lt=1)]
 
 class PolicyError(ValueError):
     """A site's policy is wrong; the message names the value, the bound and the way out."""
+
+
+class Performance(BaseModel):
+    """How a site computes: on what, and how much at once. No part of a plan can say any of it.
+
+    Attributes:
+        engine: how a step's clipped sum is made: `fast`, or `opacus` for Opacus' own hooks; the same to rounding.
+        micro_batch: users in the largest unit of rows: a step's memory follows it.
+        threads: of the arithmetic; None leaves the machine's own number.
+        device: `cpu`; `cuda`, an accelerator; or `auto`, one where there is one.
+        frozen_precision: of a language model's frozen weights, in mode lora.
+    """
+
+    model_config = FROZEN
+
+    engine: Literal["fast", "opacus"] = "fast"
+    micro_batch: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
+    threads: Annotated[int, Field(ge=1, le=64)] | None = None
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    frozen_precision: FrozenPrecision = "float32"
 
 
 class Limits(BaseModel):
@@ -79,12 +99,14 @@ class Policy(Limits):
         users_at_least: the public lower bound of users that the site has agreed to.
         metrics: whether metrics may be released, when a plan asks for them and the budget allows.
         offline: whether language models are taken from this machine only.
+        performance: how this site computes.
     """
 
     users_at_least: Annotated[int, Field(ge=1)]
     families: tuple[str, ...] = ("recommend",)
     metrics: bool = False
     offline: bool = True
+    performance: Performance = Performance()
 
     @field_validator("families")
     @classmethod
@@ -135,7 +157,7 @@ def check_plan(plan: Plan, limits: Limits, families: Iterable[str], users_at_lea
             raise PlanError(f"the plan has an event that no bound of the site covers: {type(event).__name__}")
     if limits.epsilon is not None:
         delta = plan.privacy.delta if limits.delta is None else limits.delta
-        spent = _epsilon(plan.model_dump_json(exclude={"performance"}), delta)
+        spent = _epsilon(plan.model_dump_json(), delta)
         if not spent <= limits.epsilon:
             raise PlanError(
                 f"the run comes to epsilon {spent:.4g} at delta {delta:g}, but the site allows {limits.epsilon:g}"
@@ -167,14 +189,30 @@ def read_policy(path: Path) -> Policy:
     try:
         return Policy.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            place = ".".join(str(part) for part in fault["loc"])
-            said = fault["msg"].removeprefix("Value error, ")
-            given = fault["input"]
-            shown = f" (given: {given!r})" if isinstance(given, str | int | float | None) else ""
-            lines.append(f"{place}: {said[0].lower()}{said[1:]}{shown}")
-        raise PolicyError(f"the policy {path} is wrong: {'; '.join(lines)}") from error
+        raise PolicyError(f"the policy {path} is wrong: {_faults(error)}") from error
+
+
+def performance_of(**given: Any) -> Performance:
+    """How a site computes, from what was given; what is None is as it is by default.
+
+    Raises:
+        PolicyError: a value is wrong.
+    """
+    try:
+        return Performance.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise PolicyError(_faults(error)) from error
+
+
+def _faults(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"])
+        said = fault["msg"].removeprefix("Value error, ")
+        given = fault["input"]
+        shown = f" (given: {given!r})" if isinstance(given, str | int | float | None) else ""
+        lines.append(f"{place}: {said[0].lower()}{said[1:]}{shown}")
+    return "; ".join(lines)
 
 
 _EXPLAINED = {
@@ -192,6 +230,15 @@ _EXPLAINED = {
     "clip_norm": "Largest clip norm.",
     "language_models": "Language models that a plan may name = the site's own folder, "
     "or empty for one that Fedtide verifies itself.",
+    "performance": "How this site computes. No server and no plan can set any of it.",
+}
+
+_PERFORMANCE_EXPLAINED = {
+    "engine": 'How a step\'s clipped sum is made: "fast", or "opacus" for Opacus\' own hooks.',
+    "micro_batch": "Users in a unit of rows, which a step computes at once and always whole: its memory follows it.",
+    "threads": "Of the arithmetic; left out: the machine's own number.",
+    "device": 'Where it is computed: "cpu"; "cuda", an accelerator; or "auto", an accelerator where there is one.',
+    "frozen_precision": 'Of a language model\'s frozen weights in mode lora: "float32" or "bfloat16".',
 }
 
 
@@ -203,7 +250,15 @@ def policy_text(policy: Policy) -> str:
         if value is None:
             continue
         lines.append(f"# {explained}")
-        if isinstance(value, dict):
+        if isinstance(value, Performance):
+            lines.append(f"[{name}]")
+            for own, said in _PERFORMANCE_EXPLAINED.items():
+                given = getattr(value, own)
+                lines += [
+                    f"# {said}",
+                    f"{own} = {json.dumps(given)}" if given is not None else f"# {own} = 1",
+                ]
+        elif isinstance(value, dict):
             lines += [f"[{name}]", *(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())]
         else:
             lines.append(f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")

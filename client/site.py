@@ -23,14 +23,15 @@ import numpy as np
 import torch
 
 from client.generators import SECURE, Generators
-from client.kept import device_of, kept_batch, kept_catalog, kept_histories, site_model
+from client.kept import device_of, kept_batch, kept_catalog, kept_histories, site_model, take_threads
 from client.ledger import Ledger
 from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerError
 from client.ledger_reading import Reservation
 from client.lower_states import LOWER_STATES, prepare_kept
-from client.policy import POLICY, Limits, check_plan, read_policy
+from client.policy import POLICY, Limits, Performance, Policy, check_plan, policy_text, read_policy
+from client.self_test import rows_of_scores, rows_of_units
 from client.statistics import release_metrics, release_statistics
-from client.training import StepSettings, check_rows_are_users, train_round
+from client.training import StepSettings, train_round
 from common.config import Plan, PlanError, make_plan
 from common.events.catalog import Catalog
 from common.events.histories import Histories
@@ -67,6 +68,7 @@ class Site:
         offline: whether a language model may be fetched.
         metrics: whether metrics may be released from here, when a plan asks for them and the budget allows.
         limits: what else its policy bounds.
+        performance: how it computes.
     """
 
     folder: Path
@@ -77,56 +79,53 @@ class Site:
     offline: bool = True
     metrics: bool = False
     limits: Limits = field(default_factory=Limits)
+    performance: Performance = field(default_factory=Performance)
 
     @classmethod
     def load(cls, folder: Path) -> Site:
-        """The site whose folder this is. Where it holds `policy.toml`, that file says what is allowed.
+        """The site whose folder this is; `policy.toml` in it says what is allowed.
 
         Raises:
             SiteError: it is not in order.
             PolicyError: the policy is not.
         """
-        policy = read_policy(folder / POLICY) if (folder / POLICY).exists() else None
         try:
             fields = json.loads((folder / "site.json").read_text(encoding="utf-8"))
             name, catalog = str(fields["name"]), Path(os.path.normpath(folder / str(fields["catalog"])))
-            if policy is not None:
-                return cls(
-                    folder=folder,
-                    name=name,
-                    catalog=catalog,
-                    users_at_least=policy.users_at_least,
-                    families=policy.families,
-                    offline=policy.offline,
-                    metrics=policy.metrics,
-                    limits=policy.limits,
-                )
-            return cls(
-                folder=folder,
-                name=name,
-                catalog=catalog,
-                users_at_least=int(fields["users_at_least"]),
-                families=tuple(fields["families"]),
-                offline=bool(fields["offline"]),
-                metrics=fields.get("metrics", False) is True,
-            )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise SiteError(
                 f"{folder} holds no site that can be read: make one with `fedtide site init`"
             ) from error
+        policy = read_policy(folder / POLICY)
+        return cls(
+            folder=folder,
+            name=name,
+            catalog=catalog,
+            users_at_least=policy.users_at_least,
+            families=policy.families,
+            offline=policy.offline,
+            metrics=policy.metrics,
+            limits=policy.limits,
+            performance=policy.performance,
+        )
 
     def save(self) -> None:
-        """Writes `site.json`. A catalog that stands beside the site moves with it."""
+        """Writes `site.json` and `policy.toml`. A catalog that stands beside the site moves with it."""
         beside = self.catalog.parent == self.folder.parent
         fields = {
             "name": self.name,
             "catalog": f"../{self.catalog.name}" if beside else str(self.catalog.absolute()),
-            "users_at_least": self.users_at_least,
-            "families": list(self.families),
-            "offline": self.offline,
-            "metrics": self.metrics,
         }
         (self.folder / "site.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        policy = Policy(
+            users_at_least=self.users_at_least,
+            families=self.families,
+            metrics=self.metrics,
+            offline=self.offline,
+            performance=self.performance,
+            **dict(self.limits),
+        )
+        (self.folder / POLICY).write_text(policy_text(policy), encoding="utf-8")
 
     @property
     def histories_folder(self) -> Path:
@@ -367,8 +366,7 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
     Raises:
         Exception: of whatever kind; the message says what does not fit.
     """
-    if plan.performance.threads is not None:
-        torch.set_num_threads(plan.performance.threads)
+    take_threads(site.performance)
     if request.phase in (Phase.POPULARITY, Phase.TRANSITIONS):
         make_priors(request.released, plan.statistics, len(catalog))
         statistics = plan.statistics
@@ -380,17 +378,23 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
                 f"a sum of {places} places is asked for, but the noise vouches for {LARGEST_DIMENSION}"
             )
         return None
-    model = site_model(plan, catalog, offline=site.offline, language_models=site.limits.language_models)
+    model = site_model(
+        plan, catalog, site.performance, offline=site.offline, language_models=site.limits.language_models
+    )
     loaded = (request.plan, request.round, request.phase, request.model_digest)
     if _LOADED.get(model) == loaded:
         return model
     priors = make_priors(request.released, plan.statistics, len(catalog)) if request.released else None
     model.hold_adapters(False)  # one model serves all rounds of a warm site
-    model.load_trainable({name: tensor.to(device_of(plan)) for name, tensor in request.state.items()})
+    model.load_trainable(
+        {name: tensor.to(device_of(site.performance)) for name, tensor in request.state.items()}
+    )
     model.set_released(priors)
     if request.phase is Phase.UPDATE:
         model.hold_adapters(plan.holds_adapters(request.round))
-        check_rows_are_users(model)
+        unit_rows_of(model, plan, site.performance)
+    if request.phase is Phase.METRICS:
+        rows_of_scores(model, site.performance.micro_batch, plan.model.max_events)
     _LOADED[model] = loaded
     return model
 
@@ -410,19 +414,22 @@ def release_of(charged: Charged, *, generators: Generators = SECURE) -> dict[str
         places = plan.privacy.witness_places
         return release_statistics(histories, len(charged.catalog), plan.statistics, request, noise, places)
     if held_out is not None and request.phase is Phase.METRICS:
-        return release_metrics(model, histories, held_out, plan, noise)
-    settings = StepSettings.of(plan)
+        at_once = site.performance.micro_batch
+        return release_metrics(model, histories, held_out, plan, noise, unit_rows=at_once)
+    settings = StepSettings.of(plan, site.performance)
+    rows = unit_rows_of(model, plan, site.performance)
+    device = device_of(site.performance)
 
     def on_step(step: int) -> None:
         site.note_progress(request.round, step, settings.steps)
 
     def prepared() -> HistoryBatch:
-        batch = _batch(histories, plan)
-        return prepare_kept(model, batch, plan.performance.micro_batch, site.folder / LOWER_STATES)
+        batch = _batch(histories, plan, device)
+        return prepare_kept(model, batch, rows, site.folder / LOWER_STATES)
 
     return train_round(
         model,
-        kept_batch(model, whole, (plan.model, bool(plan.metrics.share), device_of(plan)), prepared),
+        kept_batch(model, whole, (plan.model, bool(plan.metrics.share), device), prepared),
         settings,
         sampler=generators.sampler(),
         noise=noise,
@@ -430,15 +437,23 @@ def release_of(charged: Charged, *, generators: Generators = SECURE) -> dict[str
     )
 
 
-def _batch(histories: Histories, plan: Plan) -> HistoryBatch:
+def unit_rows_of(model: InterestModel, plan: Plan, performance: Performance) -> int:
+    """The rows of a step's units, as the model shows at its present parameters (`self_test.rows_of_units`)."""
+    settings = StepSettings.of(plan, performance)
+    return rows_of_units(model, settings.micro_batch, plan.model.max_events, settings.engine)
+
+
+def _batch(histories: Histories, plan: Plan, device: torch.device) -> HistoryBatch:
     """Every user, as the model reads them."""
     everyone, longest = range(len(histories)), plan.model.max_events
     items, times = histories.padded(everyone, longest)
     labels = padded_labels(histories, everyone, longest, plan.model.label_rule)
-    return HistoryBatch.of(items, times, device_of(plan), labels=labels)
+    return HistoryBatch.of(items, times, device, labels=labels)
 
 
 def training_batch(charged: Charged) -> HistoryBatch:
     """What a round of private fine-tuning reads of the site's data, anew: for sites that are trained together."""
     histories = Histories.load(charged.site.histories_folder)
-    return _batch(histories.without_last(1)[0] if charged.plan.metrics.share else histories, charged.plan)
+    if charged.plan.metrics.share:
+        histories, _ = histories.without_last(1)
+    return _batch(histories, charged.plan, device_of(charged.site.performance))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from client.self_test import rows_of_scores
 from common.config import Plan
 from common.events.histories import Histories
 from common.metrics import ndcg, ranks
@@ -167,7 +168,7 @@ def release_metrics(
     plan: Plan,
     noise: GaussianNoise,
     *,
-    users_at_once: int = 128,
+    unit_rows: int = 64,
 ) -> dict[str, Tensor]:
     """The noisy sums of users, hits and NDCG (see `metric_sum`), each user ranking the own held-out item.
 
@@ -175,20 +176,23 @@ def release_metrics(
         model: with parameters and priors set.
         histories: without the held-out events.
         held_out: [users] rows of the catalog, -1 for a user who holds none out, and contributes nothing.
+        unit_rows: how many users are ranked at once, always: no rank may turn on how many there are.
     """
     if plan.metrics.noise_multiplier is None:
         raise ValueError("the plan has no noise multiplier for metrics")
     model.eval()
     device = next(iter(model.buffers())).device
+    at_once = rows_of_scores(model, unit_rows, plan.model.max_events)
     rows = np.flatnonzero(held_out >= 0)
     hits, gains = [np.zeros(0)], [np.zeros(0)]
-    for start in range(0, len(rows), users_at_once):
-        chosen = rows[start : start + users_at_once]
+    for start in range(0, max(1, len(rows)), at_once):  # one unit at least, be it of nobody
+        chosen = rows[start : start + at_once]
         items, times = histories.padded(chosen, plan.model.max_events)
         with torch.no_grad():
-            # No rank may turn on how many users there are.
-            batch = HistoryBatch.of(items, times, device).evened(users_at_once)
+            batch = HistoryBatch.of(items, times, device).unit(at_once)
             scores = model.scores(batch)[: len(chosen)].cpu().numpy().astype(np.float64)
+        if not len(chosen):
+            continue
         # A failure would tell of the user whose scores overflow; the worst rank is a contribution like another.
         scores = np.nan_to_num(scores, nan=-1e30, posinf=1e30, neginf=-1e30)
         seen = np.zeros(scores.shape, dtype=bool)

@@ -1,9 +1,9 @@
 """Flower's SuperNode, but for three things.
 
 It does not tell the server how long the site's work took: a step's time depends on how many users were drawn, and the
-contract lets no wall time leave a site. That the server sees when a reply arrives is another matter
-(docs/sharp-edges.md). And while a run goes on it looks for messages more often than each three seconds,
-and asks soon again for a part of a message that the server does not have yet.
+contract lets no wall time leave a site. (That a reply says nothing of when it was made is `app.reply_to`'s.) That the
+server sees when a reply arrives is another matter (docs/sharp-edges.md). And while a run goes on it looks for messages
+more often than each three seconds, and asks soon again for a part of a message that the server does not have yet.
 """
 
 from __future__ import annotations

@@ -91,12 +91,12 @@ def _kind(charged: Charged, place: int) -> Hashable:
     request = charged.request
     if request.phase is not Phase.UPDATE:
         return place
-    return request.plan, request.round, request.model_digest, id(charged.model)
+    return request.plan, request.round, request.model_digest, id(charged.model), charged.site.performance
 
 
 def _released(charged: dict[int, Charged], generators: Generators) -> dict[int, Update | Refusal]:
     first = next(iter(charged.values()))
-    if len(charged) > 1:
+    if len(charged) > 1 and first.site.performance.engine == "fast":
         try:
             model = first.ready()
             if model is not None:
@@ -130,7 +130,7 @@ def _trained(
     if not batches:
         return answers
     first = charged[next(iter(batches))]
-    settings = StepSettings.of(first.plan)
+    settings = StepSettings.of(first.plan, first.site.performance)
 
     def on_step(step: int) -> None:
         for place in batches if len(batches) <= _MOST_NOTED else ():

@@ -3,14 +3,14 @@
 What `training.train_round` releases for one site, this releases for each of many that begin from the same broadcast
 parameters: a Poisson sample of that site's users, clipped sums of its own users alone, its own noise. Only the
 arithmetic is shared. After the first step each site has parameters of its own, so a site's sampled users stand in units
-of UNIT rows, the last one filled up with its first user; every Linear layer multiplies [units, rows, in] by the weights
-of each unit's site; a user's part of the sum goes to that site. Each user's gradient is made in float32, clipped by its
-norm in float64 and rounded to the noise's grid (`grid_sums.py`), so that sums are exact. As all batches have the same
-shape, whoever else was sampled, at whichever site, changes no user's numbers, even by rounding (`bookkeeping.py` says
-why that counts).
+of UNIT rows, the last one filled up with nobody; every Linear layer multiplies [units, rows, in] by the weights
+of each unit's site; a user's part of the sum goes to that site. Each user's gradient is made in float32, clipped by
+its norm in float64 and rounded to the noise's grid (`grid_sums.py`): sums are exact. All batches have one shape,
+and a model shows at each request's parameters that all rows of it compute alike, so whoever else was sampled, at
+whichever site, changes no user's numbers, even by rounding (`bookkeeping.py` says why that counts).
 
-A model shows first, on made-up users, that its sites do not touch each other; one that reads histories with a
-language model is trained one site after the other.
+It shows, too, on made-up users, that its sites do not touch each other; one that reads histories with a language model
+is trained one site after the other.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from client.bookkeeping import RowsAreNotUsersError, recorded
+from client.bookkeeping import RowsAreNotUsersError, Seen, nobody_sees, recorded
 from client.grid_sums import GridSums, own_place
-from client.training import (
-    StepSettings,
+from client.opacus_gradients import clipped_sum, per_user_gradients
+from client.self_test import (
+    catalog_of,
     check_rows_are_users,
-    clipped_sum,
+    digest_of,
     made_up_histories,
-    per_user_gradients,
+    ordinary,
+    random_histories,
+    same_rows,
     telling_clip_norms,
 )
+from client.training import StepSettings
 from common.memory import memory_kept
 from common.models.batches import EVEN_EVENTS, HistoryBatch, concatenate
 from common.models.interface import InterestModel
@@ -47,13 +51,18 @@ from common.privacy.noise import GaussianNoise, UserSampler, private_sum
 Floats = npt.NDArray[np.float32]
 
 UNIT = 2
-"""Rows of a unit. All units, and all batches of them, have the same shape, so a row's numbers are the same in all."""
+"""Rows of a unit, where the machine's kernels give both the same numbers; else one. All batches have one shape."""
+
+_OFF = 0.1
+"""How far another site's parameters are off, where sites are shown to be apart."""
 
 _ALLOWED = 1e-3
 """Of C: what float32 may make of another order of additions, and the noise's grid of a sum."""
 
-_SHOWN: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
-"""Models that showed that their sites do not touch each other, with their trainable parameters then."""
+_APART: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""Models that showed that their sites get the sums that they get alone, with their trainable parameters then."""
+_SHOWN: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[str, int]]] = WeakKeyDictionary()
+"""What models have shown: rows, events and threads -> the parameters at which it was shown last, and rows of a unit."""
 
 
 class NotTogetherError(ValueError):
@@ -107,8 +116,11 @@ none, the sums, C)."""
 
 
 @contextmanager
-def clipped_sums_of_units(model: InterestModel) -> Iterator[AddSums]:
+def clipped_sums_of_units(model: InterestModel, seen: Seen = nobody_sees) -> Iterator[AddSums]:
     """Gives a function that adds users' gradients, each clipped to C as a whole, to sums.
+
+    Args:
+        seen: told what was computed for each row: losses, and (a, g) of each layer.
 
     Raises:
         NotTogetherError: something other than Linear layers is trainable.
@@ -129,7 +141,16 @@ def clipped_sums_of_units(model: InterestModel) -> Iterator[AddSums]:
                 f"the loss has shape {tuple(losses.shape)}, but must be one number a user"
             )
         losses.sum().backward()
-        _add_clipped(layers, row, into, sums, clip_norm)
+        taken = {layer.name: layer.taken(len(into)) for layer in layers}
+        parts = {
+            f"{name}.{side}": torch.from_numpy(part)
+            for name, of in taken.items()
+            for side, part in enumerate(of)
+        }
+        seen({"losses": losses.detach(), **parts})
+        _add_clipped(
+            [_Made.of(layer, row, *taken[layer.name]) for layer in layers], row, into, sums, clip_norm
+        )
 
     model.train()
     for layer in layers:
@@ -165,14 +186,14 @@ def _layers(model: InterestModel) -> tuple[list[_Layer], int]:
 
 
 def _add_clipped(
-    layers: list[_Layer], row: Floats, into: Sequence[int], sums: GridSums, clip_norm: float
+    parts: list[_Made], row: Floats, into: Sequence[int], sums: GridSums, clip_norm: float
 ) -> None:
     """Adds each row's gradient, made in float32 and clipped, to its sum.
 
     Args:
+        parts: of each layer.
         row: [coordinates], where every row's gradient is made: nothing can depend on where a row stands.
     """
-    parts = [_Made.of(layer, row, *layer.taken(len(into))) for layer in layers]
     scaled, double = own_place(len(row)), np.empty(len(row))
     with np.errstate(all="ignore"):  # or a warning would tell of a user whose numbers are none
         for place, which in enumerate(into):
@@ -219,36 +240,66 @@ class _Made:
             np.sum(self.own_g, axis=0, out=self.bias)
 
 
-def check_sites_apart(model: InterestModel) -> None:
-    """Shows on made-up users that each of two sites, with other parameters, gets the sum that it gets alone.
+def check_sites_apart(model: InterestModel, rows: int = 4 * UNIT, events: int = 5) -> int:
+    """Shows on made-up users that sites in one batch are as apart as in processes of their own.
 
-    What was shown for a model once is not shown again. The parameters come back unchanged.
+    Two sites with other parameters each get the sum that they get alone, by Opacus' rows, at ordinary parameters, once;
+    and at the present ones all rows of a batch compute alike: a user's numbers are the same to the bit in every row,
+    beside whomever. What was shown at the same parameters is not shown again. The parameters come back unchanged.
+
+    Args:
+        rows: of a batch.
+        events: of a history.
+
+    Returns:
+        The rows of a unit: UNIT, or 1 where two rows of a unit do not compute alike.
 
     Raises:
-        NotTogetherError: it does not, or the model reads histories with a language model.
+        NotTogetherError: they are not, or the model reads histories with a language model.
         UnvouchedLayerError: the model's rows are not users.
     """
     check_rows_are_users(model)
+    at, key = digest_of(model), (rows, events, torch.get_num_threads())
+    shown = _SHOWN.setdefault(model, {})
+    if key not in shown or shown[key][0] != at:
+        if model.prepare(made_up_histories(model, _device(model))).token_states is not None:
+            raise NotTogetherError("the model reads histories with a language model")
+        try:
+            if tuple(model.trainable()) not in _APART.setdefault(model, set()):
+                with ordinary(model):
+                    _check_sums_apart(model)
+                _APART[model].add(tuple(model.trainable()))
+            unit = next((unit for unit in (UNIT, 1) if _alike(model, unit, rows, events)), None)
+        except RowsAreNotUsersError as error:
+            raise NotTogetherError(f"the model's rows are not users of sites: {error}") from error
+        if unit is None:
+            raise NotTogetherError("this machine's kernels do not give all rows of a batch the same numbers")
+        shown[key] = (at, unit)
+    return shown[key][1]
+
+
+def _check_sums_apart(model: InterestModel) -> None:
+    """Each of two made-up sites, with other parameters, gets the sum that Opacus' rows of its users make alone.
+
+    Raises:
+        NotTogetherError: it does not.
+    """
     trainable = model.trainable()
-    if _SHOWN.get(model) == tuple(trainable):
-        return
-    device = next(iter(trainable.values())).device
-    histories = made_up_histories(model, device)
-    if model.prepare(histories).token_states is not None:
-        raise NotTogetherError("the model reads histories with a language model")
+    made_up = made_up_histories(model, _device(model))
+    histories = _joined([made_up])[0]
     start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     generator = torch.Generator().manual_seed(1)
     everyone = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0])]
     moved, rows = list[Tensor](), list[list[Tensor]]()
     try:
-        for _ in everyone:
+        for by in (0.0, _OFF):
             with torch.no_grad():
                 for name, parameter in trainable.items():
-                    drawn = torch.randn(parameter.shape, generator=generator).to(device)
-                    parameter.copy_(start[name] + 0.1 * drawn)
+                    drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                    parameter.copy_(start[name] + by * drawn)
             moved.append(_flat(trainable))
             with per_user_gradients(model) as gradients:
-                rows.append(gradients(histories))
+                rows.append(gradients(made_up))
         clip_norms = telling_clip_norms([torch.cat(both) for both in zip(*rows, strict=True)])
         alone = [
             {clip_norm: clipped_sum([row[own] for row in of_site], clip_norm) for clip_norm in clip_norms}
@@ -257,11 +308,9 @@ def check_sites_apart(model: InterestModel) -> None:
         with clipped_sums_of_units(model) as add:
             parameters = torch.stack(moved)
             together = {
-                clip_norm: _sums(add, parameters, histories, everyone, clip_norm, 2 * UNIT)
+                clip_norm: _sums(add, parameters, histories, everyone, clip_norm, 2 * UNIT, UNIT)
                 for clip_norm in clip_norms
             }
-    except RowsAreNotUsersError as error:
-        raise NotTogetherError(f"the model's rows are not users of sites: {error}") from error
     finally:
         with torch.no_grad():
             for name, parameter in trainable.items():
@@ -271,7 +320,26 @@ def check_sites_apart(model: InterestModel) -> None:
         for clip_norm, own_sum in own_sums.items():
             if not bool((own_sum - together[clip_norm][site]).norm() <= _ALLOWED * clip_norm):
                 raise NotTogetherError("a site's sum beside another site's is not its sum alone")
-    _SHOWN[model] = tuple(trainable)
+
+
+def _alike(model: InterestModel, unit: int, rows: int, events: int) -> bool:
+    """Whether a user gets the same numbers in every row, and among others whose sites have other parameters."""
+    own, device = _flat(model.trainable()), _device(model)
+    units = max(1, rows // unit)
+    histories = _joined([random_histories(catalog_of(model, device), units * unit, events).to(device)])[0]
+    place = int(np.random.default_rng().integers(units * unit))
+    others = own + _OFF * torch.randn(units, len(own), device=device)
+    others[place // unit] = own
+    found: list[dict[str, Tensor]] = []
+    with clipped_sums_of_units(model, lambda parts: found.append(dict(parts))) as add:
+        for parameters, index in (
+            (others, torch.arange(units * unit)),
+            (own.expand(units, -1), torch.full((units * unit,), place)),
+        ):
+            sums = GridSums(torch.empty(1, len(own), dtype=torch.float64), 1.0)
+            add(parameters, histories.rows(index.to(device)), [-1] * (units * unit), sums, 1.0)
+    among, everywhere = found
+    return all(same_rows(among[name], part, place) for name, part in everywhere.items())
 
 
 @memory_kept()
@@ -300,18 +368,18 @@ def train_together(
         NotTogetherError, UnvouchedLayerError: said before any history is looked at.
         RowsAreNotUsersError: a step's rows were not users.
     """
-    check_sites_apart(model)
+    joined, offsets = _joined(sites)
+    unit = check_sites_apart(model, settings.micro_batch, joined.items.shape[1])
     trainable = model.trainable()
     start = _flat(trainable)  # [coordinates]
     parameters = start.expand(len(sites), -1).clone()
-    joined, offsets = _joined(sites)
     with clipped_sums_of_units(model) as add:
         for step in range(settings.steps):
             taken = [
                 torch.as_tensor(np.flatnonzero(sampler.sample(len(site), settings.sampling_rate))) + offset
                 for site, sampler, offset in zip(sites, samplers, offsets, strict=True)
             ]
-            total = _sums(add, parameters, joined, taken, settings.clip_norm, settings.micro_batch)
+            total = _sums(add, parameters, joined, taken, settings.clip_norm, settings.micro_batch, unit)
             for site, noise in enumerate(noises):
                 noised = private_sum(
                     total[site],
@@ -332,33 +400,39 @@ def _sums(
     histories: HistoryBatch,
     taken: Sequence[Tensor],
     clip_norm: float,
-    most_rows: int,
+    rows: int,
+    unit: int,
 ) -> Tensor:
     """[sites, coordinates] float64, on the CPU: the clipped sum of each site's users.
 
     Args:
         parameters: [sites, coordinates].
-        histories: of all sites.
+        histories: of all sites, and nobody's behind them (`_joined`).
         taken: of each site the rows of its users.
-        most_rows: of one batch, for memory alone; every batch has as many, whoever was taken.
+        rows: of one batch; every batch has as many, whoever was taken, and there is one at least.
+        unit: rows of a unit.
     """
     sums = GridSums(torch.empty(parameters.shape, dtype=torch.float64), clip_norm)
-    units = [(site, unit) for site, own in enumerate(taken) for unit in own.split(UNIT) if len(unit)]
-    at_once = max(1, most_rows // UNIT)
-    for first in range(0, len(units), at_once):
+    units = [
+        (site, own_unit) for site, own in enumerate(taken) for own_unit in own.split(unit) if len(own_unit)
+    ]
+    at_once = max(1, rows // unit)
+    nobody = len(histories) - 1
+    for first in range(0, max(1, len(units)), at_once):
         batch = units[first : first + at_once]
         lacking = at_once - len(batch)
-        sites = torch.tensor([site for site, _ in batch] + [batch[0][0]] * lacking, device=parameters.device)
-        rows = [_filled(unit) for _, unit in batch]
-        index = torch.cat([*rows, *[rows[0]] * lacking]).to(parameters.device)
-        into = [site if row < len(unit) else -1 for site, unit in batch for row in range(UNIT)]
-        add(parameters[sites], histories.rows(index), into + [-1] * (UNIT * lacking), sums, clip_norm)
+        sites = torch.tensor([site for site, _ in batch] + [0] * lacking, device=parameters.device)
+        index = torch.full((at_once, unit), nobody)
+        for place, (_, own_unit) in enumerate(batch):
+            index[place, : len(own_unit)] = own_unit
+        into = [site if row < len(own_unit) else -1 for site, own_unit in batch for row in range(unit)]
+        rows_of_batch = histories.rows(index.flatten().to(parameters.device))
+        add(parameters[sites], rows_of_batch, into + [-1] * (unit * lacking), sums, clip_norm)
     return sums.finish()
 
 
-def _filled(unit: Tensor) -> Tensor:
-    """[UNIT] rows: the unit's, and its first again."""
-    return torch.cat([unit, unit[:1].expand(UNIT - len(unit))])
+def _device(model: InterestModel) -> torch.device:
+    return next(iter(model.trainable().values())).device
 
 
 def _flat(trainable: dict[str, nn.Parameter]) -> Tensor:
@@ -371,7 +445,7 @@ def _named(flat: Tensor, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _joined(sites: Sequence[HistoryBatch]) -> tuple[HistoryBatch, list[int]]:
-    """All sites' rows as wide as the widest, evened, and where each site begins."""
+    """All sites' rows as wide as the widest, evened, nobody's row behind them, and where each site begins."""
     widest = max(1, *(site.items.shape[1] for site in sites))
     widest += -widest % EVEN_EVENTS
     wide = []
@@ -380,4 +454,4 @@ def _joined(sites: Sequence[HistoryBatch]) -> tuple[HistoryBatch, list[int]]:
         labels = None if site.labels is None else pad(site.labels, room, value=float("nan"))
         wide.append(HistoryBatch(pad(site.items, room, value=-1), pad(site.times, room), labels))
     offsets = np.cumsum([0, *(len(site) for site in sites)]).tolist()
-    return concatenate(wide), offsets[:-1]
+    return concatenate([*wide, wide[0].without_events(1)]), offsets[:-1]

@@ -1,7 +1,7 @@
 """A run's plan: one schema, checked once, frozen.
 
-What can change privacy (`PrivacyPlan`) stands apart from what cannot (`PerformancePlan`). Every number that a
-site's mechanism uses is a public constant of the plan; none is computed from a site's data.
+Every number that a site's mechanism uses is a public constant of the plan; none is computed from a site's data. How
+fast it is computed, and on what, is no part of a plan: that is each site's own affair (`client/policy.py`).
 """
 
 from __future__ import annotations
@@ -160,14 +160,6 @@ class WirePlan(_Frozen):
     )
 
 
-class PerformancePlan(_Frozen):
-    """Knobs that cannot change privacy or the model."""
-
-    micro_batch: Annotated[int, Field(ge=1)] = 64
-    threads: Annotated[int, Field(ge=1)] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
 class Plan(_Frozen):
     """All that server and sites agree on before a run starts.
 
@@ -186,7 +178,6 @@ class Plan(_Frozen):
     metrics: MetricsPlan = MetricsPlan()
     server: ServerPlan = ServerPlan()
     wire: WirePlan = WirePlan()
-    performance: PerformancePlan = PerformancePlan()
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Plan:
@@ -397,14 +388,21 @@ class Plan(_Frozen):
         )
 
     def digest(self) -> str:
-        """sha256 over what changes the run's meaning; performance knobs are left out, and a catalog that is unsaid."""
-        unsaid = {"catalog"} if self.catalog is None else set()
-        content = self.model_dump(mode="json", exclude={"performance"} | unsaid)
+        """sha256 over all that the plan says; a catalog that is unsaid is left out."""
+        content = self.model_dump(mode="json", exclude={"catalog"} if self.catalog is None else set())
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The plan as indented JSON, which `read_plan` reads back."""
         return self.model_dump_json(indent=2) + "\n"
+
+
+_SITES_OWN = ("performance", "model.frozen_precision")
+"""What plans once held: how a site computes, which the site alone decides."""
+_SITES_OWN_SAID = (
+    "how a site computes is no part of a plan: leave it out; each site sets it under [performance] in its policy.toml, "
+    "and a simulation with `fedtide simulate` --device, --threads, --micro-batch, --dp-engine, --frozen-precision"
+)
 
 
 def make_plan(values: dict[str, Any]) -> Plan:
@@ -420,6 +418,9 @@ def make_plan(values: dict[str, Any]) -> Plan:
         for fault in error.errors():
             place = ".".join(str(part) for part in fault["loc"]) or "plan"
             said = fault["msg"].removeprefix("Value error, ")
+            if place in _SITES_OWN:
+                lines.append(f"{place}: {_SITES_OWN_SAID}")
+                continue
             given = fault["input"]
             shown = f" (given: {given!r})" if isinstance(given, str | int | float | None) else ""
             lines.append(f"{place}: {said[0].lower()}{said[1:]}{shown}")
@@ -438,6 +439,27 @@ def read_plan(path: Path) -> Plan:
     Raises:
         PlanError: the file is missing, cannot be parsed, or holds a wrong value.
     """
+    return make_plan(_values(path))
+
+
+def read_recorded_plan(path: Path) -> Plan:
+    """The plan that a run's folder recorded, where what plans once said of how sites compute is passed over.
+
+    Raises:
+        PlanError: the file is missing, cannot be parsed, or holds a wrong value.
+    """
+    values = _values(path)
+    for place in _SITES_OWN:
+        *sections, name = place.split(".")
+        table: Any = values
+        for section in sections:
+            table = table.get(section) if isinstance(table, dict) else None
+        if isinstance(table, dict):
+            table.pop(name, None)
+    return make_plan(values)
+
+
+def _values(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -452,4 +474,4 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"the plan {path} cannot be parsed: {error}") from error
     if not isinstance(values, dict):
         raise PlanError(f"the plan {path} must be a table of sections")
-    return make_plan(values)
+    return values

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.assets import home, language_model
-from common.config import read_plan
+from common.config import read_recorded_plan
 from common.events.catalog import Catalog
 from common.model_plan import ModelPlan
 from common.models.build import BuiltModel, build_model, category_names, item_texts
@@ -50,7 +50,7 @@ def load_finished(folder: Path, *, offline: bool = False) -> FinishedModel:
     parameters, released = folder / "model.safetensors", folder / "released.safetensors"
     if folder.name.endswith(".incomplete") or not parameters.is_file():
         raise FinishedError(f"the run in {folder} did not end well, so it has no model: run it again")
-    plan, catalog = read_plan(folder / "plan.json"), Catalog.load(folder / "catalog.jsonl")
+    plan, catalog = read_recorded_plan(folder / "plan.json"), Catalog.load(folder / "catalog.jsonl")
     built = build_model(
         plan.model,
         item_texts(catalog.texts, catalog.categories),

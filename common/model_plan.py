@@ -54,10 +54,6 @@ class ModelPlan(BaseModel):
     lora_layers: Annotated[int, Field(ge=1, le=128)] = 2
     lora_train_down: bool = False
     most_tokens: Annotated[int, Field(ge=8, le=8192)] = 160
-    frozen_precision: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="of the language model's frozen weights in mode lora; bfloat16 is for accelerators that have it",
-    )
     session_gap: Annotated[int, Field(ge=1)] = Field(
         default=1800, description="dual: seconds without an event that end a session"
     )
@@ -100,11 +96,6 @@ class ModelPlan(BaseModel):
             )
             raise ValueError(
                 f"adapter {self.adapter!r} is refused: per user, {reason}; choose lora, whose are tested"
-            )
-        if self.frozen_precision != "float32" and self.mode != "lora":
-            raise ValueError(
-                f"frozen_precision is {self.frozen_precision}, but mode {self.mode} trains over vectors, which are "
-                "float32: choose mode lora, or leave it out"
             )
         if self.family == "ensemble":
             possible = [name for name in FAMILIES if name != "ensemble"]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from common.config import Plan, read_plan
+from common.config import Plan, read_recorded_plan
 from common.events.catalog import Catalog
 from common.precision import decoded
 from common.wire import State, state_from_bytes, state_to_bytes
@@ -204,7 +204,7 @@ class RunFolder:
 
     def plan(self) -> Plan:
         """The run's plan."""
-        return read_plan(self.path / "plan.json")
+        return read_recorded_plan(self.path / "plan.json")
 
     def catalog(self) -> Catalog:
         """The public catalog."""

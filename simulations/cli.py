@@ -62,7 +62,17 @@ def simulate(
     family: Annotated[str | None, typer.Option(help="Model family.")] = None,
     mode: Annotated[str | None, typer.Option(help="vectors (frozen item vectors) or lora.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Language model: known name, folder or hub id.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of the sites: cpu, which is the default; cuda; or auto.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each site's arithmetic.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Users that a site computes at once.")] = None,
+    dp_engine: Annotated[
+        str | None, typer.Option(help="Of sites' steps: fast, or opacus: Opacus' own hooks.")
+    ] = None,
+    frozen_precision: Annotated[
+        str | None, typer.Option(help="Of frozen weights in mode lora: float32 or bfloat16.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any value: section.name=value")] = None,
     sites_by: Annotated[str | None, typer.Option(help="zip, hash or dirichlet (by taste).")] = None,
     n_sites: Annotated[int, typer.Option(help="How many sites.")] = 10,
@@ -94,6 +104,7 @@ def simulate(
     Without a log this is MovieLens-100K over ten regions. Results, plots and the model go to a folder under
     --runs.
     """
+    from client.policy import performance_of
     from common.cli import UserError
     from common.config import make_plan, read_plan
 
@@ -109,7 +120,6 @@ def simulate(
         "model.family": family,
         "model.mode": mode,
         "model.encoder": encoder,
-        "performance.device": device,
     }
     for place, value in given.items():
         _put(values, place, value)
@@ -144,6 +154,15 @@ def simulate(
             "--split and --sites out"
         )
     plan = make_plan(values)
+    performance = None
+    if any(each is not None for each in (device, threads, micro_batch, dp_engine, frozen_precision)):
+        performance = performance_of(
+            engine=dp_engine,
+            micro_batch=micro_batch,
+            threads=threads,
+            device=device,
+            frozen_precision=frozen_precision,
+        )
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -172,6 +191,7 @@ def simulate(
         seed=seed,
         sites=sites,
         site_budget=site_budget,
+        performance=performance,
         baseline_epochs=baseline_epochs,
         split="temporal" if split == "temporal" else "leave-one-out",
         test=test and folds is None,

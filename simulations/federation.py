@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from client.app import SITES_FOLDER
+from client.policy import Performance
 from client.site import SiteError
 from common.assets import home, language_model
 from common.config import Plan
@@ -52,6 +53,7 @@ class SimulationOptions:
         sites_by, n_sites, alpha, seed: how users fall to sites.
         sites: folder of sites that outlive the run; None for new ones inside the run.
         site_budget: epsilon cap of new sites' ledgers; None for the smallest that admits the plan.
+        performance: how every site computes; None: new ones as by default, others as before.
         baseline_epochs: of the same model without privacy; 0 for none.
         split: which events are held out: "leave-one-out" or "temporal".
         fold: (number from 1, folds): leave-one-out over users of one fold, who are at no site; None for all users.
@@ -67,6 +69,7 @@ class SimulationOptions:
     seed: int = 0
     sites: Path | None = None
     site_budget: float | None = None
+    performance: Performance | None = None
     baseline_epochs: int = 15
     split: Literal["leave-one-out", "temporal"] = "leave-one-out"
     fold: tuple[int, int] | None = None
@@ -112,7 +115,8 @@ def simulate(
     run = RunFolder.create(options.runs.resolve(), plan, dataset.catalog)
     watcher.on_phase("setting up the sites")
     root = options.sites.resolve() if options.sites else run.path / "sites"
-    registry = Registry(root / "registry")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    registry = Registry(registry_folder(root))
     # Sites that outlive the run keep a catalog of their own beside them.
     catalog_file = root / "catalog.jsonl"
     if not catalog_file.is_file():
@@ -133,6 +137,7 @@ def simulate(
         split,
         budget=options.site_budget,
         seed=options.seed,
+        performance=options.performance,
     )
     watcher.on_sites(sites, report, plan)
     held_out = HeldOut.of(
@@ -151,6 +156,17 @@ def simulate(
     return _conclude(
         run, plan, options, sites, registry, built, held_out, items, follower, began, dataset.notes
     )
+
+
+def registry_folder(sites: Path) -> Path:
+    """Where the registry of simulated sites lies: beside their folder, not among what is private to them.
+
+    Args:
+        sites: the folder of all sites: `sites` of a run, or one that outlives it and has a registry of its own.
+    """
+    if (sites / "registry").is_dir():  # sites that were made by an older version keep theirs
+        return sites / "registry"
+    return sites.with_name("registry" if sites.name == "sites" else f"{sites.name}-registry")
 
 
 def _split(options: SimulationOptions, whole: Histories) -> Split:
@@ -177,7 +193,7 @@ def _run_and_watch(
     environment = {
         RUN_FOLDER: str(run.path),
         SITES_FOLDER: str(root),
-        REGISTRY_FOLDER: str(root / "registry"),
+        REGISTRY_FOLDER: str(registry_folder(root)),
         NODES_EXPECTED: str(len(sites)),
     }
     follower = Follower(run, plan, sites, built, held_out, watcher)

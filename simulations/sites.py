@@ -16,6 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from client.ledger import Ledger
+from client.policy import Performance
 from client.site import Site, SiteError
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
@@ -107,9 +108,15 @@ def _kinds_of_sites(dataset: Dataset, sites: npt.NDArray[np.int64]) -> dict[int,
 
 
 def make_site(
-    folder: Path, name: str, training: Histories, plan: Plan, catalog_file: Path, budget: float
+    folder: Path,
+    name: str,
+    training: Histories,
+    plan: Plan,
+    catalog_file: Path,
+    budget: float,
+    performance: Performance | None = None,
 ) -> None:
-    """One new site: its histories, and a ledger whose cap is `budget` (epsilon)."""
+    """One new site: its histories, a policy that allows every family, and a ledger whose cap is `budget` (epsilon)."""
     folder.mkdir(parents=True, mode=0o700)
     site = Site(
         folder=folder,
@@ -118,6 +125,7 @@ def make_site(
         users_at_least=plan.privacy.users_per_site,
         families=tuple(FAMILIES),
         metrics=plan.metrics.share > 0,
+        performance=performance or Performance(),
     )
     site.save()
     training.save(site.histories_folder)
@@ -145,6 +153,7 @@ def make_sites(
     *,
     budget: float | None,
     seed: int,
+    performance: Performance | None = None,
 ) -> list[SimulatedSite]:
     """Makes, or finds in `root`, one site for each number in `sites`, enrolled in the registry.
 
@@ -153,6 +162,7 @@ def make_sites(
         plan: calibrated.
         split: what of each user's events a site may hold.
         budget: epsilon cap of each new site's ledger; None for the smallest that admits the plan.
+        performance: how every site computes; None: new ones as by default, others as before.
 
     Raises:
         SiteError: a site has fewer users than the plan counts on, or the folder holds other sites, or sites that
@@ -189,7 +199,9 @@ def make_sites(
                     f"{name} has {len(training)} users, but the plan's sampling counts on at least "
                     f"{plan.privacy.users_per_site}: use fewer sites, or lower privacy.users_per_site"
                 )
-            make_site(folder, name, training, plan, catalog_file, budget)
+            make_site(folder, name, training, plan, catalog_file, budget, performance)
+        elif performance is not None:
+            replace(Site.load(folder), performance=performance).save()
         with registry.kept_open():
             enroll_site(folder, name, registry)
         training = Histories.load(Site.load(folder).histories_folder)

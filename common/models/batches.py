@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-EVEN = 8
-"""Evened batches have a multiple of so many rows: from there on, BLAS takes one kernel for every row."""
 EVEN_EVENTS = 4
-"""And of so many events: [events, events] float32 of every user begins at a multiple of 64 bytes. Where it does not,
-the same numbers are added in another order at another place of the batch. So do [events, width] of every user, as a
-plan's widths are multiples of 4."""
-
-
-def kernels_go_by_shape(device: torch.device) -> bool:
-    """Whether a device's libraries may take another kernel, which rounds otherwise, for any other number of rows."""
-    return device.type != "cpu"
+"""Units of rows have a multiple of so many events: [events, events] float32 of every user begins at a multiple of 64
+bytes. Where it does not, the same numbers are added in another order at another place of the unit. So do
+[events, width] of every user, as a plan's widths are multiples of 4."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +76,38 @@ class HistoryBatch:
         """The first users."""
         return self._each(lambda tensor: tensor[:users])
 
-    def evened(self, at_once: int = 0) -> HistoryBatch:
-        """The same with its first user repeated at the end, up to a multiple of EVEN rows, and room for more events.
+    def unit(self, rows: int) -> HistoryBatch:
+        """The same users in a unit of rows: histories without events behind them, and room for more events.
 
-        A user's numbers then do not depend, even by rounding, on how many others there are, nor on the place among
+        Every product over a unit has one shape, however many users there are, so a library takes one kernel for all of
         them. Whoever asks for this takes the results' first rows alone.
 
         Args:
-            at_once: users of the largest batch. Where kernels are chosen by a batch's shape, all get as many rows.
+            rows: of the unit, at least as many as there are users.
+
+        Raises:
+            ValueError: there are more users.
         """
-        users, wide = len(self), self.with_even_events()
-        rows = max(users, at_once) if kernels_go_by_shape(self.items.device) else users
-        lacking = rows - users + -rows % EVEN
-        if lacking == 0:
-            return wide
-        index = torch.arange(users + lacking, device=self.items.device)
-        return wide.rows(torch.where(index < users, index, 0))
+        lacking = rows - len(self)
+        if lacking < 0:
+            raise ValueError(f"a unit of {rows} rows cannot hold {len(self)} users: split them")
+        wide = self.with_even_events()
+        return concatenate([wide, wide.without_events(lacking)]) if lacking else wide
+
+    def without_events(self, rows: int) -> HistoryBatch:
+        """So many histories of the same form, without an event."""
+
+        def blank(tensor: Tensor | None, value: float) -> Tensor | None:
+            return None if tensor is None else tensor.new_full((rows, *tensor.shape[1:]), value)
+
+        found: dict[str, Any] = {
+            "items": blank(self.items, -1),
+            "times": blank(self.times, 0),
+            "labels": blank(self.labels, float("nan")),
+            "token_states": blank(self.token_states, 0.0),
+            "token_events": blank(self.token_events, -1),
+        }
+        return HistoryBatch(**found)
 
     def with_even_events(self) -> HistoryBatch:
         """The same with room for more events, up to a multiple of EVEN_EVENTS."""

@@ -15,7 +15,7 @@ from common.models.history_encoder import HistoryEncoder
 from common.models.interface import InterestModel
 from common.models.item_vectors import TextProjection, item_vectors
 from common.models.language_model import LanguageModel, load_language_model
-from common.models.names import FAMILIES, named
+from common.models.names import FAMILIES, FrozenPrecision, named
 from common.models.sequence import Ingredients
 from common.models.tasks.interest import Interest
 from common.models.tasks.next_category import NextCategory
@@ -89,6 +89,7 @@ def build_model(
     cache: Path | None = None,
     categories: Sequence[Sequence[str]] | None = None,
     witness_places: int = 0,
+    frozen_precision: FrozenPrecision = "float32",
 ) -> BuiltModel:
     """The model of a plan at its seeded start.
 
@@ -98,6 +99,7 @@ def build_model(
         cache: where texts' tokens and states are kept, by content; None to compute them anew.
         categories: [items] names of each item's categories; the task `next-category` needs them.
         witness_places: coordinates that carry noise alone, as the plan's privacy section says.
+        frozen_precision: of the language model's frozen weights in mode lora.
 
     Raises:
         LanguageModelError: the language model cannot be read, or not in this mode.
@@ -118,7 +120,7 @@ def build_model(
                 train_down=plan.lora_train_down,
                 most_tokens=plan.most_tokens,
                 seed=plan.seed,
-                precision=getattr(torch, plan.frozen_precision),
+                precision=getattr(torch, frozen_precision),
                 cache=cache,
             )
         task = make_task(plan, public.vectors, categories)

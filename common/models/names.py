@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+FrozenPrecision = Literal["float32", "bfloat16"]
+"""Of the language model's frozen weights in mode lora, and of what they compute."""
 
 FAMILIES: dict[str, str] = {
     "recommend": "common.models.families.recommend:Recommend",

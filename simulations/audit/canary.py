@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.training import StepSettings, per_user_gradients, prepare_histories, train_round
+from client.opacus_gradients import per_user_gradients
+from client.training import StepSettings, prepare_histories, train_round
 from common.model_plan import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.build import build_model

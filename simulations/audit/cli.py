@@ -14,6 +14,7 @@ from simulations.audit.attack_cli import attack
 from simulations.audit.canary_cli import canary
 from simulations.audit.conformance.cli import conformance
 from simulations.audit.noise_cli import noise
+from simulations.audit.pack_cli import pack
 
 if TYPE_CHECKING:
     from simulations.audit.findings import Findings, SiteFinding
@@ -36,6 +37,7 @@ app.command()(canary)
 app.command()(attack)
 app.command()(conformance)
 app.command()(noise)
+app.command()(pack)
 app.command()(report_cli.report)
 app.command()(report_cli.full)
 

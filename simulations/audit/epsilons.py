@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from common.config import Plan
 from common.privacy.accountants import (
     ContradictionError,
+    epsilon_pld,
     epsilon_rdp_google,
     published_epsilon,
 )
@@ -19,6 +21,9 @@ from common.privacy.entries import Burnt, Release, Reserve
 from common.privacy.mechanisms import Event, event_to_fields
 from server.runs import INCOMPLETE, RunFolder
 from simulations.audit.findings import TOLERANCE, Figures, Findings, SiteFinding
+
+_ROUNDING = 1e-6
+"""Of an epsilon: what a calibration may be off by."""
 
 _OUTCOMES: dict[type[object], str] = {Release: "released", Burnt: "burnt"}
 
@@ -69,9 +74,9 @@ def figures_of(events: tuple[Event, ...], delta: float) -> Figures:
 
 
 def check_epsilons(
-    run: RunFolder, chains: Mapping[str, Chain], seen: Mapping[str, int], findings: Findings
+    run: RunFolder, plan: Plan, chains: Mapping[str, Chain], seen: Mapping[str, int], findings: Findings
 ) -> None:
-    """Recomputes and compares. Notes lies; raises nothing.
+    """Recomputes and compares with what was printed, and with what the plan promised. Notes lies; raises nothing.
 
     Args:
         chains: key id -> verified chain.
@@ -88,6 +93,7 @@ def check_epsilons(
             chain = chains[site.key_id]
             charges = charges_of(chain, findings.run, seen.get(site.key_id, -1))
             _check_site(site, chain, charges, said, printed is not None, findings)
+            _check_promise(site, [charge.reserve.event for charge in charges], plan, findings)
     for name in printed or {}:
         if name:
             findings.lie("privacy.json", "unknown_site", f"it tells of {name}, which is not enrolled")
@@ -148,6 +154,23 @@ def _check_site(
         _compare(site, chain, charges, said, findings)
     except (KeyError, TypeError, ValueError) as error:
         findings.lie("privacy.json", "malformed", f"{site.site}: {type(error).__name__}", site.site)
+
+
+def _check_promise(site: SiteFinding, events: Sequence[Event], plan: Plan, findings: Findings) -> None:
+    """A record may be sound, and its epsilon yet be above what the plan promised: burnt rounds, other noise."""
+    promise = plan.privacy
+    if not events or site.figures is None:
+        return
+    spent = site.figures.pld if promise.delta == site.delta else epsilon_pld(events, promise.delta)
+    if spent > promise.epsilon + _ROUNDING:
+        burnt = f", {site.burnt} that burnt included" if site.burnt else ""
+        findings.lie(
+            f"site {site.site}",
+            "over_promise",
+            f"its charges{burnt} come to epsilon {spent:.4f} at delta {promise.delta:g}, but the plan promised "
+            f"{promise.epsilon:g}; the site's own cap is {site.epsilon:g}",
+            site.site,
+        )
 
 
 def _compare(

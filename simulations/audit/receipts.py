@@ -55,7 +55,7 @@ def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
         PlanError: its plan cannot be read.
         RegistryError: there is no registry.
     """
-    run = _run_folder(path)
+    run = run_folder(path)
     plan = run.plan()
     findings = Findings(run=run.name)
     reader = RegistryReader(registry or registry_of(run))
@@ -68,7 +68,7 @@ def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
     for line in lines:
         _check_line(line, run, plan, reader, chains, findings)
     _check_rounds(run, plan, lines, findings)
-    check_epsilons(run, chains, lines_seen(lines), findings)
+    check_epsilons(run, plan, chains, lines_seen(lines), findings)
     check_aggregates(run, plan, findings)
     if run.path.name.endswith(INCOMPLETE):
         findings.notes.append("the run did not end well: what there is of it was checked")
@@ -92,7 +92,8 @@ def lines_seen(lines: list[Line]) -> dict[str, int]:
     return seen
 
 
-def _run_folder(path: Path) -> RunFolder:
+def run_folder(path: Path) -> RunFolder:
+    """The run in a folder. Raises `RunError` where there is none."""
     if not (path / "plan.json").is_file():
         raise RunError(f"there is no run in {path}: give a run's folder, such as those under runs/")
     return RunFolder(path.resolve())
@@ -100,7 +101,7 @@ def _run_folder(path: Path) -> RunFolder:
 
 def registry_of(run: RunFolder) -> Path:
     """The registry that lies in a run's folder. Raises `RunError` where there is none."""
-    for folder in (run.path / "sites" / "registry", run.path / "registry"):
+    for folder in (run.path / "registry", run.path / "sites" / "registry"):  # the second: of an older version
         if (folder / "registry.sqlite").is_file():
             return folder
     raise RunError(f"{run.path} holds no registry: say where the server's lies with --registry")

@@ -19,6 +19,7 @@ from server.registry import RegistryReader
 from server.runs import INCOMPLETE, RunFolder
 from simulations.audit.evidence import own_versions
 from simulations.audit.findings import Findings, Lie
+from simulations.audit.pack import is_simulated
 from simulations.audit.receipts import audit_receipts, registry_of
 from simulations.audit.report_record import (
     Ledger,
@@ -124,7 +125,7 @@ def build_report(path: Path, registry: Path | None = None) -> Report:
     whole = not run.path.name.endswith(INCOMPLETE)
     return Report(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
-        verdict=_verdict(findings, found, plan, tools, whole),
+        verdict=_verdict(findings, found, tools, whole),
         plan=plan,
         findings=findings,
         ledgers=found,
@@ -132,34 +133,19 @@ def build_report(path: Path, registry: Path | None = None) -> Report:
         tools=tools,
         odds=_odds(findings, reader),
         whole=whole,
-        simulated=(run.path / "sites" / "registry").is_dir() and registry is None,
+        simulated=is_simulated(run.path) and registry is None,
         metrics=released_metrics(run),
         digests=digests(run),
     )
 
 
-def _verdict(findings: Findings, found: list[Ledger], plan: Plan, tools: list[Tool], whole: bool) -> Verdict:
-    check_promise(findings, plan)
+def _verdict(findings: Findings, found: list[Ledger], tools: list[Tool], whole: bool) -> Verdict:
     if findings.lies or any(tool.state == FAILED for tool in tools):
         return Verdict.BROKEN
     charged = findings.epsilon is not None and len(found) == len(findings.sites)
     if whole and charged and all(tool.state == HELD for tool in tools):
         return Verdict.HELD
     return Verdict.OPEN
-
-
-def check_promise(findings: Findings, plan: Plan) -> None:
-    """A record may be sound, and its epsilon yet be above what the plan promised: burnt rounds, other noise."""
-    for site in findings.sites:
-        if site.figures is not None and site.figures.pld > plan.privacy.epsilon + 1e-6:
-            burnt = f", {site.burnt} that burnt included" if site.burnt else ""
-            findings.lie(
-                f"site {site.site}",
-                "over_promise",
-                f"its charges{burnt} come to epsilon {site.figures.pld:.4f}, but the plan promised "
-                f"{plan.privacy.epsilon:g}; the site's own cap is {site.epsilon:g}",
-                site.site,
-            )
 
 
 def _odds(findings: Findings, reader: RegistryReader) -> Odds | None:

@@ -23,14 +23,14 @@ def plan_of(run: Path | None) -> Plan:
     Raises:
         RunError: there is no run in the folder.
     """
-    from common.config import make_plan, read_plan
+    from common.config import make_plan, read_recorded_plan
     from server.runs import RunError
 
     if run is None:
         return make_plan({})
     if not (run / "plan.json").is_file():
         raise RunError(f"there is no run in {run}: give a run's folder, such as those under runs/")
-    return read_plan(run / "plan.json")
+    return read_recorded_plan(run / "plan.json")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.bookkeeping import clipped_sums
+from client.self_test import Engine, rows_of_units, sums_by
 from client.training import _descend
 from common.assets import language_model
 from common.memory import memory_kept
@@ -41,6 +41,7 @@ from simulations.benchmarks.table import DOCUMENT, Row, add_to_document, as_tabl
 from simulations.threads import one_thread
 
 PLAIN, OWN, HOOKS, GHOST = "plain PyTorch", "Fedtide", "Opacus hooks", "Opacus ghost"
+BY_OPACUS = "Fedtide with engine opacus"
 FASTER = 8
 """How many times faster than Opacus' hooks a step is to be, wherever plain PyTorch is."""
 STOCK_TURNS = 5
@@ -136,7 +137,7 @@ def built(setting: Setting, way: str) -> Recommend:
         negatives=negatives,
         with_times=True,
     )
-    if setting.core != "attention" and way != OWN:
+    if setting.core != "attention" and way not in (OWN, BY_OPACUS):
         from opacus.layers import DPGRU, DPLSTM
 
         stock = {"lstm": (nn.LSTM, DPLSTM), "gru": (nn.GRU, DPGRU)}[setting.core]
@@ -148,7 +149,7 @@ def stepper(setting: Setting, way: str, device: str) -> Step:
     """One step of a way, over all users of the batch."""
     model = built(setting, way).to(device)
     batch = model.prepare(histories(setting).to(device))
-    return {PLAIN: _plain, OWN: _own, HOOKS: _hooks, GHOST: _ghost}[way](model, batch)
+    return {PLAIN: _plain, OWN: _own, BY_OPACUS: _by_opacus, HOOKS: _hooks, GHOST: _ghost}[way](model, batch)
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -166,16 +167,20 @@ def _plain(model: InterestModel, batch: HistoryBatch) -> Step:
     return step
 
 
-def _own(model: InterestModel, batch: HistoryBatch) -> Step:
+def _own(model: InterestModel, batch: HistoryBatch, engine: Engine = "fast") -> Step:
     noise, parameters = SecureGaussian(), list(model.trainable().values())
 
     def step() -> None:
-        with clipped_sums(model) as clipped:
+        with sums_by(engine, model, len(batch)) as clipped:
             total = clipped(batch, 1.0)
         noised = private_sum(total, clip_norm=1.0, noise_multiplier=1.0, noise=noise)
         _descend(parameters, noised / len(batch), 0.1)
 
     return step
+
+
+def _by_opacus(model: InterestModel, batch: HistoryBatch) -> Step:
+    return _own(model, batch, "opacus")
 
 
 def _hooks(model: InterestModel, batch: HistoryBatch) -> Step:
@@ -303,6 +308,23 @@ def fastest_product(precision: str, device: str) -> float:
     return 2 * size**3 / min(spent)
 
 
+def self_test_steps(setting: Setting, device: str, step: float) -> float:
+    """Time of what a model shows at each request's parameters, the first request of a process left out, in steps.
+
+    Args:
+        step: seconds of one.
+    """
+    model, spent = built(setting, OWN).to(device), []
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.trainable().values():
+                parameter.mul_(1.001)
+        began = now(device)
+        rows_of_units(model, setting.users, setting.events)
+        spent.append(now(device) - began)
+    return statistics.median(spent[1:]) / step
+
+
 def of_tokens(setting: Setting, device: str, plain: float, ratio: float) -> list[Row]:
     """Rows about how fast adapters are trained.
 
@@ -330,12 +352,16 @@ def measure(turns: int, device: str) -> list[Row]:
     for setting in SETTINGS if device == "cpu" else (*SETTINGS, IN_BFLOAT16):
         stock = (HOOKS, GHOST) if setting.width == 64 else (HOOKS,)
         ms, found = ratios(setting, turns, (PLAIN, OWN), device)
-        _, found_stock = ratios(setting, STOCK_TURNS, (PLAIN, *stock), device)
+        _, found_stock = ratios(setting, STOCK_TURNS, (PLAIN, BY_OPACUS, *stock), device)
         found = found_stock | found
         wanted = None if setting.most is None else f"<= {setting.most:.2f}"
         met = None if setting.most is None else found[OWN] <= setting.most
         rows.append(Row(f"{setting}: Fedtide / plain ({ms:.0f} ms)", f"{found[OWN]:.2f}", wanted, met))
-        rows += [Row(f"{setting}: {way} / plain", f"{found[way]:.2f}") for way in stock]
+        rows += [Row(f"{setting}: {way} / plain", f"{found[way]:.2f}") for way in (BY_OPACUS, *stock)]
+        asked_in = self_test_steps(setting, device, ms * found[OWN] / 1000)
+        rows.append(
+            Row(f"{setting}: the self-test at a request's parameters, in steps of Fedtide", f"{asked_in:.1f}")
+        )
         if setting.lora:
             rows += of_tokens(setting, device, ms / 1000, found[OWN])
         if not setting.lora and setting.core == "lstm":

@@ -34,10 +34,10 @@ def as_table(rows: list[Row]) -> list[str]:
     return ["| what | measured | target | |", "|---|---|---|---|", *lines]
 
 
-def add_to_document(section: str) -> None:
+def add_to_document(section: str, document: Path = DOCUMENT) -> None:
     """Puts a section on the page, in the place of the one that has its heading, or at the end."""
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else "# Benchmarks\n"
+    document.parent.mkdir(exist_ok=True)
+    before = document.read_text(encoding="utf-8") if document.is_file() else "# Benchmarks\n"
     begin, *others = before.rstrip().split("\n## ")
     heading, body = section.splitlines()[0].removeprefix("## "), section.rstrip().removeprefix("## ")
     headings = [each.splitlines()[0] for each in others]
@@ -45,4 +45,4 @@ def add_to_document(section: str) -> None:
         others[headings.index(heading)] = body + "\n"
     else:
         others = [*(f"{each.rstrip()}\n" for each in others), body]
-    DOCUMENT.write_text("\n## ".join([begin, *others]).rstrip() + "\n", encoding="utf-8")
+    document.write_text("\n## ".join([begin, *others]).rstrip() + "\n", encoding="utf-8")

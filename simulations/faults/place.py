@@ -233,6 +233,7 @@ class Place:
             "--ca", self.server / "tls" / "ca.crt", "--logs", data / "log.csv", "--catalog", data / "catalog.csv",
             "--epsilon", 20, "--delta", 1e-5, "--users-at-least", USERS_AT_LEAST,
             "--typical-plan", self.folder / "typical.json", "--language-model", f"{self.model}={self.model}",
+            "--threads", 1,
         )  # fmt: skip
 
     def enroll(self, name: str) -> None:

@@ -77,6 +77,5 @@ def tiny_plan(language_model: Path, name: str, rounds: int = 3, **server: Any) -
             "statistics": {"popularity_share": 0.2},
             "training": {"rounds": rounds, "steps_per_round": STEPS},
             "server": {"minimum_sites": 2, "quorum": 2, "grace": 30.0, "round_deadline": 90.0, **server},
-            "performance": {"threads": 1},
         }
     )

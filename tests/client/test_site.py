@@ -6,8 +6,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,14 +17,18 @@ import pytest
 import torch
 
 from client import site as site_module
-from client import training
+from client.kept import device_of
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
+from client.policy import Performance
 from client.site import Site, SiteError, answer
+from client.training import StepSettings
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
 from common.events.histories import Histories
+from common.models.batches import HistoryBatch
 from common.models.build import build_model, item_texts
+from common.models.interface import InterestModel
 from common.privacy.receipts import Receipt, check_receipt_alone
 from common.wire import Reason, Refusal, Request, Update, state_digest, state_to_bytes
 from tests.tiny import WORDS, tiny_language_model
@@ -217,12 +223,78 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_reserved(
 def test_a_model_that_the_engine_does_not_vouch_for_burns_no_round(
     site: Site, ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(training, "LARGEST_DIMENSION", 10)
-    monkeypatch.setattr(training, "_SHOWN", WeakKeyDictionary())
+    monkeypatch.setattr("client.opacus_gradients.LARGEST_DIMENSION", 10)
+    monkeypatch.setattr("client.self_test._SHOWN", WeakKeyDictionary())
     lose_histories(site)
     assert answer(site, ask()) == Refusal(Reason.MODEL)
     assert "trainable coordinates" in caplog.text
     assert outcomes(site) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        ("performance", {"micro_batch": 9}),
+        ("performance", {"micro_batch": 64}),
+        ("performance", {"threads": 4}),
+        ("performance", {"device": "auto"}),
+        ("performance", {"device": "cpu"}),
+        ("performance", {"engine": "opacus"}),
+        ("performance", {}),
+        ("model", {"frozen_precision": "float32"}),
+    ],
+)
+def test_a_server_that_says_how_a_site_is_to_compute_is_refused_and_nothing_is_charged(
+    site: Site, ask: Ask, section: str, fields: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    lose_histories(site)
+    request, threads = ask(), torch.get_num_threads()
+    values = json.loads(request.plan)
+    values[section] = values.get(section, {}) | fields
+    assert answer(site, replace(request, plan=json.dumps(values))) == Refusal(Reason.PLAN)
+    assert "policy.toml" in caplog.text
+    assert outcomes(site) == []
+    assert torch.get_num_threads() == threads
+
+
+def test_a_site_computes_as_its_own_policy_says(
+    site: Site, plan: Plan, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[StepSettings] = []
+    real = site_module.train_round
+
+    def watched(model: InterestModel, histories: HistoryBatch, settings: StepSettings, **more: Any) -> Any:
+        seen.append(settings)
+        assert {each.device.type for each in model.parameters()} == {histories.items.device.type} == {"cpu"}
+        return real(model, histories, settings, **more)
+
+    monkeypatch.setattr(site_module, "train_round", watched)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # an accelerator is not taken unasked
+    for number, own in enumerate((Performance(), Performance(micro_batch=8, threads=2, engine="opacus")), 1):
+        replace(site, performance=own).save()
+        with few_threads(1):
+            assert isinstance(answer(Site.load(site.folder), ask(number)), Update)
+            assert torch.get_num_threads() == (own.threads or 1)
+        assert seen.pop() == StepSettings.of(plan, own)
+    assert StepSettings.of(plan, own) == replace(StepSettings.of(plan), micro_batch=8, engine="opacus")
+
+
+def test_an_accelerator_is_taken_with_the_sites_own_yes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert device_of(Performance()).type == "cpu"
+        assert device_of(Performance(device="cuda")).type == "cuda"
+        assert device_of(Performance(device="auto")).type == ("cuda" if there else "cpu")
+
+
+@contextmanager
+def few_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_retry_gets_the_same_bytes_without_a_second_charge(site: Site, plan: Plan, ask: Ask) -> None:

@@ -242,5 +242,5 @@ def test_a_users_rank_does_not_turn_on_how_many_others_there_are(monkeypatch: py
         return max(float((released(users + 1) - released(users)).norm()) for users in range(12))
 
     assert most() <= 1 + 1e-5
-    monkeypatch.setattr("common.models.batches.EVEN", 1)
+    monkeypatch.setattr(HistoryBatch, "unit", lambda batch, rows: batch)
     assert most() > 2

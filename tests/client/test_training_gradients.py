@@ -12,13 +12,9 @@ from torch import Tensor
 from client.bookkeeping import (
     clipped_sums,
 )
-from client.training import (
-    UnvouchedLayerError,
-    check_rows_are_users,
-    clipped_sum,
-    per_user_gradients,
-    train_round,
-)
+from client.opacus_gradients import UnvouchedLayerError, clipped_sum, per_user_gradients
+from client.self_test import check_rows_are_users
+from client.training import train_round
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.heads import beside
@@ -80,7 +76,7 @@ def lora_model(
 def test_rows_are_users_with_frozen_item_vectors(
     item_prior: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.bookkeeping._AT_ONCE", at_once)
+    monkeypatch.setattr("client.grid_sums._AT_ONCE", at_once)
     model = a_model(item_prior=item_prior)
     moved(model)
     assert_rows_are_users(model, batch_of(RAGGED, 7), room=1e-5)

@@ -11,19 +11,16 @@ from torch import Tensor, nn
 from client.bookkeeping import (
     RowsAreNotUsersError,
 )
-from client.training import (
-    UnvouchedLayerError,
-    check_layers,
-    check_rows_are_users,
-    per_user_gradients,
-    train_round,
-)
+from client.opacus_gradients import UnvouchedLayerError, check_layers, per_user_gradients
+from client.self_test import check_rows_are_users
+from client.training import train_round
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.privacy.noise import SecureGaussian
 from tests.client.training_cases import (
     RAGGED,
     SETTINGS,
+    WIDTH,
     Everyone,
     a_model,
     assert_rows_are_users,
@@ -44,7 +41,7 @@ class Shift(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(6))
+        self.shift = nn.Parameter(torch.zeros(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.shift
@@ -55,7 +52,7 @@ class Lookup(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(50, 6)
+        self.table = nn.Embedding(50, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.table(torch.arange(x.shape[1]).unsqueeze(0))
@@ -65,7 +62,7 @@ class Lookup(nn.Module):
 class BatchNorm(nn.Module):
     def __init__(self, *, trainable: bool) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(6, affine=trainable)
+        self.norm = nn.BatchNorm1d(WIDTH, affine=trainable)
 
     def forward(self, x: Tensor) -> Tensor:
         normal: Tensor = self.norm(x.transpose(1, 2)).transpose(1, 2)
@@ -77,7 +74,7 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.second.weight = self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +85,7 @@ class Shared(nn.Module):
 class HalfPrecision(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.map = nn.Linear(6, 6).to(torch.bfloat16)
+        self.map = nn.Linear(WIDTH, WIDTH).to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.map(x.to(torch.bfloat16))
@@ -105,15 +102,15 @@ class Kin(nn.Linear):
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        (lambda: nn.LayerNorm(6), "LayerNorm"),
+        (lambda: nn.LayerNorm(WIDTH), "LayerNorm"),
         (Lookup, "Embedding"),
         (Shift, "Shift"),
         (lambda: BatchNorm(trainable=True), "mixes users"),
         (lambda: BatchNorm(trainable=False), "mixes users"),
         (Shared, "share a parameter"),
         (HalfPrecision, "only float32"),
-        (lambda: Kin(6, 6), "Kin"),
-        (lambda: nn.LSTM(6, 6, batch_first=True), "LSTM"),
+        (lambda: Kin(WIDTH, WIDTH), "Kin"),
+        (lambda: nn.LSTM(WIDTH, WIDTH, batch_first=True), "LSTM"),
     ],
 )
 def test_a_trainable_layer_that_nobody_vouches_for_is_refused(
@@ -127,7 +124,7 @@ def test_a_trainable_layer_that_nobody_vouches_for_is_refused(
 
 
 def test_a_frozen_layer_of_any_kind_that_keeps_users_apart_is_accepted() -> None:
-    norm = nn.LayerNorm(6).requires_grad_(False)
+    norm = nn.LayerNorm(WIDTH).requires_grad_(False)
     model = extra(norm)
     moved(model)
     assert_rows_are_users(model, batch_of(RAGGED, 7), room=1e-5)
@@ -144,7 +141,7 @@ class PositionInput(nn.Module):
 
     def __init__(self, events: int = 5) -> None:
         super().__init__()
-        self.map = nn.Linear(1, 6)
+        self.map = nn.Linear(1, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], dtype=x.dtype).view(1, -1, 1)
@@ -157,7 +154,7 @@ class PerEvent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.map = nn.Linear(6, 6)
+        self.map = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.map(x.flatten(0, 1)).view_as(x)
@@ -167,7 +164,7 @@ class PerEvent(nn.Module):
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.map = nn.Linear(6, 6)
+        self.map = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -185,7 +182,7 @@ class OthersAttended(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.map = nn.Linear(6, 6)
+        self.map = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.map(x.flip(0)).flip(0)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from client.self_test import rows_of_units
 from client.training import StepSettings, train_round
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
@@ -118,10 +119,7 @@ class Recorded(Recommend):
     seen: list[list[int]]
 
     def per_user_loss(self, batch: HistoryBatch) -> torch.Tensor:
-        first, *others = batch.items[:, 0].tolist()
-        while others and others[-1] == first:  # the first user, again and again to make the rows even
-            others.pop()
-        self.seen[-1].extend([first, *others])
+        self.seen[-1].extend(item for item in batch.items[:, 0].tolist() if item >= 0)
         return super().per_user_loss(batch)
 
 
@@ -133,8 +131,9 @@ def took_part(sampler: UserSampler, rate: float, users: int, steps: int) -> npt.
     train_round(
         model, batch_of([[0, 1]], 2), replace(SETTINGS, steps=1), sampler=Everyone(), noise=SecureGaussian()
     )
+    settings = replace(SETTINGS, steps=steps, sampling_rate=rate)
+    rows_of_units(model, settings.micro_batch, 2)
     model.seen = [[]]
-    settings = replace(SETTINGS, steps=steps, sampling_rate=rate, micro_batch=16)
     batch = batch_of([[user, (user + 1) % users] for user in range(users)], 2)
     train_round(
         model,

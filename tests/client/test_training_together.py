@@ -100,7 +100,7 @@ def sum_of(model: InterestModel, histories: list[list[list[int]]], clip_norm: fl
     own = torch.stack([flat_ * (1 + 0.1 * place) for place in range(len(sites))])
     taken = [torch.arange(len(site)) + offset for site, offset in zip(sites, offsets, strict=True)]
     with clipped_sums_of_units(model) as add:
-        return together._sums(add, own, joined, taken, clip_norm, 32)
+        return together._sums(add, own, joined, taken, clip_norm, 32, together.UNIT)
 
 
 @pytest.mark.parametrize("others", [0, 1, 7, 8, 9, 40])
@@ -123,10 +123,11 @@ def test_a_site_whose_rows_reached_another_would_be_seen(monkeypatch: pytest.Mon
     model = of_core("lstm")
     check_sites_apart(model)
     together._SHOWN.clear()
+    together._APART.clear()
     right = together._add_clipped
 
-    def shifted(layers: Any, row: Any, into: list[int], *given: Any) -> None:
-        right(layers, row, [(which + 1) % 2 if which >= 0 else which for which in into], *given)
+    def shifted(parts: Any, row: Any, into: list[int], *given: Any) -> None:
+        right(parts, row, [(which + 1) % 2 if which >= 0 else which for which in into], *given)
 
     monkeypatch.setattr(together, "_add_clipped", shifted)
     with pytest.raises(NotTogetherError, match="beside another site"):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.opacus_gradients import UnvouchedLayerError
+from client.self_test import check_rows_are_users
 from client.statistics import release_metrics, release_statistics, with_witness
-from client.training import UnvouchedLayerError, check_rows_are_users, train_round
+from client.training import train_round
 from common.config import PlanError, make_plan
 from common.events.histories import Histories
 from common.models.batches import HistoryBatch

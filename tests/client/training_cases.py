@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from client.bookkeeping import _Factored, _held, clipped_sums
-from client.training import StepSettings, per_user_gradients
+from client.opacus_gradients import per_user_gradients
+from client.training import StepSettings
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.interface import InterestModel
@@ -18,7 +19,8 @@ from common.models.interface import InterestModel
 torch.set_num_threads(1)  # products this small are slower on many threads, and tests share the machine
 
 CLIP = 0.1
-ITEMS, WIDTH, HIDDEN = 20, 6, 4
+ITEMS, WIDTH, HIDDEN = 20, 8, 4
+ROWS = 48
 SETTINGS = StepSettings(
     sampling_rate=1.0, noise_multiplier=1.0, clip_norm=CLIP, normaliser=5.0, steps=1, learning_rate=1.0
 )
@@ -60,10 +62,13 @@ def some_users(users: int, *, longest: int = 12, items: int = ITEMS, seed: int =
     return [chance.integers(0, items, size=length).tolist() for length in lengths]
 
 
-def step_sum(model: InterestModel, batch: HistoryBatch, clip_norm: float = CLIP) -> Tensor:
-    """The clipped sum of one step over all of a batch."""
-    with clipped_sums(model) as clipped:
-        return clipped(model.prepare(batch), clip_norm)
+def step_sum(
+    model: InterestModel, batch: HistoryBatch, clip_norm: float = CLIP, rows: int | None = ROWS
+) -> Tensor:
+    """The clipped sum of one step over all of a batch, in units of rows; None: in one batch of as many as there are."""
+    with clipped_sums(model, rows) as clipped:
+        units = torch.arange(len(batch)).split(rows or max(1, len(batch)))
+        return torch.stack([clipped(model.prepare(batch.rows(unit)), clip_norm) for unit in units]).sum(dim=0)
 
 
 class Everyone:
@@ -127,7 +132,7 @@ def assert_rows_are_users(model: InterestModel, batch: HistoryBatch, *, room: fl
 
 
 def as_on_a_device(a: Tensor, g: Tensor, clip_norm: float) -> _Factored:
-    return _Factored(a, g)
+    return _Factored(a, g, clip_norm)
 
 
 def assert_one_pass_gives_the_rows_sum(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from common.config import PerformancePlan, Plan, PlanError, make_plan, read_plan
+from common.config import Plan, PlanError, make_plan, read_plan, read_recorded_plan
 from common.models.names import FAMILIES
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -49,8 +49,6 @@ NAN, INFINITY = float("nan"), float("inf")
         ("server", "minimum_sites", 0, "greater than or equal to 1"),
         ("server", "aggregation", "other", "mean"),
         ("wire", "precision", "float16", "int8"),
-        ("performance", "micro_batch", 0, "greater than or equal to 1"),
-        ("performance", "device", "tpu", "auto"),
     ],
 )
 def test_a_bad_value_is_one_line_with_name_value_and_bound(
@@ -72,10 +70,6 @@ def test_a_bad_value_is_one_line_with_name_value_and_bound(
         ({"model": {"core": "abacus"}}, "'abacus' is unknown: choose one of lstm"),
         ({"privacy": {"unheard": 1}}, r"privacy\.unheard: extra inputs are not permitted \(given: 1\)"),
         ({"unheard": 1}, "unheard: extra inputs"),
-        (
-            {"model": {"frozen_precision": "bfloat16"}},
-            "frozen_precision is bfloat16, but mode vectors .* choose mode lora",
-        ),
         ({"name": "Not A Name"}, r"name: .*pattern.*given: 'Not A Name'"),
         ({"name": "../up"}, "name: .*pattern"),
         ({"privacy": 3}, "privacy: "),
@@ -161,7 +155,7 @@ def all_fields() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("section", "field"), all_fields())
-def test_the_digest_changes_with_every_field_but_performance(section: str, field: str) -> None:
+def test_the_digest_changes_with_every_field(section: str, field: str) -> None:
     base = Plan()
     values = json.loads(base.model_dump_json())
     changed = []
@@ -176,14 +170,10 @@ def test_the_digest_changes_with_every_field_but_performance(section: str, field
     if not changed and (section, field) in ONLY_TOGETHER:
         return
     assert changed, f"no other value of {section}.{field} was accepted: the test is empty"
-    if section == "performance":
-        assert set(changed) == {base.digest()}
-    else:
-        assert base.digest() not in changed
+    assert base.digest() not in changed
 
 
 ONLY_TOGETHER = {
-    ("model", "frozen_precision"),
     ("model", "family"),
     ("statistics", "transition_share"),
     ("model", "adapter"),
@@ -191,13 +181,6 @@ ONLY_TOGETHER = {
     ("training", "head_rounds"),
 }
 """Fields with no other value that is allowed alone."""
-
-
-def test_the_digest_changes_with_the_frozen_parts_precision() -> None:
-    plans = [
-        make_plan({"model": {"mode": "lora", "frozen_precision": each}}) for each in ("float32", "bfloat16")
-    ]
-    assert plans[0].digest() != plans[1].digest()
 
 
 def test_the_digest_changes_with_the_name() -> None:
@@ -238,7 +221,6 @@ plans = st.builds(
                     "users_per_site": st.integers(1, 9_999),
                 }
             ),
-            "performance": st.fixed_dictionaries({"micro_batch": st.integers(1, 1000)}),
         }
     ),
 )
@@ -251,11 +233,41 @@ def test_plans_come_back_from_json_as_they_were(plan: Plan) -> None:
     assert make_plan(json.loads(plan.model_dump_json())).digest() == plan.digest()
 
 
-@given(plan=plans, micro_batch=st.integers(1, 500))
-@settings(max_examples=30, deadline=None)
-def test_performance_never_changes_the_digest(plan: Plan, micro_batch: int) -> None:
-    slow = plan.model_copy(update={"performance": PerformancePlan(micro_batch=micro_batch, threads=1)})
-    assert slow.digest() == plan.digest()
+SITES_OWN = [
+    {"performance": {}},
+    {"performance": 3},
+    *(
+        {"performance": {name: value}}
+        for name, value in (("micro_batch", 64), ("threads", 1), ("device", "cpu"))
+    ),
+    *({"model": {"mode": "lora", "frozen_precision": each}} for each in ("float32", "bfloat16")),
+]
+"""What plans once said of how a site computes, harmless values among them."""
+
+
+@pytest.mark.parametrize("values", SITES_OWN)
+def test_a_plan_that_says_how_a_site_computes_is_refused_and_told_where_that_stands(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    place = "performance" if "performance" in values else r"model\.frozen_precision"
+    says = rf"^{place}: how a site computes is no part of a plan: .*\[performance\] in its policy\.toml"
+    with pytest.raises(PlanError, match=says):
+        make_plan(values)
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(PlanError, match=says):
+        read_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("values", SITES_OWN)
+def test_the_plan_that_a_run_recorded_earlier_is_read_without_it(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    found = read_recorded_plan(tmp_path / "plan.json")
+    assert found == make_plan({"model": {"mode": found.model.mode}})
+    (tmp_path / "plan.json").write_text(json.dumps(values | {"odd": 1}))
+    with pytest.raises(PlanError, match="odd: extra inputs"):
+        read_recorded_plan(tmp_path / "plan.json")
 
 
 def test_a_plan_is_read_from_json_and_toml(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -18,8 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import Message, PushObjectRequest
+from flwr.proto.message_pb2 import Metadata as MessageMetadata
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from simulations.faults.place import below, command_of
+from tests.server.recording_proxy import Call, RecordingProxy
 from tests.server.test_operation import free_ports
 from tests.tiny import USERS, tiny_files, tiny_language_model, tiny_plan
 
@@ -33,7 +40,9 @@ class Place:
 
     folder: Path
     environment: dict[str, str]
+    proxy: RecordingProxy
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    began: float = field(default_factory=time.time)
 
     @property
     def server(self) -> Path:
@@ -91,21 +100,24 @@ class Place:
 @contextmanager
 def deployed(folder: Path) -> Iterator[Place]:
     """A server and three sites that are up and connected; ended afterwards, whatever happens."""
-    place = Place(folder, {**os.environ, "FEDTIDE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"})
+    environment = {**os.environ, "FEDTIDE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     model = tiny_language_model(folder / "model")
     log, catalog = tiny_files(folder / "data")
     plan = tiny_plan(model, statistics={"popularity_share": 0.2}, privacy={"users_per_site": USERS - 20})
     (folder / "plan.json").write_text(plan.to_json())
     ports = free_ports()
+    fleet = free_ports()["fleet_port"]  # sites come in by the proxy
+    place = Place(folder, environment, RecordingProxy(fleet, ports["fleet_port"]))
     place.well(
         "server", "init", place.server, "--host", "127.0.0.1", "--port", ports["fleet_port"],
         "--control-port", ports["control_port"], "--metrics-port", ports["metrics_port"],
     )  # fmt: skip
+    place.proxy.start(place.server / "tls")
     try:
         place.up("server", place.server)
         for name in SITES:
             place.well(
-                "site", "init", folder / name, "--server", f"127.0.0.1:{ports['fleet_port']}",
+                "site", "init", folder / name, "--server", f"127.0.0.1:{fleet}",
                 "--ca", place.server / "tls" / "ca.crt", "--logs", log, "--catalog", catalog,
                 "--epsilon", 20, "--delta", 1e-5, "--users-at-least", USERS - 20,
                 "--typical-plan", folder / "plan.json", "--language-model", f"{model}={model}",
@@ -117,6 +129,101 @@ def deployed(folder: Path) -> Iterator[Place]:
         yield place
     finally:
         place.end()
+        place.proxy.stop()
+
+
+Fields = dict[str, object]
+
+
+def pushed(calls: list[Call]) -> dict[bytes, list[tuple[Fields, Fields]]]:
+    """What each node pushed: of each reply all fields but what was released, and those of the request it answers.
+
+    Every byte that a site sends about a round is in one of: the message's metadata, the tree of its objects (names and
+    digests), the objects themselves, and Flower's fields beside them.
+    """
+    requests: dict[str, Message] = {}
+    found: dict[bytes, list[tuple[Fields, Fields]]] = {}
+    for call in calls:
+        if call.method == "PullMessages":
+            for message in PullMessagesResponse.FromString(call.response).messages_list:
+                requests[message.metadata.message_id] = message
+        if call.method == "PushMessages":
+            request = PushMessagesRequest.FromString(call.request)
+            for message in request.messages_list:
+                reply = fields_of(message.metadata)
+                reply["beside"] = {
+                    name.name: value
+                    for name, value in request.ListFields()
+                    if name.name not in ("node", "messages_list", "message_object_trees")
+                }
+                asked = fields_of(requests[message.metadata.reply_to_message_id].metadata)
+                found.setdefault(call.node, []).append((reply, asked))
+    return found
+
+
+def fields_of(message: ProtoMessage) -> Fields:
+    """Every field of a message that is set, by name; what this Flower does not know is kept, too."""
+    assert not list(UnknownFieldSet(message))
+    return {field.name: value for field, value in message.ListFields()}
+
+
+OWN = {"message_id", "src_node_id", "dst_node_id", "reply_to_message_id", "src_task_id", "dst_task_id"}
+"""Of metadata: who talks to whom, and the digest of all that is sent."""
+VARY = OWN | {"created_at", "ttl"}
+"""What differs from request to request, and is compared with the request's own."""
+
+
+def check_no_clock(place: Place) -> None:
+    """What two sites push beside their releases is the same, and a function of the request; no number is a time."""
+    by_node = pushed(place.proxy.calls)
+    assert len(by_node) == len(SITES)
+    assert {len(each) for each in by_node.values()} == {3}
+    rounds = list(zip(*by_node.values(), strict=True))
+    for replies in rounds:
+        alike = {repr({n: v for n, v in reply.items() if n not in VARY}) for reply, _ in replies}
+        assert len(alike) == 1
+        for reply, asked in replies:
+            assert reply["created_at"] == asked["created_at"]
+            assert reply["ttl"] == asked["ttl"]
+            assert reply["beside"] == {}
+    forms = [sorted(objects(place.proxy.calls, node)) for node in by_node]
+    assert forms[0] == forms[1] == forms[2]
+    assert len(forms[0]) > 3 * len(SITES)
+    for call in place.proxy.calls:
+        if call.method in ("PushMessages", "PushObject"):
+            assert not times_in(call.request, place.began, known(by_node))
+
+
+def objects(calls: list[Call], node: bytes) -> Iterator[tuple[str, int]]:
+    """Kind and length of every object that a node pushed, but of messages themselves, whose metadata hold ids."""
+    for call in calls:
+        if call.method == "PushObject" and call.node == node:
+            content = PushObjectRequest.FromString(call.request).object_content
+            kind, _, _ = content.partition(b" ")
+            if kind != b"Message":
+                yield kind.decode(), len(content)
+
+
+def known(by_node: dict[bytes, list[tuple[Fields, Fields]]]) -> set[float]:
+    return {float(str(asked["created_at"])) for each in by_node.values() for _, asked in each}
+
+
+def times_in(data: bytes, began: float, known: set[float]) -> list[float]:
+    """Numbers of eight bytes anywhere in a message, at whatever offset, that would be times since this test began."""
+    found = []
+    for form in ("<d", ">d"):
+        for offset in range(min(len(data), 4096) - 7):
+            (value,) = struct.unpack_from(form, data, offset)
+            if began - 1 <= value <= began + 3600 and value not in known:
+                found.append(value)
+    return found
+
+
+def test_a_time_in_a_message_would_be_found() -> None:
+    now = time.time()
+    reply = MessageMetadata(message_type="train", created_at=now)
+    assert times_in(b"abc" + reply.SerializeToString(), now - 10, set()) == [now]
+    assert times_in(b"abc" + reply.SerializeToString(), now - 10, {now}) == []
 
 
 def run_command(place: Place) -> list[str]:
@@ -159,6 +266,7 @@ def test_three_sites_train_three_rounds_and_nothing_is_left_behind(tmp_path: Pat
         )
         assert done.returncode == 0, f"{done.stderr}\n{place.logs()}"
         check_whole(place, done.stdout)
+        check_no_clock(place)
         assert "completed" in flower_statuses(place)
         assert told_run_times(place) == [0.0]
         everything = set().union(*(below(process.pid) for process in place.started))

@@ -21,6 +21,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 import client.app
 from client.app import SITES_FOLDER
+from client.policy import Performance
 from client.training import StepSettings, train_round
 from common.config import Plan, read_plan
 from common.events.catalog import Catalog
@@ -126,7 +127,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     catalog = Catalog.load(folder / "sites" / "catalog.jsonl")
     plan = read_plan(folder / "plan.json")
-    model = client.site.site_model(plan, catalog, offline=True)
+    model = client.site.site_model(plan, catalog, Performance(), offline=True)
     items = torch.zeros(8, 3, dtype=torch.int64).numpy()
     settings = StepSettings.of(
         plan

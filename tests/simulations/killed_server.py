@@ -22,6 +22,7 @@ import client.app
 import client.site
 import server.rounds
 from client.app import SITES_FOLDER
+from client.policy import Performance
 from common.config import read_plan
 from common.events.catalog import Catalog
 from server.app import NODES_EXPECTED
@@ -64,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     plan, catalog = read_plan(folder / "plan.json"), Catalog.load(folder / "sites" / "catalog.jsonl")
-    client.site.site_model(plan, catalog, offline=True)
+    client.site.site_model(plan, catalog, Performance(), offline=True)
     print("ready", flush=True)
     for line in sys.stdin:
         run, lines, seconds = line.split()

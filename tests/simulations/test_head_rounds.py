@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from client.policy import Performance
 from common.config import PlanError, make_plan
 from common.models.interface import InterestModel
 from common.models.lora import is_adapter
@@ -23,8 +24,8 @@ PLAN = {
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def outcome(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcome:
-    plan = PLAN | {"model": MODEL | {"frozen_precision": request.param}}
-    return tiny_run(tmp_path_factory.mktemp("head"), plan=plan)
+    performance = Performance(frozen_precision=request.param)
+    return tiny_run(tmp_path_factory.mktemp("head"), plan=PLAN, performance=performance)
 
 
 def test_adapters_stand_still_until_their_rounds_and_the_audit_holds(outcome: Outcome) -> None:

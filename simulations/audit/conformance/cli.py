@@ -17,7 +17,6 @@ MODELS_OWN = (
     "family",
     "mode",
     "core",
-    "frozen_precision",
     "task",
     "time_features",
     "item_prior",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from client.generators import SECURE, Generators
 from client.ledger import Ledger
+from client.policy import Performance
 from client.site import Site
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
@@ -55,8 +56,6 @@ LIKED_FROM = 4.0
 
 MICRO_BATCH = 24
 """Rows of a unit, in which users go through the model."""
-
-PERFORMANCE = {"threads": 1, "device": "cpu", "micro_batch": MICRO_BATCH}
 
 
 @contextmanager
@@ -132,7 +131,6 @@ def a_plan(
                 "steps_per_round": steps,
                 "learning_rate": moves * rate * users / clip_norm,
             },
-            "performance": PERFORMANCE,
             **more,
         }
     )
@@ -256,6 +254,7 @@ class MadeUpSites:
             users_at_least=agreed,
             families=tuple(FAMILIES),
             metrics=True,
+            performance=Performance(threads=1, micro_batch=MICRO_BATCH),
         )
         site.save()
         typical: list[Event] = [PoissonSubsampledGaussian(0.5, 2.0, 20), GaussianSum(6.0)]

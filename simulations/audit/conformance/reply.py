@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from client.ledger import Ledger
+from client.policy import Performance
 from client.site import Site
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
@@ -88,7 +89,6 @@ def _plan(folder: Path) -> Plan:
             "statistics": {"popularity_share": 0.1, "popularity_noise_multiplier": NOISE},
             "metrics": {"share": 0.1, "noise_multiplier": NOISE},
             "training": {"rounds": 1, "steps_per_round": 2},
-            "performance": {"threads": 1, "device": "cpu"},
         }
     )
 
@@ -107,7 +107,12 @@ def _two_sites(folder: Path, plan: Plan, catalog: Catalog) -> list[Site]:
     first, second = folder / "without", folder / "with-one"
     first.mkdir(mode=0o700)
     site = Site(
-        folder=first, name="made-up", catalog=folder / "catalog.jsonl", users_at_least=10, metrics=True
+        folder=first,
+        name="made-up",
+        catalog=folder / "catalog.jsonl",
+        users_at_least=10,
+        metrics=True,
+        performance=Performance(threads=1),
     )
     site.save()
     events = [exchange.event for exchange in plan.schedule()]

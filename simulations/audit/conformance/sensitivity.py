@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.training import StepSettings, UnvouchedLayerError, check_rows_are_users, per_user_gradients
+from client.opacus_gradients import UnvouchedLayerError, per_user_gradients
+from client.self_test import check_rows_are_users
+from client.training import StepSettings
 from common.privacy.noise import UserSampler
 from common.witness import WITNESS
 from simulations.audit.conformance.checking import Vector, at_most

@@ -12,12 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.training import StepSettings, per_user_gradients
+from client.opacus_gradients import per_user_gradients
+from client.training import StepSettings
 from common.model_plan import ModelPlan
 from common.models.batches import HistoryBatch
 from common.models.build import build_model
 from common.models.interface import InterestModel
-from common.models.names import FAMILIES
+from common.models.names import FAMILIES, FrozenPrecision
 from simulations.faults.tiny import WORDS, write_language_model
 
 ITEMS, EVENTS, WITNESS_PLACES = 60, 13, 32
@@ -104,6 +105,7 @@ def a_subject(
     *,
     items: int = ITEMS,
     off_start: float = MOVED,
+    frozen_precision: FrozenPrecision = "float32",
     **more: Any,
 ) -> Subject:
     """A model of a family and mode, built as a site builds it.
@@ -115,7 +117,14 @@ def a_subject(
     encoder = {"mode": mode.removesuffix("-held"), "encoder": str(place)}
     plan = ModelPlan(**{**_SMALL, "family": family, **encoder, **more})
     categories = [[WORDS[item % 3]] for item in range(items)]
-    model = build_model(plan, texts(items), place, categories=categories, witness_places=WITNESS_PLACES).model
+    model = build_model(
+        plan,
+        texts(items),
+        place,
+        categories=categories,
+        witness_places=WITNESS_PLACES,
+        frozen_precision=frozen_precision,
+    ).model
     model = model.to(device)
     model.hold_adapters(mode.endswith("-held"))
     generator = torch.Generator().manual_seed(2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.training import check_layers, per_user_gradients
+from client.opacus_gradients import check_layers, per_user_gradients
 from common.config import PlanError, make_plan
 from common.models.batches import HistoryBatch
 from common.models.build import make_task

@@ -16,9 +16,10 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
+from client.opacus_gradients import clipped_sum, per_user_gradients
 from client.site import Site
 from client.statistics import release_metrics
-from client.training import StepSettings, clipped_sum, per_user_gradients, train_round
+from client.training import StepSettings, train_round
 from common.config import Plan
 from common.events.histories import Histories
 from common.models.batches import HistoryBatch, concatenate

@@ -60,7 +60,7 @@ def test_an_honest_run_holds_and_every_accountant_is_shown(run: Path) -> None:
 
 
 def test_a_run_without_its_registry_is_told_and_another_place_is_taken(run: Path, tmp_path: Path) -> None:
-    shutil.move(run / "sites" / "registry", tmp_path / "elsewhere")
+    shutil.move(run / "registry", tmp_path / "elsewhere")
     result = CliRunner().invoke(app, ["receipts", str(run)])
     assert "say where the server's lies with --registry" in str(result.exception)
     assert command(run, "--registry", str(tmp_path / "elsewhere"))[0] == 0
@@ -274,7 +274,7 @@ def _(run: Path) -> None:
 
 def _in_registry(name: str, reason: str, place: str, *changes: str) -> None:
     def apply(run: Path) -> None:
-        with sqlite3.connect(run / "sites" / "registry" / "registry.sqlite") as db:
+        with sqlite3.connect(run / "registry" / "registry.sqlite") as db:
             for change in changes:
                 assert db.execute(change).rowcount > 0
 
@@ -367,7 +367,7 @@ def test_the_lie_is_named_on_the_terminal(run: Path) -> None:
 def test_a_burnt_charge_that_came_to_light_later_is_a_note_and_counted(run: Path) -> None:
     """A site that died in the last round tells of it in the next run only."""
     site = Site.load(run / "sites" / "00000")
-    registry = Registry(run / "sites" / "registry")
+    registry = Registry(run / "registry")
     with Ledger.open(site.ledger_folder) as ledger:
         last = ledger.status().charges[-1].reserve
         cheap = PoissonSubsampledGaussian(0.01, 50.0, 1)
@@ -393,3 +393,18 @@ def test_a_burnt_charge_that_came_to_light_later_is_a_note_and_counted(run: Path
     assert first.figures is not None
     assert first.printed is not None
     assert first.figures.pld >= first.printed
+
+
+@pytest.mark.parametrize("promised", [8.0, 0.5])
+def test_a_run_that_cost_more_than_its_plan_promised_does_not_hold(
+    promised: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan whose noise was calibrated for less than it promises: every receipt is sound, and the promise is not."""
+    monkeypatch.setattr("common.config.Plan.calibrated", lambda plan: plan)
+    outcome = tiny_run(tmp_path, baseline_epochs=0, plan={"privacy": {"epsilon": promised}})
+    code, shown = command(outcome.run.path)
+    said = " ".join(shown.split())
+    broken = promised < 1
+    assert (code, "over_promise" in said, "Everything holds" in said) == (int(broken), broken, not broken)
+    if broken:
+        assert "but the plan promised 0.5; the site's own cap is" in said
