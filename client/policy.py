@@ -39,7 +39,7 @@ class Performance(BaseModel):
     Attributes:
         engine: how a step's clipped sum is made: `fast`, or `opacus` for Opacus' own hooks; the same to rounding.
         micro_batch: users in the largest unit of rows: a step's memory follows it.
-        threads: of the arithmetic; None leaves the machine's own number.
+        threads: of the arithmetic; None takes as many as there are cores, but four at most.
         device: `cpu`; `cuda`, an accelerator; or `auto`, one where there is one.
         frozen_precision: of a language model's frozen weights, in mode lora.
     """
@@ -47,7 +47,7 @@ class Performance(BaseModel):
     model_config = FROZEN
 
     engine: Literal["fast", "opacus"] = "fast"
-    micro_batch: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
+    micro_batch: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 96
     threads: Annotated[int, Field(ge=1, le=64)] | None = None
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     frozen_precision: FrozenPrecision = "float32"
@@ -239,7 +239,7 @@ _EXPLAINED = {
 _PERFORMANCE_EXPLAINED = {
     "engine": 'How a step\'s clipped sum is made: "fast", or "opacus" for Opacus\' own hooks.',
     "micro_batch": "Users in a unit of rows, which a step computes at once and always whole: its memory follows it.",
-    "threads": "Of the arithmetic; left out: the machine's own number.",
+    "threads": "Of the arithmetic; left out: as many as there are cores, but four at most.",
     "device": 'Where it is computed: "cpu"; "cuda", an accelerator; or "auto", an accelerator where there is one.',
     "frozen_precision": 'Of a language model\'s frozen weights in mode lora: "float32" or "bfloat16".',
 }

@@ -1,9 +1,9 @@
 """What one unit of rows takes in memory while a step computes it: of a plan and a site's `[performance]` alone.
 
 A step computes whole units, whoever was drawn (`common.models.batches.HistoryBatch.unit`), so this is a function of
-public constants and follows no user. It is for refusing plans, so it must not be too low: each factor is above what was
-measured (`tests/client/test_unit_memory.py` measures again), twice as a rule. Histories, the catalog, the model and
-the libraries are not in it: a site holds them whatever the plan.
+public constants and follows no user. It is for refusing plans, so it must not be too low: it is one and a half to three
+times what was measured (`tests/client/test_unit_memory.py` measures again). Histories, the catalog, the model and the
+libraries are not in it: a site holds them whatever the plan.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def unit_memory(plan: Plan, performance: Performance, *, items: int = 0, categor
         ranked = 0
     lifts = (plan.statistics.top_items or 0) if plan.statistics.transition_share else 0
     events = model.max_events + 4  # rounded up to whole tiles
-    numbers = 30 * events * model.width + 10 * events * (ranked + lifts) + 16 * candidates + 4 * 32 * events
+    numbers = 30 * events * model.width + 7 * events * (ranked + lifts) + 12 * candidates + 4 * 32 * events
     members = model.members if model.family == "ensemble" else (model.family,)
     numbers += sum(_of_family(each, model, events) for each in members)
     if model.mode == "lora":
         tokens = min(model.most_tokens, _TOKENS_PER_ITEM * events)
         numbers += model.lora_layers * _of_layer(tokens)
     if performance.engine == "opacus":  # holds each user's gradient
-        numbers += 8 * min(_LARGEST_MODEL, _coordinates(model, len(members)) + candidates)
+        numbers += 8 * min(_LARGEST_MODEL, _coordinates(model, members) + candidates)
     return _NUMBER * performance.micro_batch * numbers
 
 
@@ -63,7 +63,7 @@ def _of_family(family: str, model: ModelPlan, events: int) -> int:
 def _of_core(model: ModelPlan, events: int) -> int:
     if model.core == "decay":  # a kernel over all pairs of events, for each of `hidden_width`
         return 16 * model.hidden_width * events**2
-    pairs = 40 * events**2 if model.core == "attention" else 0
+    pairs = 32 * events**2 if model.core == "attention" else 0
     return 60 * events * model.hidden_width + pairs
 
 
@@ -72,7 +72,7 @@ def _of_layer(tokens: int) -> int:
     return 32 * tokens * _ENCODER_WIDTH + 2 * _ENCODER_HEADS * tokens**2
 
 
-def _coordinates(model: ModelPlan, members: int) -> int:
+def _coordinates(model: ModelPlan, members: tuple[str, ...]) -> int:
     """No fewer than the model trains, but for the candidates' prior."""
     width, hidden = model.width, model.hidden_width
     inputs = max(width, hidden) + model.latent_width + 16
@@ -81,4 +81,5 @@ def _coordinates(model: ModelPlan, members: int) -> int:
         a_core = 2 * hidden
     of_state = max(width, hidden) * (2 * model.latent_width + width) + hidden * _ENCODER_WIDTH
     adapters = 4 * model.lora_layers * model.lora_rank * _ENCODER_WIDTH if model.mode == "lora" else 0
-    return members * (2 * a_core + of_state + 3 * width**2) + adapters
+    cores = sum(2 if family == "lstm-vae" else 1 for family in members)
+    return cores * (a_core + of_state + 3 * width**2) + adapters

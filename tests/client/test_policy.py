@@ -145,7 +145,7 @@ def test_a_plan_whose_unit_needs_more_memory_than_the_site_gives_is_refused() ->
     assert needs > 8
     for above in (1.001, 2.0):
         check_plan(big, Limits(memory=needs * above), ALL, 15)
-    says = r"a unit of 64 users would need about .* GiB, but the site gives it .*: lower micro_batch .* memory, both in"
+    says = r"a unit of 96 users would need about .* GiB, but the site gives it .*: lower micro_batch .* memory, both in"
     for limits in (Limits(), Limits(memory=needs * 0.999)):
         with pytest.raises(PlanError, match=says):
             check_plan(big, limits, ALL, 15)
@@ -244,15 +244,15 @@ def test_the_file_comes_back_as_the_policy_that_it_was_made_of(tmp_path: Path) -
         (lambda text: text.replace("width = 512", "width = 0", 1), "width: .*greater than or equal to 1"),
         (lambda text: text.replace("memory = 8.0", "memory = 0"), "memory: .*greater than 0"),
         (
-            lambda text: text.replace("micro_batch = 64", "micro_batch = 60"),
+            lambda text: text.replace("micro_batch = 96", "micro_batch = 60"),
             r"performance\.micro_batch: .*multiple of 8",
         ),
         (
-            lambda text: text.replace("micro_batch = 64", "micro_batch = 0"),
+            lambda text: text.replace("micro_batch = 96", "micro_batch = 0"),
             r"performance\.micro_batch: .*equal to 8",
         ),
         (
-            lambda text: text.replace("micro_batch = 64", "micro_batch = 4104"),
+            lambda text: text.replace("micro_batch = 96", "micro_batch = 4104"),
             r"micro_batch: .*equal to 4096",
         ),
         (lambda text: text.replace("# threads = 1", "threads = 65"), r"performance\.threads: .*equal to 64"),
