@@ -121,7 +121,7 @@ def init(
         str | None, typer.Option(help="cpu, which is the default; cuda; or auto: cuda where it is.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Of the arithmetic; else the machine's own number.")
+        int | None, typer.Option(help="Of the arithmetic; else as many as cores, four at most.")
     ] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Users computed at once: a step's memory follows it.")

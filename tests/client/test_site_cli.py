@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from client.cli import app as site_app
 from client.ledger import Ledger
+from client.policy import Performance
+from client.site import Site
 from common.cli import known_errors
 from common.privacy.entries import Reserve
 from common.privacy.mechanisms import PoissonSubsampledGaussian
@@ -80,6 +82,16 @@ def test_a_site_is_made_for_its_owner_only_and_says_what_to_do(tmp_path: Path) -
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
 
+def test_how_a_site_computes_is_its_own_choice_and_without_one_takes_no_accelerator(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert Site.load(folder).performance == Performance(device="cpu")
+    said = ("--engine", "opacus", "--device", "auto", "--threads", 2, "--micro-batch", 48)
+    assert init(tmp_path / "south", tmp_path / "data", *said).exit_code == 0
+    own = Performance(engine="opacus", device="auto", threads=2, micro_batch=48)
+    assert Site.load(tmp_path / "south").performance == own
+
+
 def test_two_sites_with_one_log_share_neither_secret_nor_commitment(folder: Path, tmp_path: Path) -> None:
     assert init(tmp_path / "south", tmp_path / "data").exit_code == 0
     found = []
@@ -97,6 +109,10 @@ def test_two_sites_with_one_log_share_neither_secret_nor_commitment(folder: Path
         (["--epsilon", 0.001], "leaves no budget"),
         (["--users-at-least", 3], "the typical plan counts on 15 users, but --users-at-least is 3"),
         (["--columns", "user"], "must read field=column"),
+        (["--micro-batch", 50], "micro_batch: input should be a multiple of 8 (given: 50)"),
+        (["--threads", 0], "threads: input should be greater than or equal to 1 (given: 0)"),
+        (["--device", "tpu"], "device: input should be 'cpu', 'cuda' or 'auto' (given: 'tpu')"),
+        (["--engine", "slow"], "engine: input should be 'fast' or 'opacus' (given: 'slow')"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
