@@ -220,11 +220,11 @@ def connect(
 def _runs_admitted(ledger_folder: Path, events: list[Event]) -> tuple[float, bool]:
     """How often the typical plan's events fit in the budget, and whether they fit once, whole."""
     from client.ledger import Ledger
-    from common.privacy.renyi import charge_of
+    from common.privacy.renyi import charge_at
 
     with Ledger.open(ledger_folder) as ledger:
         genesis = ledger.genesis
-    cost = sum(charge_of(event, genesis.order) for event in events)
+    cost = sum(charge_at(event, genesis.order, genesis.cap) for event in events)
     return genesis.cap / cost, cost <= genesis.cap
 
 

@@ -59,7 +59,7 @@ from common.privacy.faults import (
 )
 from common.privacy.mechanisms import Event, GaussianSum
 from common.privacy.receipts import ClosingCertificate, Receipt
-from common.privacy.renyi import NANO, RenyiFilter, best_order, cap_of, charge_of
+from common.privacy.renyi import NANO, RenyiFilter, best_order, cap_of, charge_at, least_charge
 from common.privacy.rules import check_content
 
 _DATABASE, _KEY, _PRESENCES = "ledger.sqlite", "signing-key.pem", "presences"
@@ -274,7 +274,9 @@ class Ledger(LedgerReader):
         normaliser: float,
         learning_rate: float | None = None,
     ) -> Reservation:
-        """Charges an event, durably, before the data is touched for it. See `entries.Reserve` for the fields.
+        """Charges an event, durably, before the data is touched for it: at least a thousandth of the cap.
+
+        See `entries.Reserve` for the fields.
 
         Raises:
             BudgetRefusedError: it does not fit; nothing is written.
@@ -288,11 +290,12 @@ class Ledger(LedgerReader):
             if self._closed():
                 raise AfterCloseError("the site has withdrawn: nothing more may be reserved or released")
             filter_ = RenyiFilter(self.genesis.order, self.genesis.cap, self._spent())
-            charge = charge_of(event, filter_.order)
+            charge = charge_at(event, filter_.order, filter_.cap)
             if not filter_.fits(charge):
                 left = (filter_.cap - filter_.spent) / NANO
+                least = ", the least that a request is charged" * (charge == least_charge(filter_.cap))
                 raise BudgetRefusedError(
-                    f"the release costs {charge / NANO:.4g} of Renyi divergence at order {filter_.order}, "
+                    f"the release costs {charge / NANO:.4g} of Renyi divergence at order {filter_.order}{least}, "
                     f"but only {left:.4g} are left: lower its cost, or let other sites go on without this one"
                 )
             taken = "SELECT 1 FROM reservations WHERE run = ? AND round = ? AND attempt = ?"
