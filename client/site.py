@@ -323,7 +323,7 @@ def refusal_of(error: Exception) -> Refusal:
     """What a server learns of an exception: one word. Flower would send its text, and texts may depend on the data."""
     if isinstance(error, WireError):
         return Refusal(Reason.POLICY)
-    if isinstance(error, LedgerDiskError):  # its text tells nothing of the data, and nothing of it is sent
+    if isinstance(error, LedgerError):  # its text tells nothing of the data, and nothing of it is sent
         _log.error("%s", error)
     else:
         _log.error("the site failed before or after its work: %s", type(error).__name__)

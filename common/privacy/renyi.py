@@ -176,8 +176,9 @@ def best_order(plan: Sequence[Event], epsilon: float, delta: float) -> int:
         cap = cap_of(epsilon, delta, order)
         exact = [(count, charge_of(event, order)) for event, count in times.items()]
         # The least charge unrounded: else rounding, and not the events, would choose among orders.
-        charged = sum(count * max(Fraction(cap, LEAST_SHARE), charge) for count, charge in exact)
-        runs = Fraction(cap) / charged, Fraction(cap, sum(count * charge for count, charge in exact))
+        least = Fraction(cap, LEAST_SHARE)
+        charged = sum((count * max(least, Fraction(charge)) for count, charge in exact), Fraction(0))
+        runs = cap / charged, Fraction(cap, sum(count * charge for count, charge in exact))
         if runs > most:
             best, most = order, runs
     if not best:

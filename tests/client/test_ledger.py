@@ -315,7 +315,7 @@ def test_a_ledger_is_never_made_over_another(ledger: Ledger, folder: Path) -> No
         Ledger.open(folder.parent / "b")
 
 
-@pytest.mark.parametrize("name", ["", "ledger.sqlite", "signing-key.pem"])
+@pytest.mark.parametrize("name", ["", "ledger.sqlite", "signing-key.pem", "high-water"])
 def test_files_that_others_may_read_are_refused(ledger: Ledger, folder: Path, name: str) -> None:
     ledger.disconnect()
     path = folder / name
@@ -460,13 +460,14 @@ def _out_of_disk(_: Receipt) -> bytes:
 
 def test_a_restored_backup_is_found_out_by_the_anchor(ledger: Ledger, folder: Path) -> None:
     ledger.release(reserve(ledger, 1), b"x")
-    backup = ledger._db.serialize()
+    backup, mark = ledger._db.serialize(), (folder / "high-water").read_bytes()
     ledger.release(reserve(ledger, 2), b"y")
     head = anchor(ledger)
     ledger.disconnect()
     for leftover in folder.glob("ledger.sqlite-*"):
         leftover.unlink()
     (folder / "ledger.sqlite").write_bytes(backup)
+    (folder / "high-water").write_bytes(mark)  # else that refuses it: see test_high_water
     with Ledger.open(folder) as restored:
         restored.verify()  # by itself it looks well: this is what anchors are for
         with pytest.raises(ReceiptError) as caught:

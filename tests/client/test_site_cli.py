@@ -157,6 +157,23 @@ def test_verify_holds_for_an_honest_ledger_and_names_an_edit(folder: Path) -> No
     assert json.loads(site("verify", folder, "--json").output)["reason"] == "bad_signature"
 
 
+def test_a_lost_mark_is_a_fault_until_somebody_answers_for_the_ledger(folder: Path) -> None:
+    charge(folder, 1)
+    (folder / "ledger" / "high-water").unlink()
+    bad = site("verify", folder)
+    assert bad.exit_code == 1
+    assert "FAULT mark_lost" in bad.output
+    assert isinstance(site("status", folder).exception, known_errors())
+    refused = site("renew-mark", folder, typed="n\n")
+    assert "nothing was done" in str(refused.exception)
+    assert site("verify", folder).exit_code == 1
+    renewed = site("renew-mark", folder, typed="y\n")
+    assert renewed.exit_code == 0, renewed.output
+    assert "the ledger verifies, and is marked at entry 2" in renewed.output
+    assert site("verify", folder).exit_code == 0
+    assert "has a high-water mark" in str(site("renew-mark", folder, "--yes").exception)
+
+
 def test_verify_finds_other_data_than_the_ledger_began_with(folder: Path) -> None:
     file = folder / "histories" / "items.npy"
     items = np.load(file)
