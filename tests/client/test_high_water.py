@@ -22,14 +22,11 @@ from client.ledger_errors import (
     BudgetRefusedError,
     LedgerBehindError,
     LedgerDiskError,
-    LedgerError,
     LedgerExistsError,
     MarkLostError,
 )
 from client.ledger_reading import LedgerReader
-from client.site import refusal_of
 from common.privacy.mechanisms import GaussianSum
-from common.wire import Reason
 from tests.client.test_ledger import TRAINING, reserve
 
 DATABASE, JOURNAL, MARK = "ledger.sqlite", "ledger.sqlite-wal", "high-water"
@@ -370,17 +367,3 @@ def test_several_processes_that_open_such_a_ledger_at_once_all_go_on(folder: Pat
     assert [worker.exitcode for worker in workers] == [0] * len(workers)
     assert marked(folder) == 14
     spent(folder)
-
-
-# --- what a site says
-
-
-def test_the_server_learns_one_word_and_the_sites_log_the_whole_sentence(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    killed_while(folder, round_two)
-    lose_journal(folder)
-    with pytest.raises(LedgerError) as caught:
-        Ledger.open(folder)
-    assert refusal_of(caught.value).reason is Reason.FAILED
-    assert "the ledger ends at entry 2" in caplog.text
