@@ -201,7 +201,7 @@ class Ledger(LedgerReader):
                         "the ledger has a high-water mark, which is not made anew: if it is not this ledger's, or "
                         "cannot be read, move the file ledger/high-water away first"
                     )
-                ledger._mark.create(ledger._head())
+                ledger._make_mark()
 
         with cls._opened(folder, utc_day, renewed) as ledger:
             return ledger._head()
@@ -262,6 +262,12 @@ class Ledger(LedgerReader):
             raise disk_error(self._folder) from error
         self._unmarked = False
 
+    def _make_mark(self) -> None:
+        try:
+            self._mark.create(self._head())
+        except OSError as error:
+            raise disk_error(self._folder) from error
+
     def _newest_since(self, mark: Mark) -> Entry:
         held = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (mark.seq,)).fetchone()
         newest = self._head()
@@ -283,7 +289,7 @@ class Ledger(LedgerReader):
             with self._exclusive():
                 if version_of(self._db) == UNMARKED:
                     if not self._mark.path.exists():  # else a crash came between the mark and the version
-                        self._mark.create(self._head())
+                        self._make_mark()
                     self.check_mark()
                     set_version(self._db)
             self._db.execute(

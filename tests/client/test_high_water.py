@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -307,6 +308,29 @@ def test_a_mark_that_cannot_be_written_lets_nothing_leave_and_a_retry_sends_the_
         assert found is not None
         assert found[0] == b"y"
     assert marked(folder) == 4
+
+
+def _charges(folder: Path, first: int) -> None:
+    with Ledger.open(folder) as ledger:
+        for number in range(first, first + 10):
+            ledger.burn(reserve(ledger, number, event=GaussianSum(20.0)))
+
+
+def test_among_processes_it_never_moves_down_and_never_is_ahead(folder: Path) -> None:
+    workers = [_FORK.Process(target=_charges, args=(folder, first)) for first in (100, 200, 300, 400)]
+    for worker in workers:
+        worker.start()
+    seen = [0]
+    with Ledger.open(folder) as ledger, (folder / MARK).open("rb") as file:
+        while any(worker.is_alive() for worker in workers):
+            fcntl.flock(file, fcntl.LOCK_SH)
+            seen.append(marked(folder))
+            fcntl.flock(file, fcntl.LOCK_UN)
+            assert ledger.status().seq >= seen[-1]
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 5, "it was not looked at while they worked"
+    assert marked(folder) == 2 + 4 * 20
 
 
 # --- ledgers from before there were marks
