@@ -67,10 +67,12 @@ class HighWater:
         partial.rename(self.path)
         sync_folder(self.path.parent)
 
-    def follow(self, newest: Callable[[Mark], Entry]) -> None:
+    def follow(self, newest: Callable[[Mark], Entry], *, surely: bool = True) -> None:
         """Moves the mark up to the newest entry, durably; never down.
 
         Args:
+            surely: write it where the file says so already, too, since whoever wrote that may have died, or failed,
+                before it was on the disk. Needless where nothing leaves.
             newest: the newest committed entry, asked for under the mark's lock with the mark as it stands. What it
                 raises, because the ledger does not hold the marked entry, leaves the mark as it is.
 
@@ -84,7 +86,7 @@ class HighWater:
             if mark is None:
                 raise _lost("the ledger's high-water mark cannot be read")
             entry = newest(mark)
-            if entry.seq > mark.seq:
+            if surely or entry.seq > mark.seq:
                 older = 1 if places[0] == mark else 0
                 os.pwrite(file, self._record(entry), older * _PLACE)
                 _sync(file)

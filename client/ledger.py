@@ -248,8 +248,11 @@ class Ledger(LedgerReader):
 
     # --- the high-water mark
 
-    def check_mark(self) -> None:
+    def check_mark(self, *, surely: bool = False) -> None:
         """Whether this ledger still holds all that it ever committed; the mark catches up with it where it does.
+
+        Args:
+            surely: something may leave hereafter: the mark is on the disk when this returns (`HighWater.follow`).
 
         Raises:
             LedgerBehindError: entries are missing, or others stand in their place.
@@ -257,10 +260,11 @@ class Ledger(LedgerReader):
             LedgerDiskError: the mark cannot be written.
         """
         try:
-            self._mark.follow(self._newest_since)
+            self._mark.follow(self._newest_since, surely=surely)
         except OSError as error:
             raise disk_error(self._folder) from error
-        self._unmarked = False
+        if surely:
+            self._unmarked = False
 
     def _make_mark(self) -> None:
         try:
@@ -304,7 +308,7 @@ class Ledger(LedgerReader):
             if self._db.in_transaction:  # own entries may still be undone: the mark waits for the commit
                 self._unmarked = True
             else:
-                self.check_mark()
+                self.check_mark(surely=True)
         return found
 
     # --- the only way in
@@ -349,7 +353,7 @@ class Ledger(LedgerReader):
                 raise disk_error(self._folder) from error
             raise
         if self._unmarked:
-            self.check_mark()
+            self.check_mark(surely=True)
 
     @contextmanager
     def _part(self) -> Iterator[None]:

@@ -129,7 +129,7 @@ def test_without_the_marks_check_a_lost_journal_goes_unnoticed(
     killed_while(folder, round_two)
     lose_journal(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(HighWater, "follow", lambda self, newest: None)
+        patch.setattr(HighWater, "follow", lambda self, newest, surely: None)
         assert spent(folder) == before
         with Ledger.open(folder) as ledger:
             ledger.burn(reserve(ledger, 2))  # the same round, reserved a second time
@@ -251,7 +251,7 @@ def test_what_another_process_committed_and_could_not_mark_is_marked_before_it_i
 
         def dies_unmarked(ledger: Ledger) -> None:
             reservation = reserve(ledger, 2)
-            ledger.check_mark = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            ledger.check_mark = lambda **_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
             ledger.release(reservation, b"y")
 
         killed_while(folder, dies_unmarked)
@@ -260,6 +260,28 @@ def test_what_another_process_committed_and_could_not_mark_is_marked_before_it_i
         assert marked(folder) == 3
         assert reader.outbox("run-a", 2) is not None
         assert marked(folder) == 4
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_mark_whose_writer_died_before_it_was_on_the_disk_is_written_again_before_anything_leaves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, writes: bool
+) -> None:
+    def dies_unsynced(ledger: Ledger) -> None:
+        reservation = reserve(ledger, 2)
+        high_water._sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+        ledger.release(reservation, b"y")
+
+    killed_while(folder, dies_unsynced)
+    assert marked(folder) == 4
+    synced: list[int] = []
+    monkeypatch.setattr(high_water, "_sync", synced.append)
+    with Ledger.open(folder) as ledger:
+        assert not synced  # nothing left yet
+        if writes:
+            ledger.burn(reserve(ledger, 3))
+        else:
+            assert ledger.outbox("run-a", 2) is not None
+    assert synced
 
 
 def test_writes_made_at_once_are_marked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +326,8 @@ def test_a_mark_that_cannot_be_written_lets_nothing_leave_and_a_retry_sends_the_
             patch.setattr(high_water, "_sync", full)
             with pytest.raises(LedgerDiskError, match="free space"):
                 ledger.release(reservation, b"y")
+            with pytest.raises(LedgerDiskError):
+                ledger.outbox("run-a", 2)
         found = ledger.outbox("run-a", 2)
         assert found is not None
         assert found[0] == b"y"
