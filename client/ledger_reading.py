@@ -16,7 +16,7 @@ from common.privacy.entries import Anchor, Burnt, Close, Entry, Genesis, Release
 from common.privacy.faults import MissingReservationError, WrongPreviousHashError
 from common.privacy.mechanisms import Event
 from common.privacy.receipts import Receipt, check_update
-from common.privacy.renyi import RenyiFilter, charge_of
+from common.privacy.renyi import RenyiFilter, charge_at
 from common.privacy.rules import check_genesis
 
 
@@ -141,7 +141,7 @@ class LedgerReader:
     def fits(self, event: Event) -> bool:
         """Whether a reservation of this event would be granted now; another process may be faster."""
         filter_ = RenyiFilter(self.genesis.order, self.genesis.cap, self._spent())
-        return not self._closed() and filter_.fits(charge_of(event, filter_.order))
+        return not self._closed() and filter_.fits(charge_at(event, filter_.order, filter_.cap))
 
     def status(self) -> LedgerStatus:
         """What was charged, and what is left."""

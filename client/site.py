@@ -25,7 +25,13 @@ import torch
 from client.generators import SECURE, Generators
 from client.kept import device_of, kept_batch, kept_catalog, kept_histories, site_model, take_threads
 from client.ledger import Ledger
-from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerError
+from client.ledger_errors import (
+    BudgetRefusedError,
+    LedgerBehindError,
+    LedgerDiskError,
+    LedgerError,
+    MarkLostError,
+)
 from client.ledger_reading import Reservation
 from client.lower_states import LOWER_STATES, prepare_kept
 from client.plan_check import check_memory, check_plan
@@ -336,7 +342,8 @@ def refusal_of(error: Exception) -> Refusal:
     """What a server learns of an exception: one word. Flower would send its text, and texts may depend on the data."""
     if isinstance(error, WireError):
         return Refusal(Reason.POLICY)
-    if isinstance(error, LedgerDiskError):  # its text tells nothing of the data, and nothing of it is sent
+    if isinstance(error, LedgerDiskError | LedgerBehindError | MarkLostError):
+        # its text tells nothing of the data, and nothing of it is sent
         _log.error("%s", error)
     else:
         _log.error("the site failed before or after its work: %s", type(error).__name__)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import client.ledger
+import client.ledger_reading
 from client.ledger import Ledger
 from client.ledger_errors import (
     BudgetRefusedError,
@@ -32,7 +34,7 @@ from common.privacy.entries import Genesis
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian
 from common.privacy.receipts import ClosingCertificate, Receipt, Request, check_receipt, check_receipt_alone
-from common.privacy.renyi import cap_of, charge_of
+from common.privacy.renyi import cap_of, charge_of, least_charge
 
 TRAINING = PoissonSubsampledGaussian(0.05, 1.0, 10)
 PLAN, MODEL = "a" * 64, "b" * 64
@@ -315,7 +317,7 @@ def test_a_ledger_is_never_made_over_another(ledger: Ledger, folder: Path) -> No
         Ledger.open(folder.parent / "b")
 
 
-@pytest.mark.parametrize("name", ["", "ledger.sqlite", "signing-key.pem"])
+@pytest.mark.parametrize("name", ["", "ledger.sqlite", "signing-key.pem", "high-water"])
 def test_files_that_others_may_read_are_refused(ledger: Ledger, folder: Path, name: str) -> None:
     ledger.disconnect()
     path = folder / name
@@ -458,15 +460,54 @@ def _out_of_disk(_: Receipt) -> bytes:
     raise OSError("no space left on the disk")
 
 
+NEARLY_FREE = GaussianSum(1e6)
+
+
+def asked(ledger: Ledger, most: int) -> int:
+    """How many nearly free questions are granted, of so many."""
+    with ledger.at_once():
+        for number in range(most):
+            fits = ledger.fits(NEARLY_FREE)
+            try:
+                reservation = reserve(ledger, number, event=NEARLY_FREE)
+            except BudgetRefusedError:
+                return number if not fits else -1
+            assert fits
+            assert reservation.body.charge == least_charge(ledger.genesis.cap)
+    return most
+
+
+def test_a_thousand_nearly_free_questions_are_not_granted(ledger: Ledger) -> None:
+    assert charge_of(NEARLY_FREE, ledger.genesis.order) < least_charge(ledger.genesis.cap) / 1e6
+    assert asked(ledger, 1100) == 999
+    assert ledger.verify().reserved == 999
+    with pytest.raises(BudgetRefusedError, match="the least that a request is charged"):
+        reserve(ledger, 999, event=NEARLY_FREE)
+
+
+def test_without_the_least_charge_they_would_be(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: the ledger as it was before. What it wrote still verifies, as it covers what was asked."""
+    for module in (client.ledger, client.ledger_reading):
+        monkeypatch.setattr(module, "charge_at", lambda event, order, cap: charge_of(event, order))
+    monkeypatch.setattr("tests.client.test_ledger.least_charge", lambda cap: 1)
+    assert asked(ledger, 1100) == 1100
+    monkeypatch.undo()
+    report = ledger.verify()
+    assert report.spent == 1100
+    assert reserve(ledger, 2000, event=NEARLY_FREE).body.charge == least_charge(report.cap)
+    ledger.verify()
+
+
 def test_a_restored_backup_is_found_out_by_the_anchor(ledger: Ledger, folder: Path) -> None:
     ledger.release(reserve(ledger, 1), b"x")
-    backup = ledger._db.serialize()
+    backup, mark = ledger._db.serialize(), (folder / "high-water").read_bytes()
     ledger.release(reserve(ledger, 2), b"y")
     head = anchor(ledger)
     ledger.disconnect()
     for leftover in folder.glob("ledger.sqlite-*"):
         leftover.unlink()
     (folder / "ledger.sqlite").write_bytes(backup)
+    (folder / "high-water").write_bytes(mark)  # else that refuses it: see test_high_water
     with Ledger.open(folder) as restored:
         restored.verify()  # by itself it looks well: this is what anchors are for
         with pytest.raises(ReceiptError) as caught:

@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from client.cli import _runs_admitted
 from client.cli import app as site_app
 from client.ledger import Ledger
 from client.policy import Performance
@@ -171,6 +172,44 @@ def test_verify_holds_for_an_honest_ledger_and_names_an_edit(folder: Path) -> No
     assert bad.exit_code == 1
     assert "FAULT bad_signature" in bad.output
     assert json.loads(site("verify", folder, "--json").output)["reason"] == "bad_signature"
+
+
+def test_init_counts_at_least_a_thousandth_for_each_request_of_the_typical_plan(
+    folder: Path,
+) -> None:
+    nearly_free = PoissonSubsampledGaussian(0.001, 1000.0, 1)
+    assert _runs_admitted(folder / "ledger", [nearly_free]) == (pytest.approx(1000, rel=1e-3), True)
+    runs, whole = _runs_admitted(folder / "ledger", [nearly_free] * 1001)
+    assert not whole
+    assert runs < 1
+
+
+def test_budget_counts_at_least_a_thousandth_for_one_more_round_like_the_last(folder: Path) -> None:
+    with Ledger.open(folder / "ledger") as ledger:
+        ledger.burn(
+            ledger.reserve(
+                run="run-a", round=1, attempt=1, event=PoissonSubsampledGaussian(0.001, 1000.0, 1), plan_hash="a" * 64,
+                model_hash="b" * 64, nonce="c" * 32, clip_norm=1.0, normaliser=1.0, learning_rate=1.0,
+            )
+        )  # fmt: skip
+    assert json.loads(site("budget", folder, "--json").output)["more_like_the_last"] == 998
+
+
+def test_a_lost_mark_is_a_fault_until_somebody_answers_for_the_ledger(folder: Path) -> None:
+    charge(folder, 1)
+    (folder / "ledger" / "high-water").unlink()
+    bad = site("verify", folder)
+    assert bad.exit_code == 1
+    assert "FAULT mark_lost" in bad.output
+    assert isinstance(site("status", folder).exception, known_errors())
+    refused = site("renew-mark", folder, typed="n\n")
+    assert "nothing was done" in str(refused.exception)
+    assert site("verify", folder).exit_code == 1
+    renewed = site("renew-mark", folder, typed="y\n")
+    assert renewed.exit_code == 0, renewed.output
+    assert "the ledger verifies, and is marked at entry 2" in renewed.output
+    assert site("verify", folder).exit_code == 0
+    assert "has a high-water mark" in str(site("renew-mark", folder, "--yes").exception)
 
 
 def test_verify_finds_other_data_than_the_ledger_began_with(folder: Path) -> None:

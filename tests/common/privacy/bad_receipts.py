@@ -78,6 +78,7 @@ edited("sampling rate lowered", "wrong_charge", 1, "body", "event", "sampling_ra
 edited("fewer steps", "wrong_charge", 1, "body", "event", "steps", to="1")
 edited("charge 0", "wrong_charge", 1, "body", "charge", to="0")
 edited("charge one nano-unit short", "wrong_charge", 1, "body", "charge", to=str(charge_of(TRAINING, 3) - 1))
+edited("charge one nano-unit long", "wrong_charge", 1, "body", "charge", to=str(charge_of(TRAINING, 3) + 1))
 edited("running total lowered", "wrong_total", 4, "body", "spent", to="1")
 edited("a mechanism nobody knows", "unknown_mechanism", 1, "body", "event", "mechanism", to="laplace")
 edited("an event with one field more", "unknown_mechanism", 1, "body", "event", "sampler", to="shuffle")
