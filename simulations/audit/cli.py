@@ -12,6 +12,7 @@ import typer
 from simulations.audit import report_cli
 from simulations.audit.attack_cli import attack
 from simulations.audit.canary_cli import canary
+from simulations.audit.certificate_cli import certificate
 from simulations.audit.conformance.cli import conformance
 from simulations.audit.noise_cli import noise
 
@@ -36,6 +37,7 @@ app.command()(canary)
 app.command()(attack)
 app.command()(conformance)
 app.command()(noise)
+app.command()(certificate)
 app.command()(report_cli.report)
 app.command()(report_cli.full)
 
