@@ -100,12 +100,12 @@ class ClosingCertificate:
         delta = number_to_text(genesis.delta)
         return [
             f"The site withdrew on {close.day} (UTC): its ledger, begun on {genesis.day}, is closed, and nothing more "
-            "may be released from its users' data on it. What was released before stays released.",
+            "may be charged or released on it. What was released before stays released.",
             f"It spent {close.spent} of {genesis.cap} nano-units of Renyi divergence at order {genesis.order} "
             f"({share} of its budget).",
-            f"For one user of the site, with all of that user's events, this is at most epsilon "
-            f"{number_to_text(self.epsilon_bound())} at delta {delta} (add or remove one user); the ledger had "
-            f"promised epsilon {number_to_text(genesis.epsilon)} at most.",
+            f"If the site did what it signed, this bounds what was released about any one user of it, with all of that "
+            f"user's events, by epsilon {number_to_text(self.epsilon_bound())} at delta {delta} (add or remove one "
+            f"user); the ledger had promised at most epsilon {number_to_text(genesis.epsilon)}.",
             f"Signed by the ledger's key, whose id is {fingerprint(self.genesis.key_id)}. Compare it with the key that "
             "was enrolled.",
             "These sentences are made from the signed part and are not signed themselves: fedtide audit certificate "
