@@ -33,9 +33,8 @@ UNSEEN = {
 }
 """Lies in a run's folder that no signed statement contradicts, and why."""
 
-CALLED = {"malformed_line": "unreadable", "missing_update": "unreadable"} | dict.fromkeys(
-    OF_FORM, "not_canonical"
-)
+UNREADABLE = {"malformed_line", "missing_update"}
+"""Lies at which a verifier may as well end because there is nothing to read."""
 
 
 @pytest.fixture(scope="module")
