@@ -426,7 +426,8 @@ def withdraw(
 ) -> None:
     """Withdraw for good: nothing more may ever be reserved or released from this data.
 
-    What was released stays released. The certificate, signed by the site, says what was spent in all.
+    What was released stays released. The certificate, signed by the site, says in words and figures what was spent
+    in all; anyone verifies it with `fedtide audit certificate`.
     """
     from client.ledger import Ledger
     from client.making import CERTIFICATE
@@ -441,13 +442,14 @@ def withdraw(
         ):
             raise UserError("nothing was done: the site has not withdrawn")
         closing = ledger.withdraw()
-    close = closing.verify()
+    closing.verify()
     try:
-        file.write_bytes(closing.to_bytes() + b"\n")
+        file.write_bytes(closing.to_bytes())
     except OSError as error:
         raise UserError(
             f"the site has withdrawn, but the certificate {file} cannot be written ({error.strerror}): "
             "run the command again with --certificate"
         ) from error
-    share = close.spent / closing.genesis.body.cap  # type: ignore[union-attr]  # verified as a genesis
-    print(f"Site {site.name} has withdrawn, with {share:.1%} of its budget spent. Certificate: {file}")
+    print(f"Site {site.name} has withdrawn. Certificate: {file}")
+    for sentence in closing.in_words():
+        print(f"  {sentence}")

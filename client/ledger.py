@@ -44,6 +44,7 @@ from client.ledger_store import (
 )
 from client.private_files import FOLDER_MODE, Presence, check_private, create_key, load_key, sync_folder
 from common.privacy.anchors import Countersignature
+from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import (
     NO_PREVIOUS,
     Anchor,
@@ -69,7 +70,7 @@ from common.privacy.faults import (
     UnknownKeyError,
 )
 from common.privacy.mechanisms import Event, GaussianSum
-from common.privacy.receipts import ClosingCertificate, Receipt
+from common.privacy.receipts import Receipt
 from common.privacy.renyi import NANO, RenyiFilter, best_order, cap_of, charge_at, least_charge
 from common.privacy.rules import check_content
 
@@ -564,9 +565,11 @@ class Ledger(LedgerReader):
                     self._settle(reservation, self._append(Burnt(reservation.hash)))
                 self._append(Close(spent=self._spent(), day=self._day()))
             close = self._last_of_kind(Close.kind)
-        if close is None:
-            raise LedgerDamagedError("the closing entry is missing")
-        return ClosingCertificate(self._genesis, close)
+            if close is None:
+                raise LedgerDamagedError("the closing entry is missing")
+            first = max(1, self._last_anchored(before=close.seq) + 1)
+            entries = self.entries(first)[: close.seq - first + 1]  # anchors may follow the close
+        return ClosingCertificate(self._genesis, tuple(entries))
 
     def forget(self, run: str) -> int:
         """Drops a finished run's updates from the outbox (their entries stay); how many were dropped."""

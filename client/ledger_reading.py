@@ -14,6 +14,7 @@ from client.ledger_errors import LedgerDamagedError
 from common.privacy.chain import Chain, ChainReport, verified_chain
 from common.privacy.entries import Anchor, Burnt, Close, Entry, Genesis, Release, Reserve
 from common.privacy.faults import MissingReservationError, WrongPreviousHashError
+from common.privacy.fields import LARGEST_COUNT
 from common.privacy.mechanisms import Event
 from common.privacy.receipts import Receipt, check_update
 from common.privacy.renyi import RenyiFilter, charge_at
@@ -255,9 +256,11 @@ class LedgerReader:
     def _closed(self) -> bool:
         return self._last_of_kind(Close.kind) is not None
 
-    def _last_anchored(self) -> int:
-        """A head that every server which anchored here holds; -1: none."""
-        lasts = self._db.execute("SELECT MAX(seq) FROM anchors GROUP BY server_key").fetchall()
+    def _last_anchored(self, before: int = LARGEST_COUNT) -> int:
+        """A head that every server which anchored here holds, by the anchors before an entry; -1: none."""
+        lasts = self._db.execute(
+            "SELECT MAX(seq) FROM anchors WHERE entry < ? GROUP BY server_key", (before,)
+        ).fetchall()
         return min((seq for (seq,) in lasts), default=-1)
 
     def _outcome(self, reservation: Reservation) -> str | None:

@@ -29,11 +29,12 @@ from client.ledger_errors import (
 from client.ledger_reading import LedgerReader, Reservation
 from client.private_files import LoosePermissionsError
 from common.privacy.anchors import Countersignature
+from common.privacy.certificates import ClosingCertificate
 from common.privacy.chain import Chain
 from common.privacy.entries import Genesis
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian
-from common.privacy.receipts import ClosingCertificate, Receipt, Request, check_receipt, check_receipt_alone
+from common.privacy.receipts import Receipt, Request, check_receipt, check_receipt_alone
 from common.privacy.renyi import cap_of, charge_of, least_charge
 
 TRAINING = PoissonSubsampledGaussian(0.05, 1.0, 10)
@@ -209,6 +210,24 @@ def test_releases_need_a_reservation_of_this_ledger_that_covers_them(ledger: Led
     assert caught.value.reason == "wrong_content"
     metrics = reserve(ledger, 2, event=GaussianSum(20.0))
     assert ledger.release(metrics, b"x", content="metrics").release.content == "metrics"
+
+
+def test_a_certificate_begins_where_every_server_has_seen_the_ledger(ledger: Ledger) -> None:
+    """So that each can join it to its copy, though it never saw what burnt since; and it stays the same for ever."""
+    ledger.release(reserve(ledger, 1), b"x")
+    ledger.anchor(anchor(ledger, OTHER_SERVER))
+    ledger.release(reserve(ledger, 2), b"x")
+    late = anchor(ledger)
+    ledger.anchor(late)
+    reserve(ledger, 3)
+    certificate = ledger.withdraw()
+    assert [entry.seq for entry in certificate.entries] == [3, 4, 5, 6, 7, 8, 9]
+    assert [entry.kind for entry in certificate.entries][-3:] == ["reserve", "burnt", "close"]
+    held = Chain.begin(ledger.entries()[0]).extended(ledger.entries()[:3])
+    assert held.extended(certificate.entries).closed
+    ledger.anchor(anchor(ledger, OTHER_SERVER))
+    ledger.anchor(anchor(ledger))
+    assert ledger.withdraw() == certificate
 
 
 def test_values_out_of_bounds_are_refused_before_anything_is_written(ledger: Ledger) -> None:

@@ -21,9 +21,9 @@ from client.ledger import Ledger
 from client.policy import Performance
 from client.site import Site
 from common.cli import known_errors
+from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import Reserve
 from common.privacy.mechanisms import PoissonSubsampledGaussian
-from common.privacy.receipts import ClosingCertificate
 from server.cli import app as server_app
 from server.registry import RegistryReader
 from tests.tiny import tiny_files, tiny_plan
@@ -227,11 +227,15 @@ def test_withdrawing_asks_first_and_leaves_a_certificate(folder: Path, tmp_path:
     kept = site("withdraw", folder, typed="n\n")
     assert "the site has not withdrawn" in str(kept.exception)
     charge(folder, 2)
-    assert site("withdraw", folder, typed="y\n").exit_code == 0
+    told = site("withdraw", folder, typed="y\n")
+    assert told.exit_code == 0
     assert site("withdraw", folder, "--yes", "--certificate", tmp_path / "again.json").exit_code == 0
     data = (folder / "closing.json").read_bytes()
     assert data == (tmp_path / "again.json").read_bytes()
-    certificate = ClosingCertificate.from_bytes(data.rstrip())
+    certificate = ClosingCertificate.from_bytes(data)
+    for sentence in certificate.in_words():  # on the terminal and, as indented JSON, in the file
+        assert sentence in told.output
+        assert f'\n    "{sentence}"' in data.decode()
     with Ledger.open(folder / "ledger") as ledger:
         assert certificate.verify().spent == ledger.status().spent
         assert sum(isinstance(entry.body, Reserve) for entry in ledger.entries()) == 2

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from common.privacy import canonical, faults
 from common.privacy.anchors import Countersignature
 from common.privacy.chain import verified_chain, verify_chain
-from common.privacy.entries import Burnt, Close, Entry, Genesis, Release, Reserve
+from common.privacy.entries import Burnt, Entry, Genesis, Release, Reserve
 from common.privacy.equivocation import EquivocationProof
 from common.privacy.faults import BadFieldError, ForkError, ReceiptError, WrongChargeError
 from common.privacy.mechanisms import GaussianSum
 from common.privacy.receipts import (
-    ClosingCertificate,
     Receipt,
     check_receipt,
     check_receipt_alone,
@@ -162,18 +161,6 @@ def test_a_countersignature_travels() -> None:
     with pytest.raises(ReceiptError) as caught:
         dataclasses.replace(read, seq=6).check()
     assert caught.value.reason == "bad_anchor"
-
-
-def test_a_closing_certificate_travels_and_cannot_be_forged() -> None:
-    site = chains.honest()
-    certificate = ClosingCertificate(site.entries[0], site.add(Close(site.spent, "2026-01-04")))
-    assert ClosingCertificate.from_bytes(certificate.to_bytes()).verify().spent == site.spent
-    forged = ClosingCertificate(
-        site.entries[0], chains.read([chains.sign(chains.raw(site.entries)[12], chains.STRANGER)])[0]
-    )
-    with pytest.raises(ReceiptError) as caught:
-        forged.verify()
-    assert caught.value.reason == "bad_signature"
 
 
 def test_nothing_in_an_entry_can_depend_on_a_user() -> None:
