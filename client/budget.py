@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from client.ledger import Ledger
+from common.privacy.renyi import least_charge
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,7 +35,7 @@ def facts(site: Site) -> dict[str, Any]:
         "last_round": last.round if last else None,
         "more_like_the_last": None
         if last is None or not last.charge or found.closed
-        else left // last.charge,
+        else left // max(last.charge, least_charge(found.cap)),
     }
 
 

@@ -121,7 +121,7 @@ def init(
         str | None, typer.Option(help="cpu, which is the default; cuda; or auto: cuda where it is.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Of the arithmetic; else the machine's own number.")
+        int | None, typer.Option(help="Of the arithmetic; else as many as cores, four at most.")
     ] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Users computed at once: a step's memory follows it.")
@@ -233,11 +233,11 @@ def connect(
 def _runs_admitted(ledger_folder: Path, events: list[Event]) -> tuple[float, bool]:
     """How often the typical plan's events fit in the budget, and whether they fit once, whole."""
     from client.ledger import Ledger
-    from common.privacy.renyi import charge_of
+    from common.privacy.renyi import charge_at
 
     with Ledger.open(ledger_folder) as ledger:
         genesis = ledger.genesis
-    cost = sum(charge_of(event, genesis.order) for event in events)
+    cost = sum(charge_at(event, genesis.order, genesis.cap) for event in events)
     return genesis.cap / cost, cost <= genesis.cap
 
 
@@ -342,7 +342,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
     Exit code 1, naming the fault, when something does not hold.
     """
     from client.ledger import Ledger
-    from client.ledger_errors import LedgerDamagedError
+    from client.ledger_errors import LedgerBehindError, LedgerDamagedError, MarkLostError
     from client.long_work import long_work
     from client.making import data_unchanged
     from client.site import Site
@@ -353,7 +353,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
         with Ledger.open(site.ledger_folder) as ledger:
             report = ledger.verify()
             committed = ledger.genesis.dataset_commitment
-    except (ReceiptError, LedgerDamagedError) as error:
+    except (ReceiptError, LedgerDamagedError, LedgerBehindError, MarkLostError) as error:
         _refuse(site.name, error.reason, str(error), as_json)
     with long_work() as progress:
         unchanged = data_unchanged(site, committed, progress)
@@ -393,6 +393,29 @@ def _refuse(name: str, reason: str, explanation: str, as_json: bool) -> None:
     raise typer.Exit(1)
 
 
+@app.command("renew-mark")
+def renew_mark(
+    folder: Folder,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """State that a ledger which lost its high-water mark is the newest copy, and make it a new mark.
+
+    Only its administrator can know. If it is an older copy, what was spent since is given back, and the promise is
+    void; a server that countersigned the newer ledger refuses it.
+    """
+    from client.ledger import Ledger
+    from client.site import Site
+    from common.cli import UserError
+
+    site = Site.load(folder)
+    if not yes and not typer.confirm(
+        f"Is the ledger of site {site.name} certainly the newest copy there is? If not, its promise to users is void"
+    ):
+        raise UserError("nothing was done: put the newest whole copy of the ledger's folder back instead")
+    newest = Ledger.renew_mark(site.ledger_folder)
+    print(f"Site {site.name}: the ledger verifies, and is marked at entry {newest.seq}.")
+
+
 @app.command()
 def withdraw(
     folder: Folder,
@@ -403,7 +426,8 @@ def withdraw(
 ) -> None:
     """Withdraw for good: nothing more may ever be reserved or released from this data.
 
-    What was released stays released. The certificate, signed by the site, says what was spent in all.
+    What was released stays released. The certificate, signed by the site, says in words and figures what was spent
+    in all; anyone verifies it with `fedtide audit certificate`.
     """
     from client.ledger import Ledger
     from client.making import CERTIFICATE
@@ -418,13 +442,14 @@ def withdraw(
         ):
             raise UserError("nothing was done: the site has not withdrawn")
         closing = ledger.withdraw()
-    close = closing.verify()
+    closing.verify()
     try:
-        file.write_bytes(closing.to_bytes() + b"\n")
+        file.write_bytes(closing.to_bytes())
     except OSError as error:
         raise UserError(
             f"the site has withdrawn, but the certificate {file} cannot be written ({error.strerror}): "
             "run the command again with --certificate"
         ) from error
-    share = close.spent / closing.genesis.body.cap  # type: ignore[union-attr]  # verified as a genesis
-    print(f"Site {site.name} has withdrawn, with {share:.1%} of its budget spent. Certificate: {file}")
+    print(f"Site {site.name} has withdrawn. Certificate: {file}")
+    for sentence in closing.in_words():
+        print(f"  {sentence}")

@@ -32,6 +32,9 @@ _batches: dict[tuple[int, Hashable], tuple[object, Histories, HistoryBatch]] = {
 _MODELS: OrderedDict[tuple[str, str], InterestModel] = OrderedDict()
 _MODELS_KEPT = 2
 
+MOST_THREADS = 4
+"""Unless a site names more: rows of a unit stand in whole parts of so many threads (`training.TILE`)."""
+
 
 def site_model(
     plan: Plan,
@@ -76,9 +79,8 @@ def device_of(performance: Performance) -> torch.device:
 
 
 def take_threads(performance: Performance) -> None:
-    """From now on the arithmetic of this process takes as many threads as the site names, if it names any."""
-    if performance.threads is not None:
-        torch.set_num_threads(performance.threads)
+    """From now on the arithmetic of this process takes as many threads as the site names, or MOST_THREADS at most."""
+    torch.set_num_threads(performance.threads or min(torch.get_num_threads(), MOST_THREADS))
 
 
 def kept_catalog(file: Path) -> Catalog:

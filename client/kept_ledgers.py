@@ -33,7 +33,7 @@ def keep_open(most: int = MOST) -> None:
 
 
 def opened(folder: Path) -> Ledger:
-    """The ledger in a folder, kept or opened; its head is verified either way.
+    """The ledger in a folder, kept or opened; its head and high-water mark are verified either way.
 
     Raises:
         What `Ledger.open` raises: also where the folder, or a file of it, was replaced or written over meanwhile.
@@ -43,6 +43,7 @@ def opened(folder: Path) -> Ledger:
         with suppress(LedgerError, ReceiptError, sqlite3.Error):  # opened anew, it says what is wrong
             if known == _known(folder):
                 ledger.check_head()
+                ledger.check_mark()
                 return ledger
         ledger.disconnect()
     return Ledger.open(folder)

@@ -2,7 +2,8 @@
 
 One ledger serves all runs, all models and all federations on a site's data. It is an SQLite database of
 signed, hash-chained entries (their meaning: `common/privacy/entries.py` and `chain.py`), to which entries are
-only ever added, and an outbox in which each update's bytes stand with its receipt. Training is not known
+only ever added, and an outbox in which each update's bytes stand with its receipt; beside it stands the mark of
+its newest entry (`high_water.py`), so that one which lost its end is refused. Training is not known
 here, nor the network. It must lie on a local disk: SQLite's write-ahead log does not work over a network.
 """
 
@@ -13,7 +14,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,18 +22,37 @@ from typing import ClassVar, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client.high_water import HighWater, Mark
 from client.ledger_errors import (
     BudgetRefusedError,
     ForeignProcessError,
+    LedgerBehindError,
     LedgerBusyError,
     LedgerDamagedError,
     LedgerExistsError,
     LedgerMissingError,
 )
 from client.ledger_reading import LedgerReader, Reservation
-from client.ledger_store import connect, disk_error, initialise, is_disk_fault
-from client.private_files import FOLDER_MODE, Presence, check_private, create_key, load_key, sync_folder
+from client.ledger_store import (
+    UNMARKED,
+    connect,
+    disk_error,
+    initialise,
+    is_disk_fault,
+    set_version,
+    version_of,
+)
+from client.private_files import (
+    FOLDER_MODE,
+    Presence,
+    check_private,
+    create_key,
+    load_key,
+    sync_file,
+    sync_folder,
+)
 from common.privacy.anchors import Countersignature
+from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import (
     NO_PREVIOUS,
     Anchor,
@@ -58,13 +78,14 @@ from common.privacy.faults import (
     UnknownKeyError,
 )
 from common.privacy.mechanisms import Event, GaussianSum
-from common.privacy.receipts import ClosingCertificate, Receipt
-from common.privacy.renyi import NANO, RenyiFilter, best_order, cap_of, charge_of
+from common.privacy.receipts import Receipt
+from common.privacy.renyi import NANO, RenyiFilter, best_order, cap_of, charge_at, least_charge
 from common.privacy.rules import check_content
 
-_DATABASE, _KEY, _PRESENCES = "ledger.sqlite", "signing-key.pem", "presences"
+_DATABASE, _KEY, _PRESENCES, _MARK = "ledger.sqlite", "signing-key.pem", "presences", "high-water"
 _PUT_BACK = (
-    "nothing was spent: stop the site, put the newest copy of the ledger's folder back, and start it again"
+    "nothing was spent: stop the site, put the newest whole copy of the ledger's folder back, and start it again "
+    "(docs/site.md)"
 )
 
 
@@ -77,10 +98,10 @@ class Ledger(LedgerReader):
     """An open ledger. Several processes may each have the same one open; a thread or process shares none.
 
     Attributes:
-        FILES: names of the database and the key in a ledger's folder.
+        FILES: names of the database, the key and the high-water mark in a ledger's folder.
     """
 
-    FILES: ClassVar[tuple[str, ...]] = (_DATABASE, _KEY)
+    FILES: ClassVar[tuple[str, ...]] = (_DATABASE, _KEY, _MARK)
 
     def __init__(
         self, folder: Path, connection: sqlite3.Connection, key: Ed25519PrivateKey, today: Callable[[], str]
@@ -90,6 +111,8 @@ class Ledger(LedgerReader):
         self._folder, self._key, self._today = folder, key, today
         self._process = os.getpid()
         self._presence: Presence | None = None
+        self._mark = HighWater(folder / _MARK, key)
+        self._unmarked = False
 
     # --- making and opening
 
@@ -139,8 +162,9 @@ class Ledger(LedgerReader):
             dataset_commitment=dataset_commitment,
             day=today(),
         )
-        initialise(partial / _DATABASE, Entry.sign(key, seq=0, prev=NO_PREVIOUS, body=genesis))
-        sync_folder(partial)
+        first = Entry.sign(key, seq=0, prev=NO_PREVIOUS, body=genesis)
+        initialise(partial / _DATABASE, first)
+        HighWater(partial / _MARK, key).create(first)
         try:
             partial.rename(folder)  # whole or not at all
         except OSError as error:
@@ -151,25 +175,60 @@ class Ledger(LedgerReader):
 
     @classmethod
     def open(cls, folder: Path, *, today: Callable[[], str] = utc_day) -> Self:
-        """The ledger in a folder; its genesis and head are verified, the whole by `verify`.
+        """The ledger in a folder; its genesis, head and high-water mark are verified, the whole by `verify`.
 
         Raises:
             LedgerMissingError: there is none.
-            LoosePermissionsError: others may read or write the folder, the database or the key.
+            LoosePermissionsError: others may read or write the folder, the database, the key or the mark.
             UnknownKeyError: the key file is not the ledger's key.
+            LedgerBehindError: the database lacks entries that it held before.
+            MarkLostError: the high-water mark is lost.
             LedgerDamagedError, ReceiptError: genesis or head do not verify.
             LedgerVersionError: it was made by a version that this program does not know.
+            LedgerDiskError: the disk is full or fails.
         """
+        return cls._opened(folder, today, cls._meet_mark)
+
+    @classmethod
+    def renew_mark(cls, folder: Path) -> Entry:
+        """Makes the mark of a ledger that lost it, on its administrator's word that this is the newest copy.
+
+        Returns:
+            The entry that is marked.
+
+        Raises:
+            LedgerExistsError: there is a mark; if it is not this ledger's, it must be moved away first.
+            LedgerDamagedError, ReceiptError: the ledger does not verify.
+            LedgerError: what `open` raises.
+        """
+
+        def renewed(ledger: Ledger) -> None:
+            ledger.verify()
+            with ledger._exclusive():
+                if ledger._mark.path.exists():
+                    raise LedgerExistsError(
+                        "the ledger has a high-water mark, which is not made anew: if it is not this ledger's, or "
+                        "cannot be read, move the file ledger/high-water away first"
+                    )
+                ledger._make_mark()
+
+        with cls._opened(folder, utc_day, renewed) as ledger:
+            return ledger._head()
+
+    @classmethod
+    def _opened(cls, folder: Path, today: Callable[[], str], meet: Callable[[Self], None]) -> Self:
         for path in (folder, *(folder / name for name in cls.FILES)):
-            if not path.exists():
+            if path.exists():
+                check_private(path)
+            elif path.name != _MARK:
                 raise LedgerMissingError(f"there is no ledger in {folder}: `fedtide site init` makes one")
-            check_private(path)
         key, connection = load_key(folder / _KEY), connect(folder / _DATABASE)
         try:
             ledger = cls(folder, connection, key, today)
             if ledger.public_key != public_key_of(key):
                 raise UnknownKeyError("the key file is not the key that this ledger began with")
             ledger.check_head()
+            meet(ledger)
         except BaseException as error:
             connection.close()
             if isinstance(error, sqlite3.Error):
@@ -196,11 +255,84 @@ class Ledger(LedgerReader):
     ) -> None:
         self.disconnect()
 
+    # --- the high-water mark
+
+    def check_mark(self, *, surely: bool = False) -> None:
+        """Whether this ledger still holds all that it ever committed; the mark catches up with it where it does.
+
+        Args:
+            surely: something may leave hereafter: the mark is on the disk when this returns (`HighWater.follow`).
+
+        Raises:
+            LedgerBehindError: entries are missing, or others stand in their place.
+            MarkLostError: nobody can tell.
+            LedgerDiskError: the mark cannot be written.
+        """
+        try:
+            self._mark.follow(self._newest_since, surely=surely)
+        except OSError as error:
+            raise disk_error(self._folder) from error
+        if surely:
+            self._unmarked = False
+
+    def _make_mark(self) -> None:
+        try:
+            self._sync_journal()
+            self._mark.create(self._head())
+        except OSError as error:
+            raise disk_error(self._folder) from error
+
+    def _newest_since(self, mark: Mark) -> Entry:
+        held = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (mark.seq,)).fetchone()
+        newest = self._head()
+        if held is None:
+            raise LedgerBehindError(
+                f"the ledger ends at entry {newest.seq}, but its high-water mark says that it held entry {mark.seq}: "
+                f"its journal was lost, or an old copy of its database was put back; {_PUT_BACK}"
+            )
+        if held[0] != mark.head:
+            raise LedgerBehindError(
+                f"the ledger holds another entry {mark.seq} than its high-water mark says: an old copy of its "
+                f"database was put back, and went on; {_PUT_BACK}"
+            )
+        if newest.seq > mark.seq and not self._unmarked:
+            self._sync_journal()
+        return newest
+
+    def _sync_journal(self) -> None:
+        """Others' commits are on the disk before the mark is: who was killed at a commit may not have synced it."""
+        with suppress(FileNotFoundError):  # SQLite holds no lock on it, so that closing it here drops none
+            sync_file(self._folder / f"{_DATABASE}-wal")
+
+    def _meet_mark(self) -> None:
+        """At opening. A ledger from before there were marks gets its own, once; from then on it must have one."""
+        if version_of(self._db) == UNMARKED:
+            with self._exclusive():
+                if version_of(self._db) == UNMARKED:
+                    if not self._mark.path.exists():  # else a crash came between the mark and the version
+                        self._make_mark()
+                    self.check_mark()
+                    set_version(self._db)
+            self._db.execute(
+                "PRAGMA wal_checkpoint(TRUNCATE)"
+            )  # a lost journal must not take the version back
+        self.check_mark()
+
+    def outbox(self, run: str, round: int, *, nonce: str | None = None) -> tuple[bytes, Receipt] | None:
+        """As `LedgerReader.outbox`; what it gives is under the high-water mark, whichever process committed it."""
+        found = super().outbox(run, round, nonce=nonce)
+        if found is not None:
+            if self._db.in_transaction:  # own entries may still be undone: the mark waits for the commit
+                self._unmarked = True
+            else:
+                self.check_mark(surely=True)
+        return found
+
     # --- the only way in
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """What is written within is committed to disk together, at the end; where it raises, nothing of it.
+        """What is written within is committed to disk together, at the end, and marked; where it raises, nothing of it.
 
         Raises:
             LedgerBusyError, LedgerDiskError, ForeignProcessError: at its beginning or its end.
@@ -211,6 +343,9 @@ class Ledger(LedgerReader):
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One writer at a time, over all processes; committed to disk at the end, or nothing at all.
+
+        The high-water mark follows the commit and not the other way round: a crash between the two leaves a ledger
+        ahead of its mark, of which nothing was told to anyone, and never one that is behind it.
 
         Within another one it is a part of that, which is undone by itself where it raises.
         """
@@ -234,6 +369,8 @@ class Ledger(LedgerReader):
             if isinstance(error, sqlite3.Error) and is_disk_fault(error):
                 raise disk_error(self._folder) from error
             raise
+        if self._unmarked:
+            self.check_mark(surely=True)
 
     @contextmanager
     def _part(self) -> Iterator[None]:
@@ -258,6 +395,7 @@ class Ledger(LedgerReader):
             "INSERT INTO entries (seq, hash, kind, entry) VALUES (?, ?, ?, ?)",
             (entry.seq, entry.hash, entry.kind, entry.to_bytes()),
         )
+        self._unmarked = True
         return entry
 
     def reserve(
@@ -274,7 +412,9 @@ class Ledger(LedgerReader):
         normaliser: float,
         learning_rate: float | None = None,
     ) -> Reservation:
-        """Charges an event, durably, before the data is touched for it. See `entries.Reserve` for the fields.
+        """Charges an event, durably, before the data is touched for it: at least a thousandth of the cap.
+
+        See `entries.Reserve` for the fields.
 
         Raises:
             BudgetRefusedError: it does not fit; nothing is written.
@@ -288,11 +428,12 @@ class Ledger(LedgerReader):
             if self._closed():
                 raise AfterCloseError("the site has withdrawn: nothing more may be reserved or released")
             filter_ = RenyiFilter(self.genesis.order, self.genesis.cap, self._spent())
-            charge = charge_of(event, filter_.order)
+            charge = charge_at(event, filter_.order, filter_.cap)
             if not filter_.fits(charge):
                 left = (filter_.cap - filter_.spent) / NANO
+                least = ", the least that a request is charged" * (charge == least_charge(filter_.cap))
                 raise BudgetRefusedError(
-                    f"the release costs {charge / NANO:.4g} of Renyi divergence at order {filter_.order}, "
+                    f"the release costs {charge / NANO:.4g} of Renyi divergence at order {filter_.order}{least}, "
                     f"but only {left:.4g} are left: lower its cost, or let other sites go on without this one"
                 )
             taken = "SELECT 1 FROM reservations WHERE run = ? AND round = ? AND attempt = ?"
@@ -440,9 +581,11 @@ class Ledger(LedgerReader):
                     self._settle(reservation, self._append(Burnt(reservation.hash)))
                 self._append(Close(spent=self._spent(), day=self._day()))
             close = self._last_of_kind(Close.kind)
-        if close is None:
-            raise LedgerDamagedError("the closing entry is missing")
-        return ClosingCertificate(self._genesis, close)
+            if close is None:
+                raise LedgerDamagedError("the closing entry is missing")
+            first = max(1, self._last_anchored(before=close.seq) + 1)
+            entries = self.entries(first)[: close.seq - first + 1]  # anchors may follow the close
+        return ClosingCertificate(self._genesis, tuple(entries))
 
     def forget(self, run: str) -> int:
         """Drops a finished run's updates from the outbox (their entries stay); how many were dropped."""

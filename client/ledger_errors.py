@@ -41,6 +41,18 @@ class LedgerDamagedError(LedgerError):
     reason = "ledger_damaged"
 
 
+class LedgerBehindError(LedgerError):
+    """The database lacks entries that it once held: its journal was lost, or an old copy put back."""
+
+    reason = "ledger_behind"
+
+
+class MarkLostError(LedgerError):
+    """The high-water mark is not there, cannot be read, or is another ledger's."""
+
+    reason = "mark_lost"
+
+
 class LedgerVersionError(LedgerError):
     """The database was made by a version that this program does not know."""
 

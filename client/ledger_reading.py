@@ -14,9 +14,10 @@ from client.ledger_errors import LedgerDamagedError
 from common.privacy.chain import Chain, ChainReport, verified_chain
 from common.privacy.entries import Anchor, Burnt, Close, Entry, Genesis, Release, Reserve
 from common.privacy.faults import MissingReservationError, WrongPreviousHashError
+from common.privacy.fields import LARGEST_COUNT
 from common.privacy.mechanisms import Event
 from common.privacy.receipts import Receipt, check_update
-from common.privacy.renyi import RenyiFilter, charge_of
+from common.privacy.renyi import RenyiFilter, charge_at
 from common.privacy.rules import check_genesis
 
 
@@ -141,7 +142,7 @@ class LedgerReader:
     def fits(self, event: Event) -> bool:
         """Whether a reservation of this event would be granted now; another process may be faster."""
         filter_ = RenyiFilter(self.genesis.order, self.genesis.cap, self._spent())
-        return not self._closed() and filter_.fits(charge_of(event, filter_.order))
+        return not self._closed() and filter_.fits(charge_at(event, filter_.order, filter_.cap))
 
     def status(self) -> LedgerStatus:
         """What was charged, and what is left."""
@@ -255,9 +256,11 @@ class LedgerReader:
     def _closed(self) -> bool:
         return self._last_of_kind(Close.kind) is not None
 
-    def _last_anchored(self) -> int:
-        """A head that every server which anchored here holds; -1: none."""
-        lasts = self._db.execute("SELECT MAX(seq) FROM anchors GROUP BY server_key").fetchall()
+    def _last_anchored(self, before: int = LARGEST_COUNT) -> int:
+        """A head that every server which anchored here holds, by the anchors before an entry; -1: none."""
+        lasts = self._db.execute(
+            "SELECT MAX(seq) FROM anchors WHERE entry < ? GROUP BY server_key", (before,)
+        ).fetchall()
         return min((seq for (seq,) in lasts), default=-1)
 
     def _outcome(self, reservation: Reservation) -> str | None:

@@ -13,7 +13,9 @@ from client.ledger_errors import LedgerDamagedError, LedgerDiskError, LedgerVers
 from client.private_files import write_private
 from common.privacy.entries import Entry
 
-VERSION = 1
+VERSION, UNMARKED = 2, 1
+"""Of the database: that of today, and that of ledgers from before there was a high-water mark."""
+
 _PATIENCE_SECONDS = 60
 
 _TABLES = """
@@ -93,22 +95,36 @@ def disk_error(folder: Path) -> LedgerDiskError:
 def connect(database: Path) -> sqlite3.Connection:
     """A connection whose commits survive a loss of power; transactions are begun by hand.
 
+    There is no checkpoint after each commit: the journal is durable, SQLite moves it into the database when the last
+    connection closes (a site's does after each request), and a checkpoint doubles what a commit costs.
+
     Raises:
         LedgerVersionError: the database is of another version.
         LedgerDamagedError: it is no database.
     """
     connection = _connect(database)
     try:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        version = version_of(connection)
     except sqlite3.Error as error:
         connection.close()
         if is_disk_fault(error):
             raise disk_error(database.parent) from error
         raise
-    if version != VERSION:
+    if version not in (VERSION, UNMARKED):
         connection.close()
         raise LedgerVersionError(f"the ledger is of version {version}; this program knows {VERSION} only")
     return connection
+
+
+def version_of(connection: sqlite3.Connection) -> int:
+    """The version that the database says it has."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
+
+
+def set_version(connection: sqlite3.Connection) -> None:
+    """Makes it a database of today's version; part of the transaction that is open."""
+    connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def initialise(database: Path, genesis: Entry) -> None:

@@ -1,7 +1,6 @@
 """What a site allows to run on it, whatever a server says: `policy.toml` in the site's folder, checked when loaded.
 
-Every bound is a public constant that the administrator sets. A plan is checked against all of them before anything
-is reserved; why it was refused stands in the site's own log, and the server learns one word.
+Every bound is a public constant that the administrator sets. How a plan is held against them is in `plan_check.py`.
 """
 
 from __future__ import annotations
@@ -9,27 +8,25 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
-from common.config import Plan, PlanError
-from common.models.names import FAMILIES, FrozenPrecision
+from common.models.names import CORES, FAMILIES, TASKS, FrozenPrecision
 from common.phases import FROZEN
 from common.privacy.mechanisms import (
     MOST_STEPS,
     SMALLEST_NOISE_MULTIPLIER,
-    GaussianSum,
-    PoissonSubsampledGaussian,
 )
 
 POLICY = "policy.toml"
 
 Noise = Annotated[float, Field(ge=SMALLEST_NOISE_MULTIPLIER, le=1e6)]
 Delta = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Names = tuple[str, ...]
+MODES = ("vectors", "lora")
 
 
 class PolicyError(ValueError):
@@ -42,7 +39,7 @@ class Performance(BaseModel):
     Attributes:
         engine: how a step's clipped sum is made: `fast`, or `opacus` for Opacus' own hooks; the same to rounding.
         micro_batch: users in the largest unit of rows: a step's memory follows it.
-        threads: of the arithmetic; None leaves the machine's own number.
+        threads: of the arithmetic; None takes as many as there are cores, but four at most.
         device: `cpu`; `cuda`, an accelerator; or `auto`, one where there is one.
         frozen_precision: of a language model's frozen weights, in mode lora.
     """
@@ -50,14 +47,17 @@ class Performance(BaseModel):
     model_config = FROZEN
 
     engine: Literal["fast", "opacus"] = "fast"
-    micro_batch: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 64
+    micro_batch: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 96
     threads: Annotated[int, Field(ge=1, le=64)] | None = None
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     frozen_precision: FrozenPrecision = "float32"
 
 
 class Limits(BaseModel):
-    """Bounds that a plan must keep. The defaults are no narrower than the plan's own bounds.
+    """Bounds that a plan must keep, all of them public constants.
+
+    By default what a run may spend is bounded by the ledger's budget alone, and the rest so that plans of ordinary size
+    pass, and none that exhausts a machine.
 
     Attributes:
         bundles: sha256 of the bundles that may run; none: that of the version that is installed here.
@@ -68,6 +68,11 @@ class Limits(BaseModel):
         epsilon: largest of one run, computed here from the plan's own noise.
         delta: at which `epsilon` is computed; the plan's own where left out.
         clip_norm: largest.
+        cores, modes, tasks: that may be trained.
+        width, hidden_width, max_events, negatives: largest of the model; `hidden_width` bounds codes' widths too.
+        most_tokens, lora_rank, lora_layers: largest in mode lora.
+        statistics_events, statistics_gaps: largest of statistics.
+        memory: most that a step's unit of rows may need, in GiB (`unit_memory.py`).
     """
 
     model_config = FROZEN
@@ -76,11 +81,33 @@ class Limits(BaseModel):
     language_models: dict[str, str] | None = None
     noise_for_updates: Noise = SMALLEST_NOISE_MULTIPLIER
     noise_for_sums: Noise = SMALLEST_NOISE_MULTIPLIER
-    rounds: Annotated[int, Field(ge=1, le=200_000)] = 200_000
-    steps_per_round: Annotated[int, Field(ge=1, le=MOST_STEPS)] = MOST_STEPS
+    rounds: Annotated[int, Field(ge=1, le=200_000)] = 10_000
+    steps_per_round: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 1000
     epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
     delta: Delta | None = None
     clip_norm: Annotated[float, Field(gt=0, le=1e4)] = 1e4
+    cores: Names = tuple(CORES)
+    modes: Names = MODES
+    tasks: Names = tuple(TASKS)
+    width: Count = 512
+    hidden_width: Count = 512
+    max_events: Count = 500
+    negatives: Count = 10_000
+    most_tokens: Count = 1024
+    lora_rank: Count = 64
+    lora_layers: Count = 12
+    statistics_events: Count = 10_000
+    statistics_gaps: Count = 100
+    memory: Annotated[float, Field(gt=0, le=1e9)] = 8.0
+
+    @field_validator("cores", "modes", "tasks")
+    @classmethod
+    def _names(cls, names: Names, field: ValidationInfo) -> Names:
+        known = {"cores": CORES, "modes": MODES, "tasks": TASKS}[field.field_name or ""]
+        for each in names:
+            if each not in known:
+                raise ValueError(f"{each!r} is unknown: choose among {', '.join(known)}")
+        return names
 
     @field_validator("bundles")
     @classmethod
@@ -89,6 +116,23 @@ class Limits(BaseModel):
             if not re.fullmatch("[0-9a-f]{64}", each):
                 raise ValueError(f"{each!r} is no sha256: give 64 small hex digits")
         return bundles
+
+
+ANY_PLAN = Limits(
+    rounds=200_000,
+    steps_per_round=MOST_STEPS,
+    width=4096,
+    hidden_width=4096,
+    max_events=100_000,
+    negatives=2**62,
+    most_tokens=8192,
+    lora_rank=4096,
+    lora_layers=4096,
+    statistics_events=100_000,
+    statistics_gaps=1000,
+    memory=1e9,
+)
+"""Bounds that no plan is beyond: of simulated sites, whose plans are their researcher's own."""
 
 
 class Policy(Limits):
@@ -120,60 +164,6 @@ class Policy(Limits):
     def limits(self) -> Limits:
         """The bounds alone."""
         return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
-
-
-def check_plan(plan: Plan, limits: Limits, families: Iterable[str], users_at_least: int) -> None:
-    """Raises `PlanError` for a plan that the site does not allow; looks at no data."""
-    allowed = set(families)
-    members = plan.model.members if plan.model.family == "ensemble" else ()
-    for family in (plan.model.family, *members):
-        if family not in allowed:
-            raise PlanError(f"family {family} is not on the site's list")
-    if plan.privacy.users_per_site > users_at_least:
-        raise PlanError(
-            f"the plan counts on {plan.privacy.users_per_site} users, but the site agreed to {users_at_least}"
-        )
-    if limits.language_models is not None and plan.model.encoder not in limits.language_models:
-        raise PlanError(
-            f"language model {plan.model.encoder!r} is not on the site's list: {POLICY} names "
-            f"{', '.join(limits.language_models) or 'none'}"
-        )
-    if plan.rounds > limits.rounds:
-        raise PlanError(f"the plan has {plan.rounds} rounds, but the site allows {limits.rounds}")
-    for event in plan.events():
-        if isinstance(event, PoissonSubsampledGaussian):
-            _at_least(event.noise_multiplier, limits.noise_for_updates, "updates")
-            if event.steps > limits.steps_per_round:
-                raise PlanError(
-                    f"a round has {event.steps} steps, but the site allows {limits.steps_per_round}"
-                )
-            if plan.privacy.clip_norm > limits.clip_norm:
-                raise PlanError(
-                    f"the clip norm is {plan.privacy.clip_norm:g}, but the site allows {limits.clip_norm:g}"
-                )
-        elif isinstance(event, GaussianSum):
-            _at_least(event.noise_multiplier, limits.noise_for_sums, "sums")
-        else:
-            raise PlanError(f"the plan has an event that no bound of the site covers: {type(event).__name__}")
-    if limits.epsilon is not None:
-        delta = plan.privacy.delta if limits.delta is None else limits.delta
-        spent = _epsilon(plan.model_dump_json(), delta)
-        if not spent <= limits.epsilon:
-            raise PlanError(
-                f"the run comes to epsilon {spent:.4g} at delta {delta:g}, but the site allows {limits.epsilon:g}"
-            )
-
-
-def _at_least(noise: float, bound: float, what: str) -> None:
-    if not noise >= bound:
-        raise PlanError(f"the noise multiplier of {what} is {noise:g}, but the site asks for {bound:g}")
-
-
-@lru_cache(maxsize=64)
-def _epsilon(plan: str, delta: float) -> float:
-    from common.privacy.accountants import epsilon_pld
-
-    return epsilon_pld(Plan.model_validate_json(plan).events(), delta)
 
 
 def read_policy(path: Path) -> Policy:
@@ -228,6 +218,19 @@ _EXPLAINED = {
     "epsilon": "Largest epsilon of one run, computed here from the plan's noise.",
     "delta": "At which that epsilon is computed.",
     "clip_norm": "Largest clip norm.",
+    "cores": "Temporal cores that may be trained.",
+    "modes": 'How a language model is used: "vectors" (frozen) or "lora" (adapters are trained).',
+    "tasks": "What may be predicted.",
+    "width": "Largest width of item vectors.",
+    "hidden_width": "Largest width of a core's state, and of codes.",
+    "max_events": "Most events of a history that a model reads.",
+    "negatives": "Most public negatives in the loss.",
+    "most_tokens": "lora: most tokens of a history.",
+    "lora_rank": "lora: largest rank of adapters.",
+    "lora_layers": "lora: most layers with adapters.",
+    "statistics_events": "Most events of a history that statistics count.",
+    "statistics_gaps": "statistics: how many events apart two items may be at most.",
+    "memory": "Most memory, in GiB, for what a step computes at once; see micro_batch.",
     "language_models": "Language models that a plan may name = the site's own folder, "
     "or empty for one that Fedtide verifies itself.",
     "performance": "How this site computes. No server and no plan can set any of it.",
@@ -236,7 +239,7 @@ _EXPLAINED = {
 _PERFORMANCE_EXPLAINED = {
     "engine": 'How a step\'s clipped sum is made: "fast", or "opacus" for Opacus\' own hooks.',
     "micro_batch": "Users in a unit of rows, which a step computes at once and always whole: its memory follows it.",
-    "threads": "Of the arithmetic; left out: the machine's own number.",
+    "threads": "Of the arithmetic; left out: as many as there are cores, but four at most.",
     "device": 'Where it is computed: "cpu"; "cuda", an accelerator; or "auto", an accelerator where there is one.',
     "frozen_precision": 'Of a language model\'s frozen weights in mode lora: "float32" or "bfloat16".',
 }

@@ -25,10 +25,24 @@ import torch
 from client.generators import SECURE, Generators
 from client.kept import device_of, kept_batch, kept_catalog, kept_histories, site_model, take_threads
 from client.ledger import Ledger
-from client.ledger_errors import BudgetRefusedError, LedgerDiskError, LedgerError
+from client.ledger_errors import (
+    BudgetRefusedError,
+    LedgerBehindError,
+    LedgerDiskError,
+    LedgerError,
+    MarkLostError,
+)
 from client.ledger_reading import Reservation
 from client.lower_states import LOWER_STATES, prepare_kept
-from client.policy import POLICY, Limits, Performance, Policy, check_plan, policy_text, read_policy
+from client.plan_check import check_memory, check_plan
+from client.policy import (
+    POLICY,
+    Limits,
+    Performance,
+    Policy,
+    policy_text,
+    read_policy,
+)
 from client.self_test import rows_of_scores, rows_of_units
 from client.statistics import release_metrics, release_statistics
 from client.training import StepSettings, train_round
@@ -248,6 +262,9 @@ def _charge(
     try:  # no user's data is looked at here, so the error's text may be logged
         catalog = kept_catalog(site.catalog)
         plan.check_catalog(catalog.digest())
+        check_memory(
+            plan, site.limits, site.performance, items=len(catalog), categories=catalog.category_count
+        )
         model = _ready_model(site, plan, request, catalog)
     except PlanError as error:
         _log.warning("site %s refuses a plan: %s", site.name, error)
@@ -325,7 +342,8 @@ def refusal_of(error: Exception) -> Refusal:
     """What a server learns of an exception: one word. Flower would send its text, and texts may depend on the data."""
     if isinstance(error, WireError):
         return Refusal(Reason.POLICY)
-    if isinstance(error, LedgerDiskError):  # its text tells nothing of the data, and nothing of it is sent
+    if isinstance(error, LedgerDiskError | LedgerBehindError | MarkLostError):
+        # its text tells nothing of the data, and nothing of it is sent
         _log.error("%s", error)
     else:
         _log.error("the site failed before or after its work: %s", type(error).__name__)
@@ -336,7 +354,7 @@ def _accepted_plan(site: Site, request: Request) -> tuple[Plan, Event]:
     """The plan, and what its round costs; looks at no data."""
     plan = _plan(request.plan)
     event = plan.exchange(request.round, request.phase).event
-    check_plan(plan, site.limits, site.families, site.users_at_least)
+    check_plan(plan, site.limits, site.families, site.users_at_least, site.performance)
     if request.phase is Phase.TRANSITIONS and POPULARITY not in request.released:
         raise PlanError("transitions are asked for before popularity was released")
     return plan, event

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -20,7 +20,7 @@ from client.generators import SECURE, Generators
 from client.site import Charged, Site, charge, refusal_of, release_of, training_batch
 from client.training import StepSettings
 from client.training_together import NotTogetherError, check_sites_apart, train_together
-from common.models.batches import HistoryBatch
+from common.models.batches import HistoryBatch, even_events
 from common.models.interface import InterestModel
 from common.phases import Phase
 from common.wire import Refusal, Update, answer_to_records, request_from_records
@@ -100,7 +100,9 @@ def _released(charged: dict[int, Charged], generators: Generators) -> dict[int, 
         try:
             model = first.ready()
             if model is not None:
-                check_sites_apart(model)
+                check_sites_apart(
+                    model, _settings(first).micro_batch, even_events(first.plan.model.max_events)
+                )
                 return _trained(charged, model, generators)
         except NotTogetherError as error:  # said of made-up users, before any history was looked at
             _log.info("sites are trained one after the other: %s", error)
@@ -130,7 +132,7 @@ def _trained(
     if not batches:
         return answers
     first = charged[next(iter(batches))]
-    settings = StepSettings.of(first.plan, first.site.performance)
+    settings = _settings(first)
 
     def on_step(step: int) -> None:
         for place in batches if len(batches) <= _MOST_NOTED else ():
@@ -150,6 +152,12 @@ def _trained(
     return answers | {
         place: _committed(charged[place], state) for place, state in zip(batches, states, strict=True)
     }
+
+
+def _settings(charged: Charged) -> StepSettings:
+    """Of a round's steps; a batch holds rows of all sites, so it is as large as the sites allow."""
+    performance = charged.site.performance
+    return replace(StepSettings.of(charged.plan, performance), micro_batch=performance.micro_batch)
 
 
 def _committed(charged: Charged, state: dict[str, Tensor]) -> Update | Refusal:

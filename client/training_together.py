@@ -43,7 +43,7 @@ from client.self_test import (
 )
 from client.training import StepSettings
 from common.memory import memory_kept
-from common.models.batches import EVEN_EVENTS, HistoryBatch, concatenate
+from common.models.batches import HistoryBatch, concatenate, even_events
 from common.models.interface import InterestModel
 from common.models.own_weights import OWN_WEIGHTS
 from common.privacy.noise import GaussianNoise, UserSampler, private_sum
@@ -447,7 +447,7 @@ def _named(flat: Tensor, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 def _joined(sites: Sequence[HistoryBatch]) -> tuple[HistoryBatch, list[int]]:
     """All sites' rows as wide as the widest, evened, nobody's row behind them, and where each site begins."""
     widest = max(1, *(site.items.shape[1] for site in sites))
-    widest += -widest % EVEN_EVENTS
+    widest = even_events(widest)
     wide = []
     for site in sites:
         room = (0, widest - site.items.shape[1])

@@ -87,9 +87,13 @@ class Proposal:
 def smallest_budget(events: Sequence[Event], delta: float) -> tuple[float, int]:
     """The smallest epsilon, rounded up to a tenth, whose Renyi filter admits these events, and its order.
 
-    It lies above the events' own PLD epsilon, because the filter's guarantee holds whatever is run next.
+    It lies above the events' own PLD epsilon, because the filter's guarantee holds whatever is run next, and because
+    each request is charged at least a thousandth of the cap.
+
+    Raises:
+        PlanError: no ledger admits them, whatever its epsilon.
     """
-    from common.privacy.renyi import NANO, best_order, charge_of, renyi_to_epsilon
+    from common.privacy.renyi import LEAST_SHARE, best_order, cap_of, charge_at
 
     times = Counter(events)
 
@@ -98,10 +102,16 @@ def smallest_budget(events: Sequence[Event], delta: float) -> tuple[float, int]:
             order = best_order(events, epsilon, delta)
         except ValueError:  # no budget at all at this epsilon
             return False
-        charges = sum(count * charge_of(event, order) for event, count in times.items())
-        return renyi_to_epsilon(charges / NANO, delta, order) <= epsilon
+        cap = cap_of(epsilon, delta, order)
+        return sum(count * charge_at(event, order, cap) for event, count in times.items()) <= cap
 
     low, high = 0, 10_000  # in tenths
+    if not admits(high / 10):
+        raise PlanError(
+            f"the plan asks a site {len(events)} times, which no ledger up to epsilon {high // 10} admits: each "
+            f"request is charged at least 1/{LEAST_SHARE} of the budget, so fewer than {LEAST_SHARE} fit. Take fewer "
+            "rounds, each of more steps, or more noise"
+        )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if admits(middle / 10) else (middle, high)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from client.ledger import Ledger
-from client.policy import Performance
+from client.policy import ANY_PLAN, Performance
 from client.site import Site, SiteError
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
@@ -116,7 +116,7 @@ def make_site(
     budget: float,
     performance: Performance | None = None,
 ) -> None:
-    """One new site: its histories, a policy that allows every family, and a ledger whose cap is `budget` (epsilon)."""
+    """One new site: its histories, a policy that allows every plan, and a ledger whose cap is `budget` (epsilon)."""
     folder.mkdir(parents=True, mode=0o700)
     site = Site(
         folder=folder,
@@ -125,6 +125,7 @@ def make_site(
         users_at_least=plan.privacy.users_per_site,
         families=tuple(FAMILIES),
         metrics=plan.metrics.share > 0,
+        limits=ANY_PLAN,
         performance=performance or Performance(),
     )
     site.save()

@@ -68,6 +68,11 @@ class Catalog:
         """Item id -> row."""
         return {item: row for row, item in enumerate(self.ids)}
 
+    @cached_property
+    def category_count(self) -> int:
+        """How many categories there are."""
+        return len({name for names in self.categories for name in names})
+
     def row(self, item_id: str) -> int:
         """The row of an item. Raises `CatalogError` for an id that the catalog lacks."""
         try:

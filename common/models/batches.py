@@ -111,7 +111,7 @@ class HistoryBatch:
 
     def with_even_events(self) -> HistoryBatch:
         """The same with room for more events, up to a multiple of EVEN_EVENTS."""
-        room = -self.items.shape[1] % EVEN_EVENTS
+        room = even_events(self.items.shape[1]) - self.items.shape[1]
         return replace(self, **self._with_room(room)) if room else self
 
     def _with_room(self, events: int) -> dict[str, Any]:
@@ -151,6 +151,11 @@ class HistoryBatch:
         wide.items[users, place] = items
         wide.times[users, place] = last
         return wide
+
+
+def even_events(events: int) -> int:
+    """So many events, or the next multiple of EVEN_EVENTS."""
+    return events + -events % EVEN_EVENTS
 
 
 def concatenate(batches: list[HistoryBatch]) -> HistoryBatch:

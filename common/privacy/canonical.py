@@ -116,9 +116,14 @@ def encode(value: Value, *, longest: int = LONGEST) -> bytes:
         CanonicalError: its subclass names what has no canonical form; `TooLongError` beyond `longest` bytes.
     """
     _check(value, 0)
+    data = _spelled(value)
+    if len(data) > longest:
+        raise TooLongError(f"{len(data)} bytes, but at most {longest} are allowed")
+    return data
+
+
+def _spelled(value: Value) -> bytes:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    if len(text) > longest:
-        raise TooLongError(f"{len(text)} bytes, but at most {longest} are allowed")
     return text.encode("ascii")
 
 
@@ -154,12 +159,13 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def decode(data: bytes, *, longest: int = LONGEST) -> Value:
-    """The value of canonical bytes; bytes that `encode` would not have written are refused.
+def decode_any_spelling(data: bytes, *, longest: int = LONGEST) -> Value:
+    """The value of JSON bytes whose blanks, escapes and order of keys are free: for files that people read.
+
+    What is signed within is verified over its canonical form, whatever its spelling here.
 
     Raises:
-        CanonicalError: its subclass names the fault; other spellings (whitespace, order of keys,
-            needless escapes) raise `CanonicalError` itself.
+        CanonicalError: its subclass names the fault: of form, of length, or a value that has no canonical form.
     """
     if len(data) > longest:
         raise TooLongError(f"{len(data)} bytes, but at most {longest} are allowed")
@@ -173,6 +179,18 @@ def decode(data: bytes, *, longest: int = LONGEST) -> Value:
         value: Value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise MalformedJsonError(f"no JSON value: {error.msg} at byte {error.pos}") from error
-    if encode(value, longest=longest) != data:
+    _check(value, 0)
+    return value
+
+
+def decode(data: bytes, *, longest: int = LONGEST) -> Value:
+    """The value of canonical bytes; bytes that `encode` would not have written are refused.
+
+    Raises:
+        CanonicalError: its subclass names the fault; other spellings (whitespace, order of keys,
+            needless escapes) raise `CanonicalError` itself.
+    """
+    value = decode_any_spelling(data, longest=longest)
+    if _spelled(value) != data:
         raise CanonicalError("not the canonical spelling: sorted keys, no whitespace, no needless escapes")
     return value

@@ -29,12 +29,11 @@ from common.privacy.faults import (
     SecondReservationError,
     TruncatedError,
     UnknownKeyError,
-    WrongChargeError,
     WrongGenesisError,
     WrongTotalError,
 )
 from common.privacy.renyi import RenyiFilter
-from common.privacy.rules import check_content, check_genesis, check_link, recompute_charge
+from common.privacy.rules import check_amount, check_content, check_genesis, check_link
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,14 +240,12 @@ class _Builder:
             raise SecondReservationError(
                 f"run {body.run} round {body.round} attempt {body.attempt} is reserved"
             )
-        due = recompute_charge(body, self.genesis)
-        if body.charge != due:
-            raise WrongChargeError(f"the charge is {body.charge}, but the event costs {due}")
-        if not self.filter.fits(due):
+        check_amount(body, self.genesis)
+        if not self.filter.fits(body.charge):
             raise OverCapError(
-                f"a charge of {due} does not fit: {self.filter.cap - self.filter.spent} are left"
+                f"a charge of {body.charge} does not fit: {self.filter.cap - self.filter.spent} are left"
             )
-        self.filter = self.filter.charged(due)
+        self.filter = self.filter.charged(body.charge)
         if body.spent != self.filter.spent:
             raise WrongTotalError(f"the total is said to be {body.spent}, but is {self.filter.spent}")
         self.keys.add(key)

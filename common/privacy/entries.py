@@ -89,7 +89,7 @@ class Reserve(Body):
         genesis: hash of the ledger's genesis, so that a receipt read alone names its unit, order and cap.
         run, round, attempt: unique together in a ledger.
         event: what will be released; an upper bound in its steps.
-        charge: nano-units, as `renyi.charge_of` gives for the event and the genesis' order.
+        charge: nano-units, as `renyi.charge_at` gives for the event and the genesis' order and cap.
         spent: nano-units charged so far, this charge included.
         plan_hash, model_hash: SHA-256 of the run's plan and of the parameters that the site received.
         nonce: the server's, which ties the release to one request (hex, 16 to 64 bytes).

@@ -272,3 +272,18 @@ class WrongRequestError(ReceiptError):
     """A receipt for another run, round, attempt, nonce, plan or model: a replay."""
 
     reason = "wrong_request"
+
+
+# --- of a withdrawal's certificate
+
+
+class MissingCloseError(ReceiptError):
+    """A certificate that does not end in a CLOSE."""
+
+    reason = "missing_close"
+
+
+class WrongWordsError(ReceiptError):
+    """A certificate whose words say something else than what was signed."""
+
+    reason = "wrong_words"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from common.privacy.canonical import Value, decode, encode
 from common.privacy.chain import Chain
-from common.privacy.entries import Close, Entry, Genesis, Release, Reserve
+from common.privacy.entries import Entry, Genesis, Release, Reserve
 from common.privacy.faults import (
     KeyMismatchError,
     MalformedEntryError,
@@ -166,31 +166,3 @@ def check_receipt_alone(receipt: Receipt, update: bytes | None = None) -> Reserv
     if update is not None:
         check_update(receipt.release, update)
     return reserve
-
-
-@dataclass(frozen=True, slots=True)
-class ClosingCertificate:
-    """The site's signed word that its ledger is closed, with what it spent in all."""
-
-    genesis: Entry
-    close: Entry
-
-    def verify(self) -> Close:
-        """The closing entry, its signature verified. Raises `ReceiptError`."""
-        genesis = check_genesis(self.genesis)
-        if not isinstance(self.close.body, Close):
-            raise MalformedEntryError("a closing certificate ends in a CLOSE entry")
-        if self.close.key_id != self.genesis.key_id:
-            raise KeyMismatchError("the closing entry names another key")
-        self.close.check_signature(genesis.public_key)
-        return self.close.body
-
-    def to_bytes(self) -> bytes:
-        """Canonical bytes."""
-        return encode({"close": self.close.to_fields(), "genesis": self.genesis.to_fields()})
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> ClosingCertificate:
-        """The certificate of canonical bytes, not verified. Raises `ReceiptError`."""
-        found = exactly(decode(data), {"close", "genesis"})
-        return cls(Entry.from_fields(found["genesis"]), Entry.from_fields(found["close"]))

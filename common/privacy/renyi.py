@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
+from fractions import Fraction
 from functools import lru_cache
 from math import comb
 
@@ -84,9 +85,27 @@ def renyi_cost(event: Event, order: int) -> float:
 
 
 def charge_of(event: Event, order: int) -> int:
-    """What a ledger of this order charges for the event: its cost rounded up to whole nano-units, never 0."""
+    """What the event costs at this order, rounded up to whole nano-units, never 0."""
     with localcontext(_CONTEXT):
         return max(1, int((_cost(event, order) * NANO).to_integral_value(rounding=ROUND_CEILING)))
+
+
+LEAST_SHARE = 1000
+"""Each request is charged at least the cap divided by this, so that nobody asks ten thousand nearly free questions."""
+
+
+def least_charge(cap: int) -> int:
+    """The smallest charge, in nano-units, of a ledger with this cap: a thousandth of it, rounded up, never 0."""
+    return max(1, -(-cap // LEAST_SHARE))
+
+
+def charge_at(event: Event, order: int, cap: int) -> int:
+    """What a ledger of this order and cap charges for the event, in nano-units: its cost, or the least charge.
+
+    More than the event costs is sound: the filter then admits less. A release says nothing about a user beyond its
+    event, but that a site answered, or failed, may.
+    """
+    return max(charge_of(event, order), least_charge(cap))
 
 
 def _cap(epsilon: float, delta: float, order: int) -> Decimal:
@@ -139,8 +158,10 @@ def renyi_to_epsilon(divergence: float, delta: float, order: int) -> float:
 def best_order(plan: Sequence[Event], epsilon: float, delta: float) -> int:
     """The integer order in [2, 128] at which (epsilon, delta) admits the most repetitions of a plan.
 
-    Ties go to the smaller order. To be called once, before any data is seen, with what a typical run will
-    charge: a filter bound to a wrong order is valid but may admit a small fraction of the rounds.
+    Each event counts with what a ledger would charge for it, at least a thousandth of the cap. Ties go to the order
+    at which the events themselves cost less, then to the smaller one. To be called once, before any data is seen,
+    with what a typical run will charge: a filter bound to a wrong order is valid but may admit a small fraction of
+    the rounds.
 
     Raises:
         ValueError: the plan is empty, or (epsilon, delta) leaves no budget at any order.
@@ -150,12 +171,16 @@ def best_order(plan: Sequence[Event], epsilon: float, delta: float) -> int:
             "the typical plan is empty: declare the events of one run, so an order can be chosen"
         )
     times = Counter(plan)
-    best, best_cap, best_cost = 0, 0, 1
+    best, most = 0, (Fraction(0), Fraction(0))
     for order in _ORDERS_TO_TRY:
         cap = cap_of(epsilon, delta, order)
-        cost = sum(count * charge_of(event, order) for event, count in times.items())
-        if cap * best_cost > best_cap * cost:
-            best, best_cap, best_cost = order, cap, cost
+        exact = [(count, charge_of(event, order)) for event, count in times.items()]
+        # The least charge unrounded: else rounding, and not the events, would choose among orders.
+        least = Fraction(cap, LEAST_SHARE)
+        charged = sum((count * max(least, Fraction(charge)) for count, charge in exact), Fraction(0))
+        runs = cap / charged, Fraction(cap, sum(count * charge for count, charge in exact))
+        if runs > most:
+            best, most = order, runs
     if not best:
         raise ValueError(f"(epsilon, delta) = ({epsilon}, {delta}) leaves no budget: choose a larger one")
     return best

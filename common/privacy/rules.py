@@ -18,12 +18,22 @@ from common.privacy.faults import (
     WrongTotalError,
 )
 from common.privacy.mechanisms import GaussianSum
-from common.privacy.renyi import cap_of, charge_of
+from common.privacy.renyi import cap_of, charge_of, least_charge
 
 
-def recompute_charge(reserve: Reserve, genesis: Genesis) -> int:
-    """What the reservation must have charged, in nano-units: anyone can tell from these two alone."""
-    return charge_of(reserve.event, genesis.order)
+def check_amount(reserve: Reserve, genesis: Genesis) -> None:
+    """Whether a reservation charges what it must: anyone can tell from these two alone.
+
+    That is `charge_at`; in ledgers from before there was a least charge it is `charge_of`, which still covers what
+    the event costs. Nothing else is accepted, neither below nor between nor above.
+
+    Raises:
+        WrongChargeError.
+    """
+    exact = charge_of(reserve.event, genesis.order)
+    due = max(exact, least_charge(genesis.cap))
+    if reserve.charge not in (due, exact):
+        raise WrongChargeError(f"the charge is {reserve.charge}, but the event is charged {due}")
 
 
 def check_genesis(entry: Entry) -> Genesis:
@@ -52,9 +62,7 @@ def check_charge(reserve: Reserve, genesis: Genesis) -> None:
     Raises:
         WrongChargeError, OverCapError, WrongTotalError.
     """
-    due = recompute_charge(reserve, genesis)
-    if reserve.charge != due:
-        raise WrongChargeError(f"the charge is {reserve.charge}, but the event costs {due}")
+    check_amount(reserve, genesis)
     if reserve.spent < reserve.charge:
         raise WrongTotalError("the running total is less than the charge itself")
     if reserve.spent > genesis.cap:

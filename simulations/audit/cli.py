@@ -12,6 +12,7 @@ import typer
 from simulations.audit import report_cli
 from simulations.audit.attack_cli import attack
 from simulations.audit.canary_cli import canary
+from simulations.audit.certificate_cli import certificate
 from simulations.audit.conformance.cli import conformance
 from simulations.audit.noise_cli import noise
 from simulations.audit.pack_cli import pack
@@ -38,6 +39,7 @@ app.command()(attack)
 app.command()(conformance)
 app.command()(noise)
 app.command()(pack)
+app.command()(certificate)
 app.command()(report_cli.report)
 app.command()(report_cli.full)
 

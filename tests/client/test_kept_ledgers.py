@@ -18,7 +18,7 @@ import simulations.answering
 from client import kept_ledgers
 from client.kept_ledgers import close_all, keep_open, leave, opened
 from client.ledger import Ledger
-from client.ledger_errors import LedgerDamagedError
+from client.ledger_errors import LedgerBehindError, LedgerDamagedError, MarkLostError
 from client.private_files import LoosePermissionsError
 from common.privacy.faults import ReceiptError
 from simulations.audit.receipts import audit_receipts
@@ -122,6 +122,25 @@ def test_one_that_others_may_read_is_refused(tmp_path: Path) -> None:
     leave(folder, opened(folder))
     folder.chmod(0o755)
     with pytest.raises(LoosePermissionsError):
+        opened(folder)
+
+
+def test_one_whose_mark_is_lost_is_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path / "ledger")
+    leave(folder, opened(folder))
+    (folder / "high-water").unlink()
+    with pytest.raises(MarkLostError):
+        opened(folder)
+
+
+def test_one_that_is_behind_its_mark_is_refused(tmp_path: Path) -> None:
+    folder, newer = made(tmp_path / "ledger"), tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    with Ledger.open(newer) as ledger:
+        release(ledger, 2)
+    leave(folder, opened(folder))
+    (folder / "high-water").write_bytes((newer / "high-water").read_bytes())  # the same file, by its inode
+    with pytest.raises(LedgerBehindError):
         opened(folder)
 
 

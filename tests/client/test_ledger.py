@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import client.ledger
+import client.ledger_reading
 from client.ledger import Ledger
 from client.ledger_errors import (
     BudgetRefusedError,
@@ -27,12 +29,13 @@ from client.ledger_errors import (
 from client.ledger_reading import LedgerReader, Reservation
 from client.private_files import LoosePermissionsError
 from common.privacy.anchors import Countersignature
+from common.privacy.certificates import ClosingCertificate
 from common.privacy.chain import Chain
 from common.privacy.entries import Genesis
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian
-from common.privacy.receipts import ClosingCertificate, Receipt, Request, check_receipt, check_receipt_alone
-from common.privacy.renyi import cap_of, charge_of
+from common.privacy.receipts import Receipt, Request, check_receipt, check_receipt_alone
+from common.privacy.renyi import cap_of, charge_of, least_charge
 
 TRAINING = PoissonSubsampledGaussian(0.05, 1.0, 10)
 PLAN, MODEL = "a" * 64, "b" * 64
@@ -209,6 +212,24 @@ def test_releases_need_a_reservation_of_this_ledger_that_covers_them(ledger: Led
     assert ledger.release(metrics, b"x", content="metrics").release.content == "metrics"
 
 
+def test_a_certificate_begins_where_every_server_has_seen_the_ledger(ledger: Ledger) -> None:
+    """So that each can join it to its copy, though it never saw what burnt since; and it stays the same for ever."""
+    ledger.release(reserve(ledger, 1), b"x")
+    ledger.anchor(anchor(ledger, OTHER_SERVER))
+    ledger.release(reserve(ledger, 2), b"x")
+    late = anchor(ledger)
+    ledger.anchor(late)
+    reserve(ledger, 3)
+    certificate = ledger.withdraw()
+    assert [entry.seq for entry in certificate.entries] == [3, 4, 5, 6, 7, 8, 9]
+    assert [entry.kind for entry in certificate.entries][-3:] == ["reserve", "burnt", "close"]
+    held = Chain.begin(ledger.entries()[0]).extended(ledger.entries()[:3])
+    assert held.extended(certificate.entries).closed
+    ledger.anchor(anchor(ledger, OTHER_SERVER))
+    ledger.anchor(anchor(ledger))
+    assert ledger.withdraw() == certificate
+
+
 def test_values_out_of_bounds_are_refused_before_anything_is_written(ledger: Ledger) -> None:
     with pytest.raises(ReceiptError) as caught:
         reserve(ledger, 1, run="no spaces")
@@ -315,7 +336,7 @@ def test_a_ledger_is_never_made_over_another(ledger: Ledger, folder: Path) -> No
         Ledger.open(folder.parent / "b")
 
 
-@pytest.mark.parametrize("name", ["", "ledger.sqlite", "signing-key.pem"])
+@pytest.mark.parametrize("name", ["", "ledger.sqlite", "signing-key.pem", "high-water"])
 def test_files_that_others_may_read_are_refused(ledger: Ledger, folder: Path, name: str) -> None:
     ledger.disconnect()
     path = folder / name
@@ -458,15 +479,54 @@ def _out_of_disk(_: Receipt) -> bytes:
     raise OSError("no space left on the disk")
 
 
+NEARLY_FREE = GaussianSum(1e6)
+
+
+def asked(ledger: Ledger, most: int) -> int:
+    """How many nearly free questions are granted, of so many."""
+    with ledger.at_once():
+        for number in range(most):
+            fits = ledger.fits(NEARLY_FREE)
+            try:
+                reservation = reserve(ledger, number, event=NEARLY_FREE)
+            except BudgetRefusedError:
+                return number if not fits else -1
+            assert fits
+            assert reservation.body.charge == least_charge(ledger.genesis.cap)
+    return most
+
+
+def test_a_thousand_nearly_free_questions_are_not_granted(ledger: Ledger) -> None:
+    assert charge_of(NEARLY_FREE, ledger.genesis.order) < least_charge(ledger.genesis.cap) / 1e6
+    assert asked(ledger, 1100) == 999
+    assert ledger.verify().reserved == 999
+    with pytest.raises(BudgetRefusedError, match="the least that a request is charged"):
+        reserve(ledger, 999, event=NEARLY_FREE)
+
+
+def test_without_the_least_charge_they_would_be(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: the ledger as it was before. What it wrote still verifies, as it covers what was asked."""
+    for module in (client.ledger, client.ledger_reading):
+        monkeypatch.setattr(module, "charge_at", lambda event, order, cap: charge_of(event, order))
+    monkeypatch.setattr("tests.client.test_ledger.least_charge", lambda cap: 1)
+    assert asked(ledger, 1100) == 1100
+    monkeypatch.undo()
+    report = ledger.verify()
+    assert report.spent == 1100
+    assert reserve(ledger, 2000, event=NEARLY_FREE).body.charge == least_charge(report.cap)
+    ledger.verify()
+
+
 def test_a_restored_backup_is_found_out_by_the_anchor(ledger: Ledger, folder: Path) -> None:
     ledger.release(reserve(ledger, 1), b"x")
-    backup = ledger._db.serialize()
+    backup, mark = ledger._db.serialize(), (folder / "high-water").read_bytes()
     ledger.release(reserve(ledger, 2), b"y")
     head = anchor(ledger)
     ledger.disconnect()
     for leftover in folder.glob("ledger.sqlite-*"):
         leftover.unlink()
     (folder / "ledger.sqlite").write_bytes(backup)
+    (folder / "high-water").write_bytes(mark)  # else that refuses it: see test_high_water
     with Ledger.open(folder) as restored:
         restored.verify()  # by itself it looks well: this is what anchors are for
         with pytest.raises(ReceiptError) as caught:

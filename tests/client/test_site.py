@@ -20,9 +20,10 @@ from client import site as site_module
 from client.kept import device_of
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
-from client.policy import Performance
+from client.policy import Limits, Performance
 from client.site import Site, SiteError, answer
 from client.training import StepSettings
+from client.unit_memory import unit_memory
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
 from common.events.histories import Histories
@@ -255,6 +256,49 @@ def test_a_server_that_says_how_a_site_is_to_compute_is_refused_and_nothing_is_c
     assert "policy.toml" in caplog.text
     assert outcomes(site) == []
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"width": 516}, "width in policy.toml"),
+        ({"hidden_width": 4096}, "hidden_width in policy.toml"),
+        ({"max_events": 501}, "max_events in policy.toml"),
+        ({"negatives": 10_001}, "negatives in policy.toml"),
+        ({"mode": "lora", "most_tokens": 1025}, "most_tokens in policy.toml"),
+        ({"mode": "lora", "lora_rank": 65}, "lora_rank in policy.toml"),
+        ({"core": "decay", "hidden_width": 512, "max_events": 500}, "memory, both in policy.toml"),
+        ({"core": "attention"}, "cores in policy.toml"),
+    ],
+)
+def test_a_plan_beyond_what_the_policy_allows_is_refused_before_anything_is_looked_up(
+    site: Site, ask: Ask, fields: dict[str, object], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    replace(site, limits=Limits(cores=("lstm", "decay"))).save()
+    site.catalog.unlink()  # whoever looked anything up, opened a ledger or built a model would fail
+    ledger = site.ledger_folder.rename(site.folder / "elsewhere")
+    request = ask()
+    values = json.loads(request.plan)
+    values["model"] |= fields
+    assert answer(Site.load(site.folder), replace(request, plan=json.dumps(values))) == Refusal(Reason.PLAN)
+    assert says in caplog.text
+    ledger.rename(site.ledger_folder)
+    assert outcomes(site) == []
+
+
+def test_what_a_catalog_makes_too_large_is_refused_before_a_model_is_built(
+    site: Site, plan: Plan, ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = unit_memory(plan, Performance()) / 2**30
+    with_items = unit_memory(plan, Performance(), items=ITEMS) / 2**30
+    replace(site, limits=Limits(memory=(alone + with_items) / 2)).save()
+    with monkeypatch.context() as patch:
+        patch.setattr("client.site.site_model", None)
+        assert answer(Site.load(site.folder), ask()) == Refusal(Reason.PLAN)
+    assert "would need about" in caplog.text
+    assert outcomes(site) == []
+    replace(site, limits=Limits(memory=with_items)).save()
+    assert isinstance(answer(Site.load(site.folder), ask()), Update)
 
 
 def test_a_site_computes_as_its_own_policy_says(

@@ -15,12 +15,15 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from client.cli import _runs_admitted
 from client.cli import app as site_app
 from client.ledger import Ledger
+from client.policy import Performance
+from client.site import Site
 from common.cli import known_errors
+from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import Reserve
 from common.privacy.mechanisms import PoissonSubsampledGaussian
-from common.privacy.receipts import ClosingCertificate
 from server.cli import app as server_app
 from server.registry import RegistryReader
 from tests.tiny import tiny_files, tiny_plan
@@ -80,6 +83,16 @@ def test_a_site_is_made_for_its_owner_only_and_says_what_to_do(tmp_path: Path) -
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
 
+def test_how_a_site_computes_is_its_own_choice_and_without_one_takes_no_accelerator(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert Site.load(folder).performance == Performance(device="cpu")
+    said = ("--engine", "opacus", "--device", "auto", "--threads", 2, "--micro-batch", 48)
+    assert init(tmp_path / "south", tmp_path / "data", *said).exit_code == 0
+    own = Performance(engine="opacus", device="auto", threads=2, micro_batch=48)
+    assert Site.load(tmp_path / "south").performance == own
+
+
 def test_two_sites_with_one_log_share_neither_secret_nor_commitment(folder: Path, tmp_path: Path) -> None:
     assert init(tmp_path / "south", tmp_path / "data").exit_code == 0
     found = []
@@ -97,6 +110,10 @@ def test_two_sites_with_one_log_share_neither_secret_nor_commitment(folder: Path
         (["--epsilon", 0.001], "leaves no budget"),
         (["--users-at-least", 3], "the typical plan counts on 15 users, but --users-at-least is 3"),
         (["--columns", "user"], "must read field=column"),
+        (["--micro-batch", 50], "micro_batch: input should be a multiple of 8 (given: 50)"),
+        (["--threads", 0], "threads: input should be greater than or equal to 1 (given: 0)"),
+        (["--device", "tpu"], "device: input should be 'cpu', 'cuda' or 'auto' (given: 'tpu')"),
+        (["--engine", "slow"], "engine: input should be 'fast' or 'opacus' (given: 'slow')"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
@@ -157,6 +174,44 @@ def test_verify_holds_for_an_honest_ledger_and_names_an_edit(folder: Path) -> No
     assert json.loads(site("verify", folder, "--json").output)["reason"] == "bad_signature"
 
 
+def test_init_counts_at_least_a_thousandth_for_each_request_of_the_typical_plan(
+    folder: Path,
+) -> None:
+    nearly_free = PoissonSubsampledGaussian(0.001, 1000.0, 1)
+    assert _runs_admitted(folder / "ledger", [nearly_free]) == (pytest.approx(1000, rel=1e-3), True)
+    runs, whole = _runs_admitted(folder / "ledger", [nearly_free] * 1001)
+    assert not whole
+    assert runs < 1
+
+
+def test_budget_counts_at_least_a_thousandth_for_one_more_round_like_the_last(folder: Path) -> None:
+    with Ledger.open(folder / "ledger") as ledger:
+        ledger.burn(
+            ledger.reserve(
+                run="run-a", round=1, attempt=1, event=PoissonSubsampledGaussian(0.001, 1000.0, 1), plan_hash="a" * 64,
+                model_hash="b" * 64, nonce="c" * 32, clip_norm=1.0, normaliser=1.0, learning_rate=1.0,
+            )
+        )  # fmt: skip
+    assert json.loads(site("budget", folder, "--json").output)["more_like_the_last"] == 998
+
+
+def test_a_lost_mark_is_a_fault_until_somebody_answers_for_the_ledger(folder: Path) -> None:
+    charge(folder, 1)
+    (folder / "ledger" / "high-water").unlink()
+    bad = site("verify", folder)
+    assert bad.exit_code == 1
+    assert "FAULT mark_lost" in bad.output
+    assert isinstance(site("status", folder).exception, known_errors())
+    refused = site("renew-mark", folder, typed="n\n")
+    assert "nothing was done" in str(refused.exception)
+    assert site("verify", folder).exit_code == 1
+    renewed = site("renew-mark", folder, typed="y\n")
+    assert renewed.exit_code == 0, renewed.output
+    assert "the ledger verifies, and is marked at entry 2" in renewed.output
+    assert site("verify", folder).exit_code == 0
+    assert "has a high-water mark" in str(site("renew-mark", folder, "--yes").exception)
+
+
 def test_verify_finds_other_data_than_the_ledger_began_with(folder: Path) -> None:
     file = folder / "histories" / "items.npy"
     items = np.load(file)
@@ -172,11 +227,15 @@ def test_withdrawing_asks_first_and_leaves_a_certificate(folder: Path, tmp_path:
     kept = site("withdraw", folder, typed="n\n")
     assert "the site has not withdrawn" in str(kept.exception)
     charge(folder, 2)
-    assert site("withdraw", folder, typed="y\n").exit_code == 0
+    told = site("withdraw", folder, typed="y\n")
+    assert told.exit_code == 0
     assert site("withdraw", folder, "--yes", "--certificate", tmp_path / "again.json").exit_code == 0
     data = (folder / "closing.json").read_bytes()
     assert data == (tmp_path / "again.json").read_bytes()
-    certificate = ClosingCertificate.from_bytes(data.rstrip())
+    certificate = ClosingCertificate.from_bytes(data)
+    for sentence in certificate.in_words():  # on the terminal and, as indented JSON, in the file
+        assert sentence in told.output
+        assert f'\n    "{sentence}"' in data.decode()
     with Ledger.open(folder / "ledger") as ledger:
         assert certificate.verify().spent == ledger.status().spent
         assert sum(isinstance(entry.body, Reserve) for entry in ledger.entries()) == 2

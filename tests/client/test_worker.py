@@ -27,6 +27,7 @@ from client.app import answered, app, content_from_bytes, content_to_bytes
 from client.kept import kept_histories
 from client.ledger import Ledger
 from client.metrics import SiteMetrics, coarse
+from client.policy import Limits
 from client.site import Site
 from client.worker import SOCKET, WorkerError, ask, listen, serve_one
 from common.events.histories import Histories
@@ -75,7 +76,13 @@ def made_site(folder: Path, request: Request) -> Site:
 
     folder.mkdir(mode=0o700)
     CATALOG.save(folder.parent / "catalog.jsonl")
-    site = Site(folder=folder, name="here", catalog=folder.parent / "catalog.jsonl", users_at_least=10)
+    site = Site(
+        folder=folder,
+        name="here",
+        catalog=folder.parent / "catalog.jsonl",
+        users_at_least=10,
+        limits=Limits(steps_per_round=5000),
+    )
     site.save()
     some_histories().save(site.histories_folder)
     events = Plan.model_validate_json(request.plan).events()

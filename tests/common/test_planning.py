@@ -14,7 +14,7 @@ from common.planning import Federation, plan_toml, propose, smallest_budget
 from common.planning_cli import app
 from common.privacy.accountants import epsilon_pld
 from common.privacy.mechanisms import GaussianSum, PoissonSubsampledGaussian
-from common.privacy.renyi import RenyiFilter, cap_of, charge_of
+from common.privacy.renyi import RenyiFilter, cap_of, charge_at
 
 TEN = Federation(users_per_site=50, sites=10)
 
@@ -37,7 +37,7 @@ def test_the_ledger_that_it_names_admits_the_plan_and_a_smaller_one_does_not(rou
     def admits(epsilon: float) -> bool:
         filter_ = RenyiFilter(found.order, cap_of(epsilon, 1e-5, found.order))
         for event in found.plan.events():
-            charge = charge_of(event, found.order)
+            charge = charge_at(event, found.order, filter_.cap)
             if not filter_.fits(charge):
                 return False
             filter_ = filter_.charged(charge)
@@ -51,6 +51,21 @@ def test_the_smallest_budget_of_one_sum_is_a_little_above_its_epsilon() -> None:
     events = [GaussianSum(0.7), PoissonSubsampledGaussian(0.1, 2.0, 20)]
     budget, _ = smallest_budget(events, 1e-5)
     assert epsilon_pld(events, 1e-5) < budget < 1.25 * epsilon_pld(events, 1e-5) + 0.5
+
+
+def test_the_smallest_budget_counts_the_least_charge_of_each_request() -> None:
+    dear, nearly_free = [GaussianSum(0.7)], [GaussianSum(1e4)]
+    alone, _ = smallest_budget(dear, 1e-5)
+    budget, order = smallest_budget(dear + nearly_free * 500, 1e-5)
+    cap = cap_of(budget, 1e-5, order)
+    assert cap >= 500 * -(-cap // 1000) + charge_at(dear[0], order, cap) > cap_of(budget - 0.2, 1e-5, order)
+    assert budget > 1.5 * alone
+    smallest_budget(nearly_free * 999, 1e-5)
+
+
+def test_more_requests_than_any_ledger_admits_are_refused_in_one_sentence() -> None:
+    with pytest.raises(PlanError, match=r"asks a site 1001 times, which no ledger .* Take fewer rounds"):
+        smallest_budget([GaussianSum(1e4)] * 1001, 1e-5)
 
 
 def test_more_users_buy_more_of_everything() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from common.privacy.entries import Entry
 from common.privacy.mechanisms import Event, PoissonSubsampledGaussian
 from common.privacy.receipts import Receipt, Request
-from common.privacy.renyi import charge_of
+from common.privacy.renyi import charge_at
 from common.wire import Update, answer_to_records, state_to_bytes
 from server.admission import Expectation
 from server.registry import Registry
@@ -285,7 +285,7 @@ def _(it: Scene) -> RecordDict:
 @bad("over its cap", "over_cap")
 def _(it: Scene) -> RecordDict:
     state, genesis = update(), it.site.genesis
-    while it.site.spent + charge_of(TRAINING, genesis.order) <= genesis.cap:
+    while it.site.spent + charge_at(TRAINING, genesis.order, genesis.cap) <= genesis.cap:
         reserve(it.site, asked("run-b", len(it.site.entries)))
     first = len(it.registry.chain(it.key_id).entries)
     answered(it.site, state)

@@ -82,11 +82,15 @@ def test_one_lying_site_is_left_out_by_name_and_the_run_ends_well(
     assert {site.charges for site in found.sites} == {rounds}
 
 
-def restored(ledger: Path, backup: bytes) -> None:
-    """Puts a copy of the database back, as a backup does."""
-    ledger.write_bytes(backup)
-    for suffix in ("-wal", "-shm"):
-        ledger.with_name(ledger.name + suffix).unlink(missing_ok=True)
+def copied(ledger: Path) -> dict[str, bytes]:
+    """What a backup of a ledger's folder keeps, while nothing is at work there."""
+    return {path.name: path.read_bytes() for path in ledger.iterdir() if path.is_file()}
+
+
+def restored(ledger: Path, backup: dict[str, bytes]) -> None:
+    """Puts a copy of the ledger's files back."""
+    for name, data in backup.items():
+        (ledger / name).write_bytes(data)
 
 
 def charges(site: Path) -> int:
@@ -100,10 +104,10 @@ def test_a_site_restored_from_an_old_backup_is_told_at_a_runs_first_request_and_
     sites = tmp_path / "sites"
     fast = {"training": {"rounds": 1, "steps_per_round": 1}, "privacy": FAST}
     tiny_run(tmp_path, plan=fast, sites=sites, site_budget=20.0)
-    ledger = sites / "00002" / "ledger" / "ledger.sqlite"
-    backup = ledger.read_bytes()
+    ledger = sites / "00002" / "ledger"
+    backup = copied(ledger)
     tiny_run(tmp_path, plan=fast, sites=sites)
-    newest = ledger.read_bytes()
+    newest = copied(ledger)
     restored(ledger, backup)
     before = charges(sites / "00002")
     with caplog.at_level(logging.WARNING, "fedtide.site"):
@@ -112,9 +116,9 @@ def test_a_site_restored_from_an_old_backup_is_told_at_a_runs_first_request_and_
     assert [(each["node"], each["reason"]) for each in record["left_out"]] == [("4", "policy")]
     assert len(record["admitted"]) == 3
     assert charges(sites / "00002") == before
-    assert ledger.read_bytes() == backup
+    assert copied(ledger) == backup
     assert "restored from an old backup" in caplog.text
-    assert "put the newest copy of the ledger's folder back" in caplog.text
+    assert "put the newest whole copy of the ledger's folder back" in caplog.text
     assert not any(site.barred for site in RegistryReader(sites / "registry").sites())
     restored(ledger, newest)
     fourth = tiny_run(tmp_path, plan=fast, sites=sites)
@@ -129,8 +133,8 @@ def test_a_site_that_goes_on_with_an_old_ledger_is_barred_and_the_runs_go_on(
     sites = tmp_path / "sites"
     fast = {"training": {"rounds": 1, "steps_per_round": 1}, "privacy": FAST}
     tiny_run(tmp_path, plan=fast, sites=sites, site_budget=20.0)
-    ledger = sites / "00002" / "ledger" / "ledger.sqlite"
-    backup = ledger.read_bytes()
+    ledger = sites / "00002" / "ledger"
+    backup = copied(ledger)
     tiny_run(tmp_path, plan=fast, sites=sites)
     restored(ledger, backup)
     monkeypatch.setattr(Ledger, "anchor", lambda *_: None)  # its code does not ask what the server has seen

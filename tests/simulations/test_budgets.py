@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from client.cli import app as site_app
 from client.ledger import Ledger
 from common.privacy.mechanisms import Event
-from common.privacy.renyi import charge_of
+from common.privacy.renyi import charge_at
 from simulations.audit.cli import app as audit_app
 from simulations.outcome import Outcome
 from tests.tiny import tiny_run
@@ -66,7 +66,7 @@ def test_a_budget_that_ends_in_round_three_an_earlier_run_and_another_models_run
     event = first.plan.round_event()
     with Ledger.open(sites / POOR / "ledger") as ledger:
         status = ledger.status()
-        rounds_left = (status.cap - status.spent) // charge_of(event, status.genesis.order)
+        rounds_left = (status.cap - status.spent) // charge_at(event, status.genesis.order, status.cap)
         assert rounds_left > 10
         for number in range(rounds_left - 2):
             charge_elsewhere(ledger, number, event)

@@ -19,7 +19,7 @@ import pytest
 from client.ledger import Ledger
 from common.privacy.entries import Release
 from common.privacy.receipts import Receipt, check_receipt_alone, check_update
-from common.privacy.renyi import charge_of
+from common.privacy.renyi import charge_at
 from server.registry import RegistryReader
 from tests.simulations.killed_federation import NODES
 from tests.tiny import tiny_run
@@ -116,7 +116,8 @@ def test_kills_during_real_rounds_leave_no_update_uncharged(tmp_path: Path) -> N
             assert not any(site.barred for site in reader.sites()), "the site signed two histories"
             assert held.entries[-1].hash == ledger.entries()[held.head.seq].hash
             assert report.open == 0
-            assert report.spent == charge_of(plan.round_event(), ledger.genesis.order) * report.reserved
+            charge = charge_at(plan.round_event(), ledger.genesis.order, ledger.genesis.cap)
+            assert report.spent == charge * report.reserved
             assert report.reserved == report.released + report.burnt
             totals.update(reserved=report.reserved, burnt=report.burnt, released=report.released)
             releases = {

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
+from client.policy import ANY_PLAN, Performance, PolicyError
+from client.site import Site
+from common.config import PlanError
 from common.events.catalog import Catalog
 from common.events.cleaning import CleaningPolicy, clean
 from common.events.histories import Histories
 from common.events.schema import EVENT_SCHEMA, LogError
+from simulations.cli import simulate_app
 from simulations.datasets import Dataset, load_movielens_100k
 from simulations.partition import divide, log_of_site
 from simulations.sites import histories_of_sites, simulated_secret
+from tests.tiny import tiny_run
 
 ITEMS = tuple(f"item-{row}" for row in range(30))
 POLICY = CleaningPolicy(minimum_events=2, max_events_per_user=40)
@@ -87,3 +94,33 @@ def test_a_site_of_which_nothing_is_left_says_why() -> None:
     assert len(next(made))
     with pytest.raises(LogError, match="nothing is left of the log"):
         next(made)
+
+
+def test_simulated_sites_compute_as_was_asked_and_go_on_so_until_asked_otherwise(tmp_path: Path) -> None:
+    sites, plan = tmp_path / "sites", {"training": {"rounds": 1, "steps_per_round": 1}}
+    first, second = Performance(micro_batch=8, threads=1), Performance(micro_batch=16, engine="opacus")
+    for asked, found in ((first, first), (None, first), (second, second)):
+        outcome = tiny_run(tmp_path, plan=plan, sites=sites, site_budget=50.0, performance=asked)
+        assert len(outcome.sites) == 4
+        assert all(Site.load(each.folder).performance == found for each in outcome.sites)
+        assert all(Site.load(each.folder).limits == ANY_PLAN for each in outcome.sites)
+        assert [len(each["admitted"]) for each in outcome.run.records()] == [4]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--device", "tpu"), "device: input should be 'cpu', 'cuda' or 'auto'"),
+        (("--micro-batch", "9"), "micro_batch: input should be a multiple of 8"),
+        (("--dp-engine", "slow"), "engine: input should be 'fast' or 'opacus'"),
+        (("--frozen-precision", "int8"), "frozen_precision: input should be 'float32' or 'bfloat16'"),
+        (("--set", "performance.device=cpu"), "how a site computes is no part of a plan"),
+        (("--set", "model.frozen_precision=bfloat16"), "`fedtide simulate` --device"),
+    ],
+)
+def test_a_simulation_is_told_how_sites_compute_by_options_and_not_in_its_plan(
+    options: tuple[str, ...], says: str
+) -> None:
+    refused = CliRunner().invoke(simulate_app, ["--offline", *options])
+    assert isinstance(refused.exception, PolicyError | PlanError), refused.output
+    assert says in str(refused.exception)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -40,6 +40,7 @@ def conformance(
         Path | None,
         typer.Option(metavar="RUN", help="Test this run's kind of model too, and write to its folder."),
     ] = None,
+    engine: Annotated[str, typer.Option(help="Of a site's steps: fast or opacus.")] = "fast",
     controls: Annotated[
         bool, typer.Option(help="Break the code on purpose too; every fault must be seen.")
     ] = True,
@@ -62,6 +63,7 @@ def conformance(
         model=None if run is None else _model_of(run),
         plan=None if run is None else plan_of(run),
         with_controls=controls,
+        engine=cast(Any, _known("engine", [engine], ("fast", "opacus"))[0]),
     )
     command = " ".join(
         [
@@ -70,6 +72,7 @@ def conformance(
             *(f"--mode {name}" for name in mode or ()),
             *([] if device == "auto" else [f"--device {device}"]),
             *([] if run is None else [f"--run {run.name}"]),
+            *([] if engine == "fast" else [f"--engine {engine}"]),
             *([] if controls else ["--no-controls"]),
         ]
     )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from client.generators import SECURE, Generators
+from client.policy import Performance
+from client.self_test import Engine
 from client.site import Site, answer
 from client.statistics import release_metrics, release_statistics
 from client.together import Question, answered_together
-from client.training import train_round
+from client.training import StepSettings, train_round
 from common.config import Plan
 from common.events.histories import Histories
+from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.phases import StatisticsPlan
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
@@ -48,6 +51,17 @@ Answers = Callable[[Sequence[tuple[Path, Request]], Generators], list[Update | R
 def site_reply(site: Site, request: Request) -> RecordDict:
     """What a site sends back, as it goes on the wire."""
     return answer_to_records(answer(site, request))
+
+
+def site_metrics(
+    model: InterestModel,
+    histories: Histories,
+    held_out: npt.NDArray[np.int64],
+    plan: Plan,
+    noise: GaussianNoise,
+) -> dict[str, Tensor]:
+    """Metrics as a site releases them that was told nothing of how to compute."""
+    return release_metrics(model, histories, held_out, plan, noise, unit_rows=Performance().micro_batch)
 
 
 def one_by_one(questions: Sequence[tuple[Path, Request]], generators: Generators) -> list[Update | Refusal]:
@@ -83,13 +97,24 @@ class Code:
 
     trainer: Trainer = train_round
     statistics: StatisticsRelease = release_statistics
-    metrics: MetricsRelease = release_metrics
+    metrics: MetricsRelease = site_metrics
     reply: Reply = site_reply
     paths: Mapping[str, Answers] = field(
         default_factory=lambda: {"one site": one_by_one, "sites together": in_one_go}
     )
     sampler: Callable[[], UserSampler] = SecurePoissonSampler
     noise: Callable[[], GaussianNoise] = SecureGaussian
+
+
+def by_engine(engine: Engine, trainer: Trainer) -> Trainer:
+    """The trainer with steps made by an engine, whatever its settings say."""
+
+    def trained(
+        model: InterestModel, histories: HistoryBatch, settings: StepSettings, **given: Any
+    ) -> dict[str, Tensor]:
+        return trainer(model, histories, replace(settings, engine=engine), **given)
+
+    return trained
 
 
 class Everyone:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from client.generators import SECURE, Generators
 from client.ledger import Ledger
-from client.policy import Performance
+from client.policy import ANY_PLAN, Performance
 from client.site import Site
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
@@ -56,6 +56,8 @@ LIKED_FROM = 4.0
 
 MICRO_BATCH = 24
 """Rows of a unit, in which users go through the model."""
+
+PERFORMANCE = Performance(threads=1, micro_batch=MICRO_BATCH)
 
 
 @contextmanager
@@ -226,12 +228,21 @@ class MadeUpSites:
         fresh: those of a new model.
     """
 
-    def __init__(self, folder: Path, name: str = "sites", *, agreed: int = AGREED, **model: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "sites",
+        *,
+        agreed: int = AGREED,
+        performance: Performance = PERFORMANCE,
+        **model: Any,
+    ) -> None:
         """Sites that do not exist yet.
 
         Args:
             folder: everything is written in a folder `name` of it, which is not there yet.
             agreed: how many users each site has agreed to have at least.
+            performance: how each site computes.
             model: fields of the model's plan, instead of the usual.
         """
         self.language_model = language_model(folder)
@@ -254,7 +265,8 @@ class MadeUpSites:
             users_at_least=agreed,
             families=tuple(FAMILIES),
             metrics=True,
-            performance=Performance(threads=1, micro_batch=MICRO_BATCH),
+            limits=ANY_PLAN,
+            performance=performance,
         )
         site.save()
         typical: list[Event] = [PoissonSubsampledGaussian(0.5, 2.0, 20), GaussianSum(6.0)]

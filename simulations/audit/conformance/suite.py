@@ -6,21 +6,31 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from client.self_test import Engine
 from common.config import Plan
 from common.models.names import FAMILIES
 from common.phases import Phase
 from simulations.audit.conformance.answers_of_sites import any_site_answers, same_answer_again
 from simulations.audit.conformance.checking import LEVEL, attempted
-from simulations.audit.conformance.code import Answers, Code
+from simulations.audit.conformance.code import Answers, Code, by_engine
 from simulations.audit.conformance.controls import controls
+from simulations.audit.conformance.controls_noise import controls_of_noise
 from simulations.audit.conformance.controls_training import controls_of_answers
-from simulations.audit.conformance.made_up_sites import AGREED, LORA, MadeUpSites, at_made_up_sites
+from simulations.audit.conformance.made_up_sites import (
+    AGREED,
+    LORA,
+    PERFORMANCE,
+    MadeUpSites,
+    at_made_up_sites,
+)
+from simulations.audit.conformance.metrics_pairs import WIDE, metrics_sensitivity
 from simulations.audit.conformance.noise import forked_noise, noise_checks
+from simulations.audit.conformance.noise_shape import draw_sizes, shape_of_steps, shape_of_sums
 from simulations.audit.conformance.pairs_of_sites import (
     Way,
     answer_sensitivity,
@@ -47,6 +57,10 @@ STATISTICAL = (
     "noise with users",
     "normal",
     "new noise",
+    "tails",
+    "other places",
+    "same numbers",
+    "sizes of draws",
     "forked noise",
     "sampling",
     "independent users",
@@ -76,6 +90,7 @@ class Options:
         model: fields of a run's model plan, to be tested beside them; sizes are those of all subjects.
         plan: a run's own, whose privacy and training are tested beside the usual.
         with_controls: whether broken variants are put through the same checks.
+        engine: of a step, at every site that is made up.
     """
 
     families: Sequence[str] = tuple(FAMILIES)
@@ -84,6 +99,7 @@ class Options:
     model: Mapping[str, Any] | None = None
     plan: Plan | None = None
     with_controls: bool = True
+    engine: Engine = "fast"
 
 
 Ask = tuple[str, str, Callable[[], Sequence[Check]]]
@@ -92,8 +108,8 @@ Ask = tuple[str, str, Callable[[], Sequence[Check]]]
 class Workshop:
     """Where subjects are made, each once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, engine: Engine = "fast") -> None:
+        self.folder, self.engine = folder, engine
         self._made: dict[str, Subject] = {}
         self._sites: dict[str, MadeUpSites] = {}
 
@@ -108,7 +124,9 @@ class Workshop:
         """Sites in folders of their own (see `MadeUpSites`)."""
         name = repr(sorted(fields.items()))
         if name not in self._sites:
-            self._sites[name] = MadeUpSites(self.folder, f"sites-{len(self._sites)}", **fields)
+            performance = PERFORMANCE.model_copy(update={"engine": self.engine})
+            place = f"sites-{len(self._sites)}"
+            self._sites[name] = MadeUpSites(self.folder, place, performance=performance, **fields)
         return self._sites[name]
 
     def way(self, name: str, path: Answers, **fields: Any) -> Way:
@@ -136,7 +154,8 @@ def conformance(
         _one_thread(),
         at_made_up_sites(Path(name)),
     ):
-        questions = list(_questions(options, code, workshop or Workshop(Path(name))))
+        code = replace(code, trainer=by_engine(options.engine, code.trainer))
+        questions = list(_questions(options, code, workshop or Workshop(Path(name), options.engine)))
         for number, (what, of, ask) in enumerate(questions, start=1):
             checks += attempted(what, of, ask)
             if on_step is not None:
@@ -153,6 +172,7 @@ def conformance(
             "families": list(options.families),
             "modes": list(options.modes),
             "devices": list(options.devices or devices()),
+            "engine": options.engine,
             "others": list(OTHERS),
             "loudest_user_in_clip_norms": LOUDEST,
         },
@@ -182,6 +202,12 @@ def _questions(options: Options, code: Code, workshop: Workshop) -> Iterator[Ask
         small = partial(workshop.subject, family="recommend", mode="vectors", device="cpu")
         for name, ask in controls_of_answers(code, workshop.sites, small):
             yield "controls", name, ask
+        subjects = {
+            "small": small,
+            "many places": partial(small, items=WIDE_CATALOG),
+            "wide layers": partial(small, **WIDE),
+        }
+        yield "controls", "noise", lambda: controls_of_noise(subjects, code)
 
 
 def _of_model(subject: Callable[[], Subject], place: str, code: Code) -> Iterator[Ask]:
@@ -224,12 +250,17 @@ def _of_device(workshop: Workshop, device: str, code: Code) -> Iterator[Ask]:
     small, wide = usual, partial(usual, items=WIDE_CATALOG)
     separable = partial(usual, items=3 * USERS, off_start=0.0)
     yield "noise level", f"{WIDE_CATALOG} items, {device}", lambda: noise_checks(wide(), code, WIDE_ROUNDS)
+    yield "tails", f"{WIDE_CATALOG} items, {device}", lambda: shape_of_steps(wide(), code, WIDE_ROUNDS)
+    yield "tails", f"sums, {device}", lambda: shape_of_sums(code)
+    yield "sizes of draws", device, lambda: draw_sizes(small(), code)
     yield "sampling", device, lambda: sampling(separable(), code)
     if device == "cpu":  # a copy of a process cannot use CUDA
         yield "forked noise", device, lambda: forked_noise(small(), code)
         yield "forked sampling", device, lambda: forked_sampling(separable(), code)
     yield "stopped clock", device, lambda: stopped_clock(small(), code)
     yield "sum noise", device, lambda: sum_checks(small(), code)
+    wide_layers = partial(usual, **WIDE)
+    yield "sum sensitivity", f"metrics, {device}", lambda: metrics_sensitivity(wide_layers(), code)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from common.privacy.entries import (
     signed_bytes,
 )
 from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGaussian
-from common.privacy.renyi import cap_of, charge_of
+from common.privacy.renyi import cap_of, charge_at
 
 SITE = Ed25519PrivateKey.from_private_bytes(b"s" * 32)
 SERVER = Ed25519PrivateKey.from_private_bytes(b"v" * 32)
@@ -68,7 +68,7 @@ class Writer:
     def reserve_body(
         self, run: str, round_: int, attempt: int = 0, *, event: Event = TRAINING, day: str = "2026-01-02"
     ) -> Reserve:
-        charge = charge_of(event, self.genesis.order)
+        charge = charge_at(event, self.genesis.order, self.genesis.cap)
         return Reserve(
             genesis=self.entries[0].hash,
             run=run,

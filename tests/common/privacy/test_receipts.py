@@ -11,18 +11,17 @@ from hypothesis import strategies as st
 from common.privacy import canonical, faults
 from common.privacy.anchors import Countersignature
 from common.privacy.chain import verified_chain, verify_chain
-from common.privacy.entries import Burnt, Close, Entry, Genesis, Release, Reserve
+from common.privacy.entries import Burnt, Entry, Genesis, Release, Reserve
 from common.privacy.equivocation import EquivocationProof
-from common.privacy.faults import BadFieldError, ForkError, ReceiptError
+from common.privacy.faults import BadFieldError, ForkError, ReceiptError, WrongChargeError
 from common.privacy.mechanisms import GaussianSum
 from common.privacy.receipts import (
-    ClosingCertificate,
     Receipt,
     check_receipt,
     check_receipt_alone,
 )
-from common.privacy.renyi import charge_of
-from common.privacy.rules import recompute_charge
+from common.privacy.renyi import charge_at, charge_of, least_charge
+from common.privacy.rules import check_charge
 from tests.common.privacy import bad_receipts as corpus
 from tests.common.privacy import honest_chain as chains
 
@@ -77,7 +76,50 @@ def test_the_charge_is_recomputed_from_the_receipt_alone() -> None:
     receipt, *_ = corpus.good_receipt()
     read = Receipt.from_bytes(receipt.to_bytes())
     assert isinstance(read.genesis.body, Genesis)
-    assert recompute_charge(read.reserve, read.genesis.body) == read.reserve.charge
+    genesis = read.genesis.body
+    assert charge_at(read.reserve.event, genesis.order, genesis.cap) == read.reserve.charge
+    check_charge(read.reserve, genesis)
+
+
+NEARLY_FREE = GaussianSum(1e4)
+
+
+def charged(charge: int) -> list[Entry]:
+    """A ledger of one reservation of a nearly free event, signed by the site."""
+    site = chains.Writer()
+    body = site.reserve_body("run-a", 1, event=NEARLY_FREE)
+    site.add(dataclasses.replace(body, charge=charge, spent=charge))
+    return site.entries
+
+
+def test_a_charge_is_the_events_own_or_the_least_and_nothing_else() -> None:
+    """The first stands in ledgers from before there was a least charge; it covers what the event costs."""
+    genesis = chains.Writer().genesis
+    exact, least = charge_of(NEARLY_FREE, genesis.order), least_charge(genesis.cap)
+    assert 2 < exact < least - 2
+    for charge in (exact, least):
+        entries = charged(charge)
+        assert verify_chain(entries).spent == charge
+        assert isinstance(entries[1].body, Reserve)
+        check_charge(entries[1].body, genesis)
+    for charge in (1, exact - 1, exact + 1, (exact + least) // 2, least - 1, least + 1, genesis.cap):
+        entries = charged(charge)
+        with pytest.raises(WrongChargeError, match=f"the event is charged {least}"):
+            verify_chain(entries)
+        assert isinstance(entries[1].body, Reserve)
+        with pytest.raises(WrongChargeError):
+            check_charge(entries[1].body, genesis)
+
+
+def test_an_event_that_costs_more_than_the_least_is_charged_what_it_costs() -> None:
+    genesis = chains.Writer().genesis
+    exact = charge_of(chains.TRAINING, genesis.order)
+    assert exact > least_charge(genesis.cap)
+    site = chains.Writer()
+    body = site.reserve_body("run-a", 1)
+    site.add(dataclasses.replace(body, charge=least_charge(genesis.cap), spent=least_charge(genesis.cap)))
+    with pytest.raises(WrongChargeError):
+        verify_chain(site.entries)
 
 
 def test_a_segment_may_repeat_what_is_held_and_arrive_twice() -> None:
@@ -119,18 +161,6 @@ def test_a_countersignature_travels() -> None:
     with pytest.raises(ReceiptError) as caught:
         dataclasses.replace(read, seq=6).check()
     assert caught.value.reason == "bad_anchor"
-
-
-def test_a_closing_certificate_travels_and_cannot_be_forged() -> None:
-    site = chains.honest()
-    certificate = ClosingCertificate(site.entries[0], site.add(Close(site.spent, "2026-01-04")))
-    assert ClosingCertificate.from_bytes(certificate.to_bytes()).verify().spent == site.spent
-    forged = ClosingCertificate(
-        site.entries[0], chains.read([chains.sign(chains.raw(site.entries)[12], chains.STRANGER)])[0]
-    )
-    with pytest.raises(ReceiptError) as caught:
-        forged.verify()
-    assert caught.value.reason == "bad_signature"
 
 
 def test_nothing_in_an_entry_can_depend_on_a_user() -> None:

@@ -16,7 +16,9 @@ from common.privacy.renyi import (
     RenyiFilter,
     best_order,
     cap_of,
+    charge_at,
     charge_of,
+    least_charge,
     renyi_cap,
     renyi_cost,
     renyi_to_epsilon,
@@ -73,6 +75,41 @@ def _admitted(plan: list[Event], order: int, epsilon: float = 8, delta: float = 
 def test_admitted_rounds_of_the_lab_are_reproduced(plan: list[Event], order: int, rounds: int) -> None:
     assert best_order(plan, 8, 1e-5) == order
     assert _admitted(plan, order) == rounds
+
+
+def test_nobody_asks_more_than_a_thousand_times_however_little_a_question_costs() -> None:
+    cap, nearly_free = cap_of(8, 1e-5, 3), GaussianSum(1e6)
+    filter_, asked = RenyiFilter(3, cap), 0
+    while filter_.fits(charge := charge_at(nearly_free, 3, cap)):
+        filter_, asked = filter_.charged(charge), asked + 1
+    assert asked == 999  # the cap is no multiple of 1000, and a charge is rounded up
+    assert cap // charge_of(nearly_free, 3) > 10**9  # what would fit without a least charge
+
+
+@pytest.mark.parametrize(("cap", "least"), [(0, 1), (1, 1), (1000, 1), (1001, 2), (7_955_395_183, 7_955_396)])
+def test_the_least_charge_is_a_thousandth_of_the_cap_rounded_up(cap: int, least: int) -> None:
+    assert least_charge(cap) == least
+    assert charge_at(GaussianSum(1e6), 3, cap) == least
+    assert charge_at(GaussianSum(0.2), 3, cap) == charge_of(GaussianSum(0.2), 3)
+
+
+def test_the_order_is_chosen_with_the_least_charge_counted() -> None:
+    for plan in ([GaussianSum(1.0)], [GaussianSum(1.0)] + [GaussianSum(50.0)] * 300):
+        found = best_order(plan, 8, 1e-5)
+
+        def runs(order: int, plan: list[GaussianSum] = plan) -> float:
+            cap = cap_of(8, 1e-5, order)
+            return cap / sum(charge_at(event, order, cap) for event in plan)
+
+        assert all(runs(found) >= 0.999 * runs(order) for order in range(2, 129))
+
+
+def test_where_all_is_charged_the_least_the_order_is_the_one_at_which_the_events_cost_least() -> None:
+    """Else rounding to whole nano-units would choose it."""
+    cheap = [PoissonSubsampledGaussian(0.01, 10.0, 1)]
+    found = best_order(cheap, 8, 1e-5)
+    exact = {order: cap_of(8, 1e-5, order) / charge_of(cheap[0], order) for order in range(2, 129)}
+    assert exact[found] >= 0.999 * max(exact.values())
 
 
 def test_a_wrong_order_is_expensive() -> None:
