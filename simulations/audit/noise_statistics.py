@@ -168,11 +168,11 @@ def tail_limits(count: int, beyond: float, probability: float) -> tuple[float, f
     return float(exact.ppf(probability / 2)) / count, float(exact.isf(probability / 2)) / count
 
 
-def norms_probability(vectors: Array) -> tuple[float, float]:
+def norms_probability(draws: Sequence[Array] | Array) -> tuple[float, float]:
     """How far the sizes of draws lie from what chance makes them: Kolmogorov and Smirnov's distance, its probability.
 
     A draw's sum of squares is chi-square with as many degrees as it has numbers, draw by draw.
     """
-    sizes = stats.chi2.cdf(np.square(vectors).sum(axis=1), vectors.shape[1])
+    sizes = [stats.chi2.cdf(float(np.square(each).sum()), each.size) for each in draws]
     found = stats.kstest(sizes, "uniform")
     return float(found.statistic), float(found.pvalue)
