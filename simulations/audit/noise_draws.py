@@ -61,7 +61,7 @@ def _places(everything: Sequence[Release], probability: float) -> Check:
         else f"{first.site}, round {first.round} and {others}, turned by {worst.turn} places, have noise in common "
         f"({'sizes correlate by' if worst.sizes else 'correlation'} {worst.likeness:+.2f})"
     )
-    bound = f"at most {least_likeness(*z.shape, math.log(probability)):.3f}"
+    bound = f"at most {least_likeness(len(z), z.shape[1], math.log(probability)):.3f}"
     return Check("places", "all releases", abs(worst.likeness), bound, holds, said)
 
 
