@@ -61,7 +61,9 @@ def _places(everything: Sequence[Release], probability: float) -> Check:
         else f"{first.site}, round {first.round} and {others}, turned by {worst.turn} places, have noise in common "
         f"({'sizes correlate by' if worst.sizes else 'correlation'} {worst.likeness:+.2f})"
     )
-    bound = f"at most {least_likeness(len(z), z.shape[1], math.log(probability)):.3f}"
+    own, log_level = worst.first == worst.second, math.log(probability)
+    limit = least_likeness(len(z), z.shape[1], log_level, own=own, sizes=worst.sizes)
+    bound = f"at most {limit:.3f}{' of itself' if own else ''}{', in sizes' if worst.sizes else ''}"
     return Check("places", "all releases", abs(worst.likeness), bound, holds, said)
 
 

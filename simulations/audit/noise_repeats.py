@@ -82,13 +82,19 @@ def comparisons_of(count: int, numbers: int) -> float:
     return 2.0 * numbers * (count * (count + 1) / 2)
 
 
-def least_likeness(count: int, numbers: int, log_probability: float) -> float:
-    """The correlation of two draws, among so many, from which on they are said to be alike with this probability."""
+def least_likeness(
+    count: int, numbers: int, log_probability: float, *, own: bool = False, sizes: bool = False
+) -> float:
+    """The likeness from which on one of so many draws is said, with this probability, to be like another.
+
+    Args:
+        own, sizes: as for `log_chance_of_products`.
+    """
     wanted = log_probability - math.log(comparisons_of(count, numbers))
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        chance = log_chance_of_products(middle * numbers, numbers, own=False, sizes=False)
+        chance = log_chance_of_products(middle * numbers, numbers, own=own, sizes=sizes)
         low, high = (middle, high) if chance > wanted else (low, middle)
     return high
 

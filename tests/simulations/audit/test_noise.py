@@ -145,7 +145,7 @@ DRAWN_OTHERWISE = {"last draw turned": "places", "four uniforms": "tails", "cut 
 @pytest.mark.parametrize("name", DRAWN_OTHERWISE)
 def test_a_generator_that_draws_otherwise_is_caught_from_its_updates(name: str, tmp_path: Path) -> None:
     with SABOTAGES[name].at_work():
-        found = audit_noise(made_run(tmp_path / "run", rounds=20, steps=1, users=2))
+        found = audit_noise(made_run(tmp_path / "run", sites=5, rounds=10, steps=1, users=2))
     assert DRAWN_OTHERWISE[name] in {check.name for check in found.checks if not check.holds}
 
 

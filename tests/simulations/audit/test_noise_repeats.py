@@ -103,11 +103,16 @@ def test_what_repeats_at_another_place_is_found_and_honest_draws_are_not(
     assert most_alike_turned(lie(draws)).log_probability < math.log(1e-9)
 
 
-def test_the_least_likeness_is_that_of_the_probability() -> None:
-    least = least_likeness(10, 256, math.log(1e-4))
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("sizes", [False, True])
+def test_the_least_likeness_is_that_of_the_probability(own: bool, sizes: bool) -> None:
+    least = least_likeness(10, 256, math.log(1e-4), own=own, sizes=sizes)
     comparisons = 2 * 256 * 55
-    chance = log_chance_of_products(least * 256, 256, own=False, sizes=False) + math.log(comparisons)
+    chance = log_chance_of_products(least * 256, 256, own=own, sizes=sizes) + math.log(comparisons)
     assert chance == pytest.approx(math.log(1e-4), abs=1e-3)
+
+
+def test_one_number_is_no_error() -> None:
     assert most_alike_turned(np.ones((1, 1))).log_probability == 0.0
 
 

@@ -157,7 +157,7 @@ def off_the_grid(releases: list[Release]) -> list[Release]:
         (uniform, 1, "shape", {"level-by-site", "level-of-all", "drift", "level", "tails", "sizes"}),
         (turned_each_second_time, 2, "places", set[str]()),
         (sizes_again, 2, "places", set[str]()),
-        (cut_at_three_deviations, 1, "tails", set[str]()),
+        (cut_at_three_deviations, 10, "tails", {"shape"}),
         (of_four_uniforms, 10, "tails", {"shape"}),
         (large_again, 20, "sizes", {"level-of-all", "level-by-site", "drift", "rest"}),
         (off_the_grid, 1, "grid", set[str]()),
