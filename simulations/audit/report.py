@@ -15,6 +15,7 @@ from typing import Any
 from common.bundle import installed_code
 from common.config import Plan
 from common.privacy.accountants import DISCRETISATION
+from common.privacy.odds import Odds, odds
 from server.registry import RegistryReader
 from server.runs import INCOMPLETE, RunFolder
 from simulations.audit.evidence import own_versions
@@ -23,11 +24,9 @@ from simulations.audit.pack import is_simulated
 from simulations.audit.receipts import audit_receipts, registry_of
 from simulations.audit.report_record import (
     Ledger,
-    Odds,
     digests,
     events_of,
     ledgers,
-    odds,
     phases_of,
     released_metrics,
     rounds_of,

@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from common.config import Plan
 from common.phases import Exchange
-from common.privacy.accountants import epsilon_pld, privacy_profile
+from common.privacy.accountants import epsilon_pld
 from common.privacy.chain import Chain
 from common.privacy.entries import Burnt, Release, Reserve
 from common.privacy.faults import ReceiptError
@@ -35,7 +35,6 @@ _FILES = (
     "released.safetensors",
     "model.safetensors",
 )
-_PROFILE = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,39 +237,6 @@ def released_metrics(run: RunFolder) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Odds:
-    """What the whole privacy curve leaves to the best possible attacker on one user, if it guesses in or out.
-
-    Attributes:
-        right: how often it is right at most, where in and out are equally likely.
-        found: at most this share of users who were in are recognised, at false-alarm rates of 1 % and 0.1 %.
-        profile: epsilon -> delta.
-    """
-
-    right: float
-    found: dict[str, float]
-    profile: dict[str, float]
-
-
-def odds(events: Sequence[Event]) -> Odds:
-    """The odds of these events together, by the PLD."""
-    epsilons = [each / 10 for each in range(161)]
-    deltas = privacy_profile(events, epsilons)
-    curve = list(zip(epsilons, deltas, strict=True))
-    return Odds(
-        right=(1 + deltas[0]) / 2,
-        found={f"{rate:g}": most_found(curve, rate) for rate in (0.01, 0.001)},
-        profile={f"{epsilon:g}": delta for epsilon, delta in curve if epsilon in _PROFILE},
-    )
-
-
-def most_found(curve: Sequence[tuple[float, float]], rate: float) -> float:
-    """The largest true-positive rate at a false-positive rate that a privacy curve of (epsilon, delta) allows."""
-    bounds = [min(exp(e) * rate + d, 1 - exp(-e) * (1 - d - rate)) for e, d in curve]
-    return max(rate, min(1.0, *bounds))
 
 
 def events_of(reader: RegistryReader, key_id: str, run: str) -> list[Event]:

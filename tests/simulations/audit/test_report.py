@@ -24,6 +24,7 @@ from client.ledger import Ledger
 from client.site import Site
 from common.cli import main
 from common.privacy.mechanisms import GaussianSum, PoissonSubsampledGaussian
+from common.privacy.odds import odds
 from server.registry import Registry
 from simulations.audit.cli import app
 from simulations.audit.evidence import TOOLS, Check
@@ -31,7 +32,6 @@ from simulations.audit.full import run_tools
 from simulations.audit.pack import pack
 from simulations.audit.page import page, prose
 from simulations.audit.report import Report, build_report, holds
-from simulations.audit.report_record import odds
 from simulations.audit.report_tools import COMMANDS
 from tests.simulations.audit import report_cases
 from tests.simulations.audit.report_cases import write_evidence
