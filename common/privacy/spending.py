@@ -29,7 +29,9 @@ MOST_MECHANISMS = 300
 """Different sampled mechanisms up to which the PLD is asked: it takes seconds then."""
 
 
-MEANING = "The PLD's figure is for charges that were fixed in advance; the filter's bound holds however they were chosen."
+MEANING = (
+    "The PLD's figure is for charges fixed in advance; the filter's bound holds however they were chosen."
+)
 
 
 def up_to(epsilon: float) -> str:

@@ -45,8 +45,8 @@ class Report:
         made: when, to the second, UTC.
         verdict: held, did not hold, or not fully checked.
         findings: of `audit_receipts`.
-        odds: what the privacy curve of the site with the largest epsilon leaves to an attacker; None where nothing
-            was charged, or nothing verifies.
+        odds: what this run leaves to an attacker, by the privacy curve of the site with the largest epsilon in it; None
+            where nothing was charged, or nothing verifies. What all runs of a site leave is in its ledger's spending.
         simulated: whether the sites were folders on one machine.
     """
 
@@ -91,7 +91,7 @@ class Report:
             "server_key": found["server_key"],
             "lies": found["lies"],
             "notes": found["notes"],
-            "ledgers": [asdict(ledger) for ledger in self.ledgers],
+            "ledgers": [ledger.as_json() for ledger in self.ledgers],
             "released_metrics": self.metrics,
             "tools": [tool.as_json() for tool in self.tools],
             "discretisation": DISCRETISATION,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from common.privacy.entries import Burnt, Release, Reserve
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import Event, PoissonSubsampledGaussian
 from common.privacy.renyi import NANO, renyi_to_epsilon
+from common.privacy.spending import Spending
 from server.registry import RegistryReader
 from server.runs import RunFolder
 
@@ -51,7 +52,7 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class AfterRound:
-    """What a site's charges of this run had come to after a round: by the PLD, and by the filter's order."""
+    """After a round: what a site's charges of this run had come to by the PLD, and all its charges by its filter."""
 
     round: int
     pld: float
@@ -66,6 +67,7 @@ class Ledger:
         order, cap, spent: of the Renyi filter, in nats.
         residual: what is left under the cap, in nats.
         runs: how many runs were charged to it.
+        spending: all charges of all runs, in epsilon.
         anchored: the highest sequence number that the server countersigned.
         unanchored: entries after that: the site could still rewrite them.
     """
@@ -92,8 +94,13 @@ class Ledger:
     runs: int
     burnt: int
     open: int
+    spending: Spending
     charges: list[Charge] = field(default_factory=list)
     by_round: list[AfterRound] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the report."""
+        return {**asdict(self), "spending": self.spending.as_json()}
 
 
 def ledgers(reader: RegistryReader, run: str) -> list[Ledger]:
@@ -136,6 +143,7 @@ def _ledger(name: str, chain: Chain, anchors: Sequence[int], run: str) -> Ledger
         runs=len({reserve.run for reserve, _ in reserves}),
         burnt=report.burnt,
         open=report.open,
+        spending=chain.spending(),
         charges=[
             Charge(
                 number,
@@ -167,7 +175,9 @@ def _by_round(reserves: Sequence[Reserve], delta: float, chain: Chain) -> list[A
     found = []
     for number in sorted({*rounds[::step], *rounds[-1:]}):
         until = [reserve for reserve in reserves if reserve.round <= number]
-        divergence = sum(reserve.charge for reserve in until) / NANO
+        divergence = (
+            max(reserve.spent for reserve in until) / NANO
+        )  # other runs before it included: it is the brake
         found.append(
             AfterRound(
                 round=number,

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 import common.privacy.spending
@@ -23,6 +21,7 @@ from common.privacy.mechanisms import Event, GaussianSum, PoissonSubsampledGauss
 from common.privacy.renyi import NANO, charge_at
 from common.privacy.spending import Spending, spending, up_to
 from server.registry import Registry
+from tests.common.privacy.direct_accounting import by_dp_accounting, by_opacus
 
 STEPS = PoissonSubsampledGaussian(0.05, 1.5, 10)
 OTHER_STEPS = PoissonSubsampledGaussian(0.02, 2.0, 25)
@@ -64,29 +63,6 @@ def ledger(tmp_path: Path) -> Iterable[Ledger]:
                 countersigned(made, SERVERS[run == "run-b"])
         made.verify()
         yield made
-
-
-def by_dp_accounting(events: Sequence[Event], delta: float) -> float:
-    """Every charge one by one, by the library's own accountant."""
-    accountant = PLDAccountant(value_discretization_interval=1e-3)
-    for event in events:
-        match event:
-            case GaussianSum():
-                accountant.compose(GaussianDpEvent(event.noise_multiplier))
-            case PoissonSubsampledGaussian():
-                step = PoissonSampledDpEvent(event.sampling_rate, GaussianDpEvent(event.noise_multiplier))
-                accountant.compose(step, event.steps)
-    return float(accountant.get_epsilon(delta))
-
-
-def by_opacus(kind: type, events: Sequence[Event], delta: float) -> float:
-    accountant = kind()
-    for event in events:
-        steps = event.steps if isinstance(event, PoissonSubsampledGaussian) else 1
-        rate = event.sampling_rate if isinstance(event, PoissonSubsampledGaussian) else 1.0
-        for _ in range(steps):
-            accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=rate)
-    return float(accountant.get_epsilon(delta))
 
 
 EVERY = [event for _, event, _ in CHARGES]
