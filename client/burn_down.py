@@ -40,6 +40,7 @@ def facts(name: str, status: LedgerStatus) -> dict[str, Any]:
         "delta": genesis.delta,
         "renyi_order": genesis.order,
         "share_spent": status.share,
+        "spent": status.spending().as_json(),
         "spent_nano": status.spent,
         "cap_nano": status.cap,
         "charges": len(status.charges),
@@ -62,6 +63,8 @@ def show(name: str, status: LedgerStatus) -> None:
         f"Site {name}: {status.share:.1%} of the Renyi budget at order {genesis.order} spent; total guarantee "
         f"(epsilon {genesis.epsilon:g}, delta {genesis.delta:g}) for each user, whatever happens next."
     )
+    for sentence in status.spending().sentences():
+        say(sentence)
     if status.closed:
         say("The site has withdrawn: nothing more may be reserved or released.")
     say(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from common.privacy.odds import percent
 from simulations.audit.report_tools import BLIND, COMMANDS, FAILED, HELD
 
 if TYPE_CHECKING:
@@ -22,7 +23,12 @@ class Verdict(StrEnum):
 
 def sentences(report: Report) -> dict[str, str]:
     """What is promised, to whom, and whether it held: one plain paragraph each."""
-    return {"promised": _promised(report), "to whom": _to_whom(report), "held": _held(report)}
+    return {
+        "promised": _promised(report),
+        "over all runs": _over_all_runs(report),
+        "to whom": _to_whom(report),
+        "held": _held(report),
+    }
 
 
 def _promised(report: Report) -> str:
@@ -34,21 +40,34 @@ def _promised(report: Report) -> str:
             f"not: {size}."
         )
     return (
-        "A limit to how well anyone can tell, from all that left the sites, whether one person's history was in a "
-        "site's log: "
-        f"by the charges recorded, the best guess is right at most {_percent(report.odds.right)} of the time, "
+        "A limit to how well anyone can tell, from this run, whether one person's history was in a site's log: "
+        f"by the charges recorded, the best guess is right at most {percent(report.odds.right)} of the time, "
         f"where a coin is right 50 % ({size})."
     )
 
 
+def _over_all_runs(report: Report) -> str:
+    charged = [ledger for ledger in report.ledgers if ledger.spending.charges]
+    if not charged:
+        return "No run was charged to any site's ledger so far, as the receipts show that the server holds."
+    worst = max(charged, key=lambda each: each.spending.right)
+    site, spent = worst.site, worst.spending
+    runs = "this run alone" if all(c.here for c in worst.charges) else _counted(spent.runs, "run")
+    least = "" if spent.odds is not None else ", by the filter's bound, as there is no figure by the PLD"
+    others = "" if len(report.ledgers) == 1 else " Each site's own figures are in item 2."
+    return (
+        "From all runs that a site ever took part in, as far as the receipts show that the server holds, the best "
+        f"guess is right at most {percent(spent.right)} of the time{least}: at {site}, whose ledger holds {runs}, "
+        f"epsilon so far is {spent.figures} at delta {_small(spent.delta)}.{others}"
+    )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _small(share: float) -> str:
     return f"{share:.10f}".rstrip("0") if share >= 1e-9 else f"{share:g}"
-
-
-def _percent(share: float) -> str:
-    digits = 0 if share < 0.99 else 1 if share < 0.999 else 2
-    scale = 100 * 10**digits
-    return f"{min(100.0, -(-share * scale // 1) / 10**digits):g} %"  # rounded up: it is a bound
 
 
 def _to_whom(report: Report) -> str:
@@ -70,7 +89,7 @@ def _held(report: Report) -> str:
     elif findings.epsilon is None:
         said = f"{record}; nothing was charged, so there is nothing to confirm."
     else:
-        said = f"{record} and agrees: epsilon {findings.epsilon:.3f}."
+        said = f"{record} and agrees: epsilon {findings.epsilon:.3f} in this run."
     opening = {"held": "Yes", "did not hold": "No"}.get(str(report.verdict), "As far as it was checked")
     return f"{opening}: {said} {_tools(report)}"
 
