@@ -7,11 +7,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from common.pages import printable, style
 from common.privacy.odds import percent
 from common.privacy.spending import up_to
 from simulations.audit import charts, tool_charts
@@ -54,7 +54,7 @@ def page(report: Report) -> str:
     said, lies = report.as_json(), grouped(report.findings.lies)
     html = environment.get_template("page.html.j2").render(
         r=printable(said),
-        css=(_HERE / "page.css").read_text(encoding="utf-8"),
+        css=style(),
         charts=figures(report),
         lies=printable(lies[:_MOST_LIES]),
         more_lies=max(0, len(lies) - _MOST_LIES),
@@ -171,12 +171,3 @@ def _odd(report: Report) -> list[str]:
         if site.barred:
             said.append(f"{site.site} is barred: it signed two histories.")
     return [printable(line) for line in said]
-
-
-def printable(value: Any) -> Any:
-    """The same, without characters that no page may hold."""
-    if isinstance(value, str):
-        return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in value)
-    if isinstance(value, dict):
-        return {printable(key): printable(each) for key, each in value.items()}
-    return [printable(each) for each in value] if isinstance(value, list | tuple) else value

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from common.privacy import words
 from common.privacy.odds import percent
 from simulations.audit.report_tools import BLIND, COMMANDS, FAILED, HELD
 
@@ -33,7 +34,7 @@ def sentences(report: Report) -> dict[str, str]:
 
 def _promised(report: Report) -> str:
     privacy = report.plan.privacy
-    size = f"epsilon at most {privacy.epsilon:g}, delta {_small(privacy.delta)}"
+    size = f"epsilon at most {privacy.epsilon:g}, delta {words.small(privacy.delta)}"
     if report.odds is None:
         return (
             "That what leaves a site depends only so much on whether one person's whole history is in its log or "
@@ -58,16 +59,12 @@ def _over_all_runs(report: Report) -> str:
     return (
         "From all runs that a site ever took part in, as far as the receipts show that the server holds, the best "
         f"guess is right at most {percent(spent.right)} of the time{least}: at {site}, whose ledger holds {runs}, "
-        f"epsilon so far is {spent.figures} at delta {_small(spent.delta)}.{others}"
+        f"epsilon so far is {spent.figures} at delta {words.small(spent.delta)}.{others}"
     )
 
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _small(share: float) -> str:
-    return f"{share:.10f}".rstrip("0") if share >= 1e-9 else f"{share:g}"
 
 
 def _to_whom(report: Report) -> str:
@@ -119,21 +116,7 @@ def _and(names: Sequence[str]) -> str:
 
 def not_protected(report: Report) -> list[str]:
     """Who or what the promise does not cover."""
-    said = [
-        "A person who is in the logs of several sites: the epsilons add up, and nobody here can see it.",
-        "A person with several accounts at a site: each is protected by itself, unless the site merged them.",
-        "A family, a team or any group: for k people together the promise is k times weaker or worse.",
-        "Anyone, from what is true of people in general: that is learned, and can be applied to people who never "
-        "took part.",
-        "Anyone, against the site that holds the log, and against whoever breaks into it.",
-        "Users of a site that lies: receipts prove what a site signed, not what it ran.",
-    ]
-    epsilon = report.plan.privacy.epsilon
-    if epsilon > 1:
-        said.append(
-            f"Whoever needs a strong guarantee: NIST calls epsilon up to 1 conservative, and {epsilon:g} is more."
-        )
-    return said
+    return words.not_protected(report.plan.privacy.epsilon)
 
 
 def unverified(report: Report) -> list[str]:

@@ -368,7 +368,7 @@ def test_the_page_says_what_is_from_this_run_and_beside_it_what_all_runs_come_to
         assert f'<td class="n">{figure}</td>' in html
     assert percent(spent["best_guess_right"]) in sentences["over all runs"]
     others = {each["spending"]["epsilon_pld"] for each in said["ledgers"] if each["site"] != "site-0"}
-    assert others == {pytest.approx(said["epsilon"], abs=1e-9)}
+    assert others == {said["epsilon"]}
 
 
 def test_a_page_that_counts_one_run_for_all_is_noticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,11 +466,12 @@ def test_a_tool_that_stops_leaves_the_others_to_go_on(tmp_path: Path) -> None:
 def test_an_installed_fedtide_has_the_page() -> None:
     """What stands beside the modules and is no module is packaged only where pyproject.toml says so."""
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["simulations.audit"]
-    files = [
-        each.name
-        for each in (HOUSE / "simulations/audit").iterdir()
-        if each.is_file() and each.suffix != ".py"
-    ]
-    assert {"page.css", "page.html.j2"} <= set(files)
-    assert not [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)]
+    for folder, least in (("common", "page.css"), ("simulations/audit", "page.html.j2")):
+        patterns = project["tool"]["setuptools"]["package-data"][folder.replace("/", ".")]
+        files = [
+            each.name
+            for each in (HOUSE / folder).iterdir()
+            if each.is_file() and each.suffix != ".py" and each.name != "py.typed"
+        ]
+        assert least in files
+        assert not [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)]
