@@ -27,6 +27,7 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from client.opacus_gradients import (
 )
 from common.models.batches import HistoryBatch, even_events
 from common.models.interface import InterestModel
+from common.models.lora import is_adapter
 
 _log = logging.getLogger("fedtide.site")
 
@@ -53,6 +55,9 @@ no rounding is made large."""
 _FEW = 24
 """Rows of the unit in which a model's structure is shown: Opacus holds a gradient for each of them."""
 
+FIRST_SHUFFLES, SHUFFLES = 8, 2
+"""Passes in which made-up users change their rows: for a kind of unit once, and at each request's parameters."""
+
 FALLBACK = (48, 24, 1)
 """Rows of smaller units, for where a larger one's rows are not alike. 48 and 24 are multiples of the tiles that
 products are made of, and of 1 to 4 threads; a unit of one row is alike by construction."""
@@ -65,13 +70,13 @@ class _Shown:
     Attributes:
         structure: trainable names for which rows were shown to be users off the start.
         at: the parameters at which all was shown last, and what else it depends on -> rows of a unit.
-        probes: units of made-up users, prepared, by (rows, events).
+        probes: units of made-up users as a language model read them, by (rows, events, threads); None: not alike.
         alike, unlike: kinds of units all of whose rows computed alike at ordinary parameters, and others.
     """
 
     structure: set[tuple[str, ...]] = field(default_factory=set)
     at: dict[str, tuple[str, int]] = field(default_factory=dict)
-    probes: dict[tuple[int, int], _Probe] = field(default_factory=dict)
+    probes: dict[tuple[int, int, int], HistoryBatch | None] = field(default_factory=dict)
     alike: set[Hashable] = field(default_factory=set)
     unlike: set[Hashable] = field(default_factory=set)
 
@@ -316,10 +321,11 @@ Pass = Callable[[HistoryBatch], Mapping[str, Tensor]]
 
 
 def digest_of(model: InterestModel) -> str:
-    """sha256 of the model's trainable parameters and of the released priors that it holds."""
+    """sha256 of all that a request may set: trainable parameters, adapters that are held, and released priors."""
     found = hashlib.sha256()
     released = () if model.released is None else vars(model.released).items()
-    for name, tensor in itertools.chain(model.trainable().items(), released):
+    held = ((name, p) for name, p in model.named_parameters() if is_adapter(name) and not p.requires_grad)
+    for name, tensor in itertools.chain(model.trainable().items(), held, released):
         found.update(name.encode())
         if isinstance(tensor, Tensor):
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -331,19 +337,21 @@ def digest_of(model: InterestModel) -> str:
 def _alike_rows(
     shown: _Shown, model: InterestModel, rows: int, events: int, what: str, passes: Callable[[int], Pass]
 ) -> int:
-    """The largest unit whose rows compute alike: all of them at ordinary parameters, and many at the present ones."""
+    """The largest unit whose rows compute alike: in many shuffles at ordinary parameters, some at the present ones."""
     for found in (rows, *(smaller for smaller in FALLBACK if smaller < rows)):
         kind = (found, events, what, torch.get_num_threads(), *model.trainable())
         if kind in shown.unlike:
             continue
-        probe, one_pass = _probe(shown, model, found, events), passes(found)
-        everywhere = (probe.everywhere, list(range(found)))
+        one_pass = passes(found)
         if kind not in shown.alike:
             with ordinary(model):
-                if probe.states_alike and _alike(one_pass, everywhere, probe.mixed()):
+                everyone = _prepared(shown, model, found, events)
+                if everyone is not None and alike_shuffled(one_pass, everyone, FIRST_SHUFFLES):
                     shown.alike.add(kind)
-        if kind in shown.alike and _alike(one_pass, probe.mixed(), probe.mixed()):
-            return found
+        if kind in shown.alike:
+            everyone = _prepared(shown, model, found, events)
+            if everyone is not None and alike_shuffled(one_pass, everyone, SHUFFLES):
+                return found
         shown.unlike.add(kind)
         _log.warning(
             "this machine's kernels do not give all %d rows of a unit the same numbers with %d threads: smaller units "
@@ -357,60 +365,67 @@ def _alike_rows(
     )
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Prepared units of made-up users.
+def _prepared(shown: _Shown, model: InterestModel, rows: int, events: int) -> HistoryBatch | None:
+    """As many made-up users as a unit has rows, prepared: new ones each time, but where a language model reads them.
 
-    Attributes:
-        among: one user among others, at `place`.
-        everywhere: that user in every row.
-        states_alike: whether what frozen layers said of that user is the same in all of these rows.
+    Returns:
+        None where the language model's frozen layers do not give each user the same states in every row.
     """
+    key = (rows, events, torch.get_num_threads())
+    if key in shown.probes:
+        return shown.probes[key]
+    tensor = next(itertools.chain(model.buffers(), model.parameters()))
+    everyone = random_histories(catalog_of(model, tensor.device), rows, events).to(tensor.device).unit(rows)
+    found: HistoryBatch | None = model.prepare(everyone)
+    if found is not None and found.token_states is not None:
 
-    among: HistoryBatch
-    everywhere: HistoryBatch
-    place: int
-    states_alike: bool
+        def states(batch: HistoryBatch) -> Mapping[str, Tensor]:
+            said = model.prepare(batch).token_states
+            assert said is not None
+            return {"states": said}
 
-    def mixed(self) -> tuple[HistoryBatch, list[int]]:
-        """A unit in which the user has three places of four, drawn anew each time, among others; and which."""
-        own = np.random.default_rng().random(len(self.among)) < 0.75
-        own[self.place] = True
-        index = np.where(own, self.place, np.arange(len(self.among)))
-        return self.among.rows(torch.from_numpy(index).to(self.among.items.device)), np.flatnonzero(
-            own
-        ).tolist()
-
-
-def _probe(shown: _Shown, model: InterestModel, rows: int, events: int) -> _Probe:
-    """The units of so many rows, made and prepared once."""
-    if (rows, events) not in shown.probes:
-        tensor = next(itertools.chain(model.buffers(), model.parameters()))
-        everyone = random_histories(catalog_of(model, tensor.device), rows, events).to(tensor.device)
-        place = int(np.random.default_rng().integers(rows))
-        me = torch.full((rows,), place, device=tensor.device)
-        among, everywhere = model.prepare(everyone.unit(rows)), model.prepare(everyone.rows(me).unit(rows))
-        states = among.token_states, everywhere.token_states
-        alike = states[0] is None or states[1] is None or same_rows(states[0], states[1], place)
-        shown.probes[rows, events] = _Probe(among, everywhere, place, alike)
-    return shown.probes[rows, events]
+        found = found if alike_shuffled(states, everyone, SHUFFLES + 1) else None
+        shown.probes[key] = found
+    return found
 
 
-def _alike(one_pass: Pass, *units: tuple[HistoryBatch, list[int]]) -> bool:
-    """Whether a user got the same numbers, to the bit, in two units, at each place of these."""
-    (first, own), (second, others) = units
-    once = {name: part.clone() for name, part in one_pass(first).items()}
-    again = one_pass(second)
-    return all(
-        same_rows(part, part[own], own[0]) and same_rows(part, again[name][others], own[0])
-        for name, part in once.items()
-    )
+def alike_shuffled(one_pass: Pass, everyone: HistoryBatch, shuffles: int) -> bool:
+    """Whether every user of a unit gets the same numbers, to the bit, in whichever row and beside whomever.
+
+    A kernel that adds up otherwise at some rows need not show in one user's numbers; so all rows hold other users, and
+    all users change rows from pass to pass. A quarter of the rows are given to somebody else's double, anew each time.
+
+    Args:
+        everyone: as many users as the unit has rows.
+        shuffles: passes, at least two.
+    """
+    chance, rows, device = np.random.default_rng(), len(everyone), everyone.items.device
+    first: tuple[dict[str, Tensor], npt.NDArray[np.bool_]] | None = None
+    for _ in range(shuffles):
+        order = chance.permutation(rows)
+        doubles = (chance.random(rows) < 0.25) & (rows > 1)
+        standing = np.where(doubles, chance.integers(0, rows, rows), order)
+        back = np.argsort(order)
+        computed = one_pass(everyone.rows(torch.from_numpy(standing).to(device)))
+        by_user = {name: part.cpu()[torch.from_numpy(back)] for name, part in computed.items()}
+        there = ~doubles[back]
+        if first is None:
+            first = by_user, there
+            continue
+        both = torch.from_numpy(np.flatnonzero(there & first[1]))
+        if not all(same_bits(part[both], first[0][name][both]) for name, part in by_user.items()):
+            return False
+    return True
 
 
-def same_rows(among: Tensor, everywhere: Tensor, place: int) -> bool:
-    """Whether all rows of one tensor are, bit for bit, one row of the other."""
-    own, rows = among[place].reshape(1, -1), everywhere.reshape(len(everywhere), -1)
-    return bool((rows.contiguous().view(torch.uint8) == own.contiguous().view(torch.uint8)).all())
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of floating-point numbers are the same, bit for bit; one NaN is as good as another."""
+    bits = torch.int64 if one.dtype == torch.float64 else torch.int32
+
+    def spelt(x: Tensor) -> Tensor:
+        return torch.where(x.isnan(), math.nan, x).contiguous().view(bits)
+
+    return torch.equal(spelt(one), spelt(other))
 
 
 def _passes(model: InterestModel, engine: Engine, rows: int) -> Pass:
@@ -435,11 +450,13 @@ def catalog_of(model: InterestModel, device: torch.device) -> int:
 
 
 def random_histories(catalog: int, users: int, events: int) -> HistoryBatch:
-    """Made-up users with up to so many events of a catalog, liked and not; no generator's state is kept."""
+    """Made-up users with up to so many events of a catalog, liked, not and unknown; no generator's state is kept."""
     chance = np.random.default_rng()
     lengths = chance.integers(1, events + 1, size=users)
-    lengths[chance.random(users) < 0.5] = events
+    lengths[chance.random(users) < 0.75] = events
     items = np.where(np.arange(events) < lengths[:, None], chance.integers(0, catalog, (users, events)), -1)
     times = 1_000_000_000 + np.cumsum(chance.integers(0, 86_400, (users, events)), axis=1)
-    labels = np.where(items >= 0, chance.integers(0, 2, (users, events)), np.nan)
+    labels = np.where(
+        items >= 0, chance.choice([0.0, 1.0, np.nan], (users, events), p=[0.4, 0.4, 0.2]), np.nan
+    )
     return HistoryBatch.of(items, np.where(items >= 0, times, 0), labels=labels.astype(np.float32))

@@ -399,7 +399,7 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
     model = site_model(
         plan, catalog, site.performance, offline=site.offline, language_models=site.limits.language_models
     )
-    loaded = (request.plan, request.round, request.phase, request.model_digest)
+    loaded = (request.plan, request.round, request.phase, request.model_digest, site.performance)
     if _LOADED.get(model) == loaded:
         return model
     priors = make_priors(request.released, plan.statistics, len(catalog)) if request.released else None

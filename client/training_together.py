@@ -38,7 +38,7 @@ from client.self_test import (
     made_up_histories,
     ordinary,
     random_histories,
-    same_rows,
+    same_bits,
     telling_clip_norms,
 )
 from client.training import StepSettings
@@ -55,6 +55,9 @@ UNIT = 2
 
 _OFF = 0.1
 """How far another site's parameters are off, where sites are shown to be apart."""
+
+_SHUFFLES = 5
+"""Passes in which made-up users and sites change places, at each request's parameters."""
 
 _ALLOWED = 1e-3
 """Of C: what float32 may make of another order of additions, and the noise's grid of a sum."""
@@ -323,23 +326,34 @@ def _check_sums_apart(model: InterestModel) -> None:
 
 
 def _alike(model: InterestModel, unit: int, rows: int, events: int) -> bool:
-    """Whether a user gets the same numbers in every row, and among others whose sites have other parameters."""
-    own, device = _flat(model.trainable()), _device(model)
+    """Whether users get the same numbers, to the bit, whichever rows they stand in and whatever other sites have.
+
+    Users change rows from pass to pass (`self_test.alike_shuffled`), and so do units of sites with other parameters.
+    """
+    own, device, chance = _flat(model.trainable()), _device(model), np.random.default_rng()
     units = max(1, rows // unit)
-    histories = _joined([random_histories(catalog_of(model, device), units * unit, events).to(device)])[0]
-    place = int(np.random.default_rng().integers(units * unit))
-    others = own + _OFF * torch.randn(units, len(own), device=device)
-    others[place // unit] = own
-    found: list[dict[str, Tensor]] = []
-    with clipped_sums_of_units(model, lambda parts: found.append(dict(parts))) as add:
-        for parameters, index in (
-            (others, torch.arange(units * unit)),
-            (own.expand(units, -1), torch.full((units * unit,), place)),
-        ):
+    users = units * unit
+    histories = _joined([random_histories(catalog_of(model, device), users, events).to(device)])[0]
+    seen: dict[str, Tensor] = {}
+    first: tuple[dict[str, Tensor], npt.NDArray[np.bool_]] | None = None
+    with clipped_sums_of_units(model, seen.update) as add:
+        for _ in range(_SHUFFLES):
+            order = chance.permutation(users)
+            back = np.argsort(order)
+            of_others = chance.random(units) < 0.5
+            others = torch.from_numpy(of_others).to(device).unsqueeze(1)
+            parameters = torch.where(others, own + _OFF * torch.randn(units, len(own), device=device), own)
             sums = GridSums(torch.empty(1, len(own), dtype=torch.float64), 1.0)
-            add(parameters, histories.rows(index.to(device)), [-1] * (units * unit), sums, 1.0)
-    among, everywhere = found
-    return all(same_rows(among[name], part, place) for name, part in everywhere.items())
+            add(parameters, histories.rows(torch.from_numpy(order).to(device)), [-1] * users, sums, 1.0)
+            by_user = {name: part.cpu()[torch.from_numpy(back)] for name, part in seen.items()}
+            counts = ~of_others[back // unit]  # users whose unit had the broadcast parameters
+            if first is not None:
+                both = torch.from_numpy(np.flatnonzero(counts & first[1]))
+                if not all(same_bits(part[both], first[0][name][both]) for name, part in by_user.items()):
+                    return False
+            else:
+                first = by_user, counts
+    return True
 
 
 @memory_kept()

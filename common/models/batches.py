@@ -153,6 +153,21 @@ class HistoryBatch:
         return wide
 
 
+def over_time(kernel: Tensor, x: Tensor) -> Tensor:
+    """Each user's events weighed by a kernel over time: a product for each user, and not one with users as its columns.
+
+    Where users are columns of one product, a library may add up those at its edge in another order.
+
+    Args:
+        kernel: [events (now), events (then)].
+        x: [users, events, width].
+
+    Returns:
+        [users, events, width].
+    """
+    return torch.bmm(kernel.expand(len(x), -1, -1), x)
+
+
 def even_events(events: int) -> int:
     """So many events, or the next multiple of EVEN_EVENTS."""
     return events + -events % EVEN_EVENTS

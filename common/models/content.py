@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from common.models.batches import over_time
+
 RECENCY_KERNELS: tuple[tuple[float, float], ...] = ((2.0, 0.0), (4.0, 0.7), (2.0, 0.93))
 """(weight, decay per event): the last event, a short memory and a long one."""
 
@@ -33,5 +35,5 @@ def content_states(vectors: Tensor, items: Tensor) -> Tensor:
         kernel = torch.where(
             age >= 0, torch.tensor(decay, dtype=x.dtype, device=x.device) ** age.clamp(min=0), 0.0
         )
-        states = states + weight * normalize(torch.einsum("ts,usd->utd", kernel.to(x.dtype), x), dim=-1)
+        states = states + weight * normalize(over_time(kernel.to(x.dtype), x), dim=-1)
     return states

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.models.batches import over_time
 from common.sums import POPULARITY, SITES, TRANSITIONS, PairLayout, top_items
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Priors:
         age = age.unsqueeze(1) - age.unsqueeze(0)  # [events (now), events (then)]
         kernel = torch.where(age >= 0, self.decay ** age.clamp(min=0).to(self.lift.dtype), 0.0)
         padded = torch.nn.functional.pad(self.lift, (0, 1, 0, 1))  # [top + 1, top + 1]
-        return torch.einsum("ts,usm->utm", kernel, padded[self._places(items)])
+        return over_time(kernel, padded[self._places(items)])
 
     def of_candidates(self, lift: Tensor, candidates: Tensor) -> Tensor:
         """[users, events, candidates] added to the scores of `candidates` [candidates], the same for all.

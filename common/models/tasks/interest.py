@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from common.models.batches import HistoryBatch
+from common.models.batches import HistoryBatch, over_time
 from common.models.heads import zero_linear
 from common.models.priors import Priors
 from common.models.tasks.task import Task
@@ -62,9 +62,9 @@ class Interest(Task):
         age = torch.arange(batch.items.shape[1], device=x.device)
         age = age.unsqueeze(1) - age.unsqueeze(0)
         kernel = torch.where(age >= 0, LIKING_DECAY ** age.clamp(min=0).to(x.dtype), 0.0)
-        liked = torch.einsum("ts,usd->utd", kernel, x * torch.nan_to_num(labels, nan=0.0).unsqueeze(-1))
-        all_known = torch.einsum("ts,usd->utd", kernel, x)
-        weight = torch.einsum("ts,usd->utd", kernel, known)  # [users, events, 1]
+        liked = over_time(kernel, x * torch.nan_to_num(labels, nan=0.0).unsqueeze(-1))
+        all_known = over_time(kernel, x)
+        weight = over_time(kernel, known)  # [users, events, 1]
         surplus = liked - self.rates(batch).unsqueeze(-1) * all_known
         return LIKING_SCALE * surplus / (1 + weight).sqrt()
 

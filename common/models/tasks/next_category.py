@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from common.models.batches import HistoryBatch
+from common.models.batches import HistoryBatch, over_time
 from common.models.priors import Priors
 from common.models.tasks.task import Task
 
@@ -45,7 +45,7 @@ class NextCategory(Task):
         age = torch.arange(batch.items.shape[1], device=shares.device)
         age = age.unsqueeze(1) - age.unsqueeze(0)
         kernel = torch.where(age >= 0, HISTORY_DECAY ** age.clamp(min=0).to(shares.dtype), 0.0)
-        own = torch.einsum("ts,usc->utc", kernel, shares) + SMOOTHING * self.catalog
+        own = over_time(kernel, shares) + SMOOTHING * self.catalog
         return torch.log(own / own.sum(dim=-1, keepdim=True))
 
     def _shares(self, items: Tensor) -> Tensor:
