@@ -12,6 +12,7 @@ from common.privacy.renyi import least_charge
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from client.ledger_reading import LedgerStatus
     from client.site import Site
 
 _BAR, _LINES = 40, 12
@@ -19,15 +20,23 @@ _BAR, _LINES = 40, 12
 
 def facts(site: Site) -> dict[str, Any]:
     """The budget in numbers."""
+    return _facts(site.name, _status(site))
+
+
+def _status(site: Site) -> LedgerStatus:
     with Ledger.open(site.ledger_folder) as ledger:
-        found = ledger.status()
+        return ledger.status()
+
+
+def _facts(name: str, found: LedgerStatus) -> dict[str, Any]:
     last = found.charges[-1].reserve if found.charges else None
     left = found.cap - found.spent
     return {
-        "site": site.name,
+        "site": name,
         "epsilon": found.genesis.epsilon,
         "delta": found.genesis.delta,
         "share_left": left / found.cap,
+        "spent": found.spending().as_json(),
         "charges": len(found.charges),
         "burnt": found.burnt,
         "withdrawn": found.closed,
@@ -44,12 +53,11 @@ def _burn_down(site: Site) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    said = facts(site)
-    lines = [Text(_line(said))]
+    found = _status(site)
+    said = _facts(site.name, found)
+    lines = [Text(_line(said)), *map(Text, found.spending().sentences())]
     if said["withdrawn"]:
         lines.append(Text("The site has withdrawn: nothing more may be reserved or released."))
-    with Ledger.open(site.ledger_folder) as ledger:
-        found = ledger.status()
     if not found.charges:
         return Group(*lines)
     table = Table(box=None)

@@ -9,7 +9,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -385,12 +385,52 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
         print("The histories are those that the ledger began with.")
 
 
-def _refuse(name: str, reason: str, explanation: str, as_json: bool) -> None:
+def _refuse(name: str, reason: str, explanation: str, as_json: bool) -> NoReturn:
     if as_json:
         print(json.dumps({"site": name, "verified": False, "reason": reason, "explanation": explanation}))
     else:
         print(f"Site {name}: FAULT {reason}: {explanation}")
     raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="The site's folder; else this one.")] = Path(
+        "."
+    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the page goes; else site-report.html.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the site's own page, over all its runs: promised, spent, released to whom, left, and what stays on disk.
+
+    From the ledger alone, which is verified: exit code 1, naming the fault, when it does not hold. The page holds
+    nothing about a user. With --json, the page is written only where --output says.
+    """
+    from client.ledger_errors import LedgerBehindError, LedgerDamagedError, MarkLostError
+    from client.site_page import page
+    from client.site_report import sentences, site_report
+    from common.cli import UserError
+    from common.privacy.faults import ReceiptError
+
+    folder = folder.expanduser().resolve()
+    try:
+        found = site_report(folder)
+    except (ReceiptError, LedgerDamagedError, LedgerBehindError, MarkLostError) as error:
+        _refuse(folder.name, error.reason, str(error), as_json)
+    file = output or (None if as_json else Path("site-report.html"))
+    if file is not None:
+        try:
+            file.write_text(page(found), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"the page {file} cannot be written ({error.strerror}): give --output") from error
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    for name, said in sentences(found).items():
+        print(f"{name.capitalize()}: {said}")
+    print(f"The page is in {file}")
 
 
 @app.command("renew-mark")
@@ -453,3 +493,4 @@ def withdraw(
     print(f"Site {site.name} has withdrawn. Certificate: {file}")
     for sentence in closing.in_words():
         print(f"  {sentence}")
+    print(f"Nothing was deleted. What is left on disk, and how to delete it: `fedtide site report {folder}`")

@@ -19,6 +19,7 @@ from common.privacy.mechanisms import Event
 from common.privacy.receipts import Receipt, check_update
 from common.privacy.renyi import RenyiFilter, charge_at
 from common.privacy.rules import check_genesis
+from common.privacy.spending import Spending, spending
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,14 @@ class LedgerStatus:
     def events(self) -> tuple[Event, ...]:
         """Every event charged, in order: what accountants recompute epsilons from."""
         return tuple(charge.reserve.event for charge in self.charges)
+
+    def spending(self) -> Spending:
+        """What all charges come to in epsilon, over all runs.
+
+        Raises:
+            ContradictionError: the charges do not add up to what is spent.
+        """
+        return spending(self.genesis, [charge.reserve for charge in self.charges], self.spent)
 
     @property
     def burnt(self) -> int:

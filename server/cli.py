@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -143,13 +144,18 @@ def enroll(
 def sites(
     registry: RegistryFolder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    """List the enrolled sites: their keys, what their verified ledgers come to, and who is barred."""
+    """List the enrolled sites: their keys, what their verified ledgers come to, and who is barred.
+
+    What was spent is over all runs, as far as the receipts that this server got tell: it cannot see what a site
+    charged since.
+    """
     from server.registry import RegistryReader
 
     reader = RegistryReader(registry.expanduser().resolve())
-    found = []
+    found: list[dict[str, Any]] = []
     for site in reader.sites():
-        report = reader.chain(site.key_id).report()
+        chain = reader.chain(site.key_id)
+        report = chain.report()
         found.append(
             {
                 "name": site.name,
@@ -158,6 +164,7 @@ def sites(
                 "delta": report.genesis.delta,
                 "renyi_order": report.genesis.order,
                 "share_spent": report.spent / report.cap,
+                "spent": chain.spending().as_json() | {"seen_until_entry": report.seq},
                 "entries": report.seq + 1,
                 "anchors": len(reader.anchors(site.key_id)),
                 "withdrawn": report.closed,
@@ -171,20 +178,37 @@ def sites(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="enrolled sites, as their verified ledgers say")
-    for column in ("site", "key", "guarantee", "spent", "entries", "anchors", "state"):
-        table.add_column(column, justify="right" if column in ("spent", "entries", "anchors") else "left")
+    from common.privacy.spending import MEANING, up_to
+
+    table = Table(title="enrolled sites, as far as their receipts tell")
+    words = ("site", "key", "guarantee", "state")
+    for column in ("site", "key", "guarantee", "PLD", "filter", "spent", "entries", "anchors", "state"):
+        table.add_column(column, justify="left" if column in words else "right")
+    notes = {}
     for each in found:
+        spent = each["spent"]
+        if spent["note"]:
+            notes[each["name"]] = spent["note"]
         table.add_row(
             str(each["name"]),
             f"{str(each['key_id'])[:16]}…",
             f"(epsilon {each['epsilon']:g}, delta {each['delta']:g})",
+            "-" if spent["epsilon_pld"] is None else up_to(spent["epsilon_pld"]),
+            up_to(spent["epsilon_filter"]),
             f"{each['share_spent']:.1%}",
             str(each["entries"]),
             str(each["anchors"]),
             "barred" if each["barred"] else "withdrawn" if each["withdrawn"] else "",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(
+        "PLD and filter: epsilon spent over all runs and servers, burnt and open charges included, as far as the "
+        f"receipts that this server got tell; a site may have charged more since. {MEANING}"
+    )
+    for name, note in notes.items():
+        say(f"{name}: {note}.")
 
 
 @app.command()
@@ -246,7 +270,8 @@ def run(
         return
     console.print(
         f"[bold]Completed[/bold]: {summary['aggregated']} of {summary['rounds']} rounds aggregated, "
-        f"{summary['admitted']} releases admitted; epsilon {summary['epsilon']:.3f} at the site that spent most. "
+        f"{summary['admitted']} releases admitted; epsilon {summary['epsilon']:.3f} in this run at the "
+        "site that spent most. "
         f"Everything is in {done.path}",
         highlight=False,
         soft_wrap=True,

@@ -9,6 +9,7 @@ from common.config import Plan
 from common.privacy.accountants import PublishedEpsilon, epsilon_pld, published_epsilon
 from common.privacy.entries import Burnt, Release, Reserve
 from common.privacy.mechanisms import Event, event_to_fields
+from common.privacy.spending import Spending
 from server.registry import RegistryReader
 from server.runs import RunFolder
 
@@ -31,6 +32,8 @@ class SitePrivacy:
         published: PLD epsilon of this run's events, with its cross-checks.
         budget_epsilon, delta, order: the ledger's guarantee, whatever happens next.
         budget_share: of the ledger's Renyi budget, spent by all runs so far.
+        over_all_runs: what all charges of the ledger come to, this run's and others', as far as receipts told: until
+            its entry `seen_until_entry`.
     """
 
     site: str
@@ -40,6 +43,8 @@ class SitePrivacy:
     delta: float
     order: int
     budget_share: float
+    over_all_runs: Spending
+    seen_until_entry: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class PrivacyRecord:
             "unit": "user",
             "adjacency": "add or remove one user of one site",
             "model": "site-level DP: central at each site, with the site as curator",
+            "counts": "this run; budget_share and over_all_runs: all runs in a site's ledger, as far as receipts tell",
             "epsilon": self.epsilon,
             "sites": [
                 {
@@ -76,6 +82,10 @@ class PrivacyRecord:
                     "budget_epsilon": site.budget_epsilon,
                     "renyi_order": site.order,
                     "budget_share": site.budget_share,
+                    "over_all_runs": {
+                        **site.over_all_runs.as_json(),
+                        "seen_until_entry": site.seen_until_entry,
+                    },
                     "events": [
                         {
                             "round": each.round,
@@ -119,6 +129,8 @@ def privacy_record(run: RunFolder, plan: Plan, registry: RegistryReader) -> Priv
                 delta=chain.genesis.delta,
                 order=chain.genesis.order,
                 budget_share=chain.filter.spent / chain.filter.cap,
+                over_all_runs=chain.spending(),
+                seen_until_entry=chain.head.seq,
             )
         )
     return PrivacyRecord(sites=tuple(found))

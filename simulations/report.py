@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from common.config import Plan
 from common.metrics import paired_difference
+from common.privacy.odds import percent
+from server.privacy_record import PrivacyRecord
 from server.runs import write_whole
 from simulations import plots
 from simulations.outcome import FEDTIDE, Outcome
@@ -83,6 +85,7 @@ def cost_rows(outcome: Outcome) -> list[tuple[str, str]]:
             "guarantee of a site's ledger, whatever happens next",
             f"({privacy.budget_epsilon:g}, {plan.privacy.delta:g})",
         ),
+        *_lifetime_rows(privacy),
         *_statistics_rows(plan),
         *_training_rows(plan),
         ("releases (charged, released)", f"{charged}, {released}"),
@@ -90,6 +93,23 @@ def cost_rows(outcome: Outcome) -> list[tuple[str, str]]:
         ("wall time", f"{outcome.seconds:.0f} s"),
     ]
     return rows
+
+
+def _lifetime_rows(privacy: PrivacyRecord) -> list[tuple[str, str]]:
+    """What the site that spent most has spent over all its runs, this one included."""
+    if not privacy.sites:
+        return []
+    worst = max(
+        privacy.sites, key=lambda site: (site.over_all_runs.by_filter, site.over_all_runs.epsilon or 0.0)
+    ).over_all_runs
+    runs = "this run alone" if worst.runs == 1 else f"{worst.runs} runs"
+    return [
+        (f"epsilon over all runs of a site's ledger ({runs})", worst.figures),
+        (
+            "from all of them, the best guess whether one user is there",
+            f"right at most {percent(worst.right)}",
+        ),
+    ]
 
 
 def _statistics_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -123,9 +143,9 @@ def _training_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 PROTECTION = (
-    "Site-level DP: each user of an honest site has this (epsilon, delta) against everyone outside the site, a "
-    "malicious server included; adding or removing one user with all events. One person at k sites composes over "
-    "the k."
+    "Site-level DP: each user of an honest site has this (epsilon, delta), from this run, against everyone outside the "
+    "site, a malicious server included; adding or removing one user with all events. Over all runs, the site's ledger "
+    "bounds what is spent. One person at k sites composes over the k."
 )
 _LOOKED_AT = {
     "test": "test split, looked at once",

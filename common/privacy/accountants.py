@@ -39,6 +39,9 @@ LARGEST_EPSILON = 500.0
 
 _LARGEST_PRV_WORK = 2e4  # epsilon sqrt(steps): beyond it the PRV accountant's arrays outgrow a small machine
 
+_MOST_PRV_MECHANISMS = 32
+"""Different mechanisms up to which the PRV accountant is asked: its time grows with their number, to minutes."""
+
 Group = tuple[float, float, int]
 """(sampling rate, noise multiplier, steps)"""
 
@@ -82,6 +85,12 @@ def _groups(events: Sequence[Event]) -> tuple[Group, ...]:
                     f"{type(event).__name__} is no mechanism that is accounted for here"
                 )
     return tuple((float(rate), float(noise), count) for (rate, noise), count in sorted(steps.items()))
+
+
+def accounting_work(events: Sequence[Event]) -> int:
+    """How many different mechanisms must be composed: sums without sampling are one, and equal ones are one."""
+    groups = _groups(events)
+    return sum(rate < 1 for rate, _, _ in groups) + any(rate == 1 for rate, _, _ in groups)
 
 
 def check_delta(delta: float) -> None:
@@ -352,7 +361,8 @@ def published_epsilon(events: Sequence[Event], delta: float) -> PublishedEpsilon
     """The epsilon of events fixed in advance, confirmed by the other accountants.
 
     Within sigma >= 0.3, 1e-12 <= delta <= 1e-3 and at most 1e5 steps the PLD is compared with RDP and PRV;
-    outside, the PLD's interval is 1e-4 or finer, and PRV, unreliable there, is not asked. Over very many
+    outside, the PLD's interval is 1e-4 or finer, and PRV, unreliable there, is not asked; nor is it for more than
+    32 different mechanisms, which would take it minutes. Over very many
     steps the interval can put the PLD above the others; then the figure is that of an interval ten times
     finer, a tighter bound in its own right, which must pass the same comparison. Without sampling the closed form
     is compared too.
@@ -377,7 +387,8 @@ def published_epsilon(events: Sequence[Event], delta: float) -> PublishedEpsilon
     rdp = epsilon_rdp(events, delta)
     closed_form = epsilon_gaussian(events, delta) if all(rate == 1 for rate, _, _ in groups) else None
     prv = None
-    if within and epsilon * math.sqrt(steps) <= _LARGEST_PRV_WORK:
+    few = len(groups) <= _MOST_PRV_MECHANISMS
+    if within and few and epsilon * math.sqrt(steps) <= _LARGEST_PRV_WORK:
         try:
             prv = epsilon_prv(events, delta)
         except (ArithmeticError, ValueError, RuntimeError) as error:

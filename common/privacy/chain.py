@@ -34,6 +34,7 @@ from common.privacy.faults import (
 )
 from common.privacy.renyi import RenyiFilter
 from common.privacy.rules import check_amount, check_content, check_genesis, check_link
+from common.privacy.spending import Spending, spending
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,23 @@ class Chain:
                 raise TruncatedError(f"head {seq} was anchored, but the chain ends at {self.head.seq}")
             if self.entries[seq].hash != head:
                 raise ForkError(f"entry {seq} is not the one that was anchored: history was rewritten")
+
+    def spending(self, until: int | None = None) -> Spending:
+        """What all charges in it come to in epsilon, over all runs.
+
+        Args:
+            until: the last entry that counts; None: all of them.
+
+        Raises:
+            ContradictionError: the charges do not add up to what is spent.
+        """
+        reserves = [
+            entry.body
+            for entry in self.reservations.values()
+            if isinstance(entry.body, Reserve) and (until is None or entry.seq <= until)
+        ]
+        spent = self.filter.spent if until is None else max((body.spent for body in reserves), default=0)
+        return spending(self.genesis, reserves, spent)
 
     def report(self) -> ChainReport:
         """What the chain comes to."""

@@ -55,7 +55,7 @@ def _groups(ledgers: Sequence[Ledger], key: Callable[[Ledger], object]) -> list[
 
 
 def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
-    """What each site's charges of the run had come to after each round, beside the promise and the cap."""
+    """What each site's charges of the run, and all it ever charged, had come to by round, beside promise and cap."""
 
     def draw(axes: Any) -> None:
         looks = cycle(LOOKS)
@@ -70,7 +70,7 @@ def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
                 color=colour,
                 linestyle=dash,
                 marker=marker,
-                label=f"claimed, {name}",
+                label=f"claimed for this run, {name}",
             )
             axes.plot(
                 rounds,
@@ -78,9 +78,11 @@ def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
                 color=colour,
                 linestyle=":",
                 linewidth=1.1,
-                label=f"by the site's filter, {name}",
+                label=f"all runs, by the filter, {name}",
             )
-        axes.axhline(promised, color=INK, linestyle="--", linewidth=1.1, label=f"promised: {promised:g}")
+        axes.axhline(
+            promised, color=INK, linestyle="--", linewidth=1.1, label=f"promised for this run: {promised:g}"
+        )
         caps = sorted({ledger.epsilon for ledger in ledgers})
         for cap in caps[:3]:
             axes.axhline(cap, color=RED, linestyle="-.", linewidth=1.1, label=f"site's lifetime cap: {cap:g}")
@@ -92,9 +94,9 @@ def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
     return chart(
         "epsilon",
         "Epsilon, round by round",
-        "What was claimed (PLD) after each round, below what was promised for the run and the cap that each site's "
-        "ledger keeps for its lifetime. The dotted line is the site's brake, which holds whatever was chosen on "
-        "the way.",
+        "What was claimed (PLD) for this run after each round, below what was promised for the run. The dotted line is "
+        "the site's brake: it counts all its runs, holds whatever was chosen on the way, and stays below the cap that "
+        "the ledger keeps for its lifetime.",
         draw,
     )
 

@@ -188,6 +188,7 @@ def _compare(
             site.site,
         )
         return
+    _check_all_runs(site, chain, known, said.get("over_all_runs"), findings)
     genesis = chain.genesis
     promised = (float(said["delta"]), float(said["budget_epsilon"]), int(said["renyi_order"]))
     if promised != (genesis.delta, genesis.epsilon, genesis.order):
@@ -217,6 +218,47 @@ def _compare(
                 "privacy.json",
                 "wrong_epsilon",
                 f"{site.site}: it says {name} {value}, but the charges come to {truth}",
+                site.site,
+            )
+
+
+def _check_all_runs(
+    site: SiteFinding,
+    chain: Chain,
+    here: Counter[tuple[object, ...]],
+    said: dict[str, Any] | None,
+    findings: Findings,
+) -> None:
+    """What was printed of the ledger's whole spending, against the ledger as far as it was seen then."""
+    if said is None:  # a run of before this was printed
+        return
+    until = int(said["seen_until_entry"])
+    truth = chain.spending(until)
+    if not max(here.total(), 1) <= truth.charges or until >= len(chain.entries):
+        findings.lie(
+            "privacy.json",
+            "wrong_epsilon",
+            f"{site.site}: over all runs it counts until entry {until}, where the ledger, of {len(chain.entries)} "
+            f"entries, holds {truth.charges} charges; {here.total()} are of this run alone",
+            site.site,
+        )
+    pairs = (
+        ("epsilon_pld", truth.epsilon),
+        ("epsilon_filter", truth.by_filter),
+        ("best_guess_right", truth.right),
+        ("runs", truth.runs),
+        ("charges", truth.charges),
+    )
+    for name, known in pairs:
+        value = said[name]
+        if (value is None) != (known is None) or (
+            known is not None and not abs(float(value) - known) <= TOLERANCE
+        ):
+            findings.lie(
+                "privacy.json",
+                "wrong_epsilon",
+                f"{site.site}: over all runs, until entry {until}, it says {name} {value}, but its ledger comes to "
+                f"{known}",
                 site.site,
             )
 

@@ -7,11 +7,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from common.pages import printable, style
+from common.privacy.odds import percent
+from common.privacy.spending import up_to
 from simulations.audit import charts, tool_charts
 from simulations.audit.findings import TOLERANCE
 from simulations.audit.report import Report, grouped
@@ -41,11 +43,18 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "parameter": parameter, "prose": prose}
+    environment.filters |= {
+        "figure": figure,
+        "parameter": parameter,
+        "prose": prose,
+        "bound": bound,
+        "percent": share,
+        "printable": printable,
+    }
     said, lies = report.as_json(), grouped(report.findings.lies)
     html = environment.get_template("page.html.j2").render(
         r=printable(said),
-        css=(_HERE / "page.css").read_text(encoding="utf-8"),
+        css=style(),
         charts=figures(report),
         lies=printable(lies[:_MOST_LIES]),
         more_lies=max(0, len(lies) - _MOST_LIES),
@@ -56,6 +65,7 @@ def page(report: Report) -> str:
             for check in tool["evidence"]["checks"]
             if not check["holds"]
         ],
+        r_ledgers=sorted(report.ledgers, key=lambda each: each.site),
         by_site={ledger.site: ledger for ledger in report.ledgers},
         alike=_alike(report.ledgers),
         units=sorted({ledger.unit for ledger in report.ledgers}),
@@ -100,6 +110,16 @@ def figure(value: object, digits: int | None = None) -> str:
     text = f"{value}" if isinstance(value, int) else f"{value:.4g}"
     mantissa, letter, exponent = text.partition("e")
     return f"{mantissa}{letter}{int(exponent)}".replace("-", "\u2011") if letter else text
+
+
+def bound(value: float | None) -> str:
+    """An epsilon, rounded up; a dash where there is none."""
+    return "–" if value is None else up_to(value)
+
+
+def share(value: float) -> str:
+    """A share that is a bound, in per cent, rounded up; it does not break before the sign."""
+    return percent(value).replace(" ", "\u00a0")
 
 
 def prose(text: object) -> Markup:
@@ -151,12 +171,3 @@ def _odd(report: Report) -> list[str]:
         if site.barred:
             said.append(f"{site.site} is barred: it signed two histories.")
     return [printable(line) for line in said]
-
-
-def printable(value: Any) -> Any:
-    """The same, without characters that no page may hold."""
-    if isinstance(value, str):
-        return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in value)
-    if isinstance(value, dict):
-        return {printable(key): printable(each) for key, each in value.items()}
-    return [printable(each) for each in value] if isinstance(value, list | tuple) else value

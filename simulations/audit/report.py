@@ -15,6 +15,7 @@ from typing import Any
 from common.bundle import installed_code
 from common.config import Plan
 from common.privacy.accountants import DISCRETISATION
+from common.privacy.odds import Odds, odds
 from server.registry import RegistryReader
 from server.runs import INCOMPLETE, RunFolder
 from simulations.audit.evidence import own_versions
@@ -23,11 +24,9 @@ from simulations.audit.pack import is_simulated
 from simulations.audit.receipts import audit_receipts, registry_of
 from simulations.audit.report_record import (
     Ledger,
-    Odds,
     digests,
     events_of,
     ledgers,
-    odds,
     phases_of,
     released_metrics,
     rounds_of,
@@ -46,8 +45,8 @@ class Report:
         made: when, to the second, UTC.
         verdict: held, did not hold, or not fully checked.
         findings: of `audit_receipts`.
-        odds: what the privacy curve of the site with the largest epsilon leaves to an attacker; None where nothing
-            was charged, or nothing verifies.
+        odds: what this run leaves to an attacker, by the privacy curve of the site with the largest epsilon in it; None
+            where nothing was charged, or nothing verifies. What all runs of a site leave is in its ledger's spending.
         simulated: whether the sites were folders on one machine.
     """
 
@@ -92,7 +91,7 @@ class Report:
             "server_key": found["server_key"],
             "lies": found["lies"],
             "notes": found["notes"],
-            "ledgers": [asdict(ledger) for ledger in self.ledgers],
+            "ledgers": [ledger.as_json() for ledger in self.ledgers],
             "released_metrics": self.metrics,
             "tools": [tool.as_json() for tool in self.tools],
             "discretisation": DISCRETISATION,

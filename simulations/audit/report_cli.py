@@ -87,7 +87,7 @@ def finish(found: Report, output: Path, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from simulations.audit.page import printable
+    from common.pages import printable
     from simulations.audit.report import grouped, holds
 
     table = Table(

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import exp, sqrt
+from dataclasses import asdict, dataclass, field
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from common.config import Plan
 from common.phases import Exchange
-from common.privacy.accountants import epsilon_pld, privacy_profile
+from common.privacy.accountants import epsilon_pld
 from common.privacy.chain import Chain
 from common.privacy.entries import Burnt, Release, Reserve
 from common.privacy.faults import ReceiptError
 from common.privacy.mechanisms import Event, PoissonSubsampledGaussian
 from common.privacy.renyi import NANO, renyi_to_epsilon
+from common.privacy.spending import Spending
 from server.registry import RegistryReader
 from server.runs import RunFolder
 
@@ -35,7 +36,6 @@ _FILES = (
     "released.safetensors",
     "model.safetensors",
 )
-_PROFILE = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class AfterRound:
-    """What a site's charges of this run had come to after a round: by the PLD, and by the filter's order."""
+    """After a round: what a site's charges of this run had come to by the PLD, and all its charges by its filter."""
 
     round: int
     pld: float
@@ -67,6 +67,7 @@ class Ledger:
         order, cap, spent: of the Renyi filter, in nats.
         residual: what is left under the cap, in nats.
         runs: how many runs were charged to it.
+        spending: all charges of all runs, in epsilon.
         anchored: the highest sequence number that the server countersigned.
         unanchored: entries after that: the site could still rewrite them.
     """
@@ -93,8 +94,13 @@ class Ledger:
     runs: int
     burnt: int
     open: int
+    spending: Spending
     charges: list[Charge] = field(default_factory=list)
     by_round: list[AfterRound] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the report."""
+        return {**asdict(self), "spending": self.spending.as_json()}
 
 
 def ledgers(reader: RegistryReader, run: str) -> list[Ledger]:
@@ -137,6 +143,7 @@ def _ledger(name: str, chain: Chain, anchors: Sequence[int], run: str) -> Ledger
         runs=len({reserve.run for reserve, _ in reserves}),
         burnt=report.burnt,
         open=report.open,
+        spending=chain.spending(),
         charges=[
             Charge(
                 number,
@@ -168,7 +175,9 @@ def _by_round(reserves: Sequence[Reserve], delta: float, chain: Chain) -> list[A
     found = []
     for number in sorted({*rounds[::step], *rounds[-1:]}):
         until = [reserve for reserve in reserves if reserve.round <= number]
-        divergence = sum(reserve.charge for reserve in until) / NANO
+        divergence = (
+            max(reserve.spent for reserve in until) / NANO
+        )  # other runs before it included: it is the brake
         found.append(
             AfterRound(
                 round=number,
@@ -238,39 +247,6 @@ def released_metrics(run: RunFolder) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Odds:
-    """What the whole privacy curve leaves to the best possible attacker on one user, if it guesses in or out.
-
-    Attributes:
-        right: how often it is right at most, where in and out are equally likely.
-        found: at most this share of users who were in are recognised, at false-alarm rates of 1 % and 0.1 %.
-        profile: epsilon -> delta.
-    """
-
-    right: float
-    found: dict[str, float]
-    profile: dict[str, float]
-
-
-def odds(events: Sequence[Event]) -> Odds:
-    """The odds of these events together, by the PLD."""
-    epsilons = [each / 10 for each in range(161)]
-    deltas = privacy_profile(events, epsilons)
-    curve = list(zip(epsilons, deltas, strict=True))
-    return Odds(
-        right=(1 + deltas[0]) / 2,
-        found={f"{rate:g}": most_found(curve, rate) for rate in (0.01, 0.001)},
-        profile={f"{epsilon:g}": delta for epsilon, delta in curve if epsilon in _PROFILE},
-    )
-
-
-def most_found(curve: Sequence[tuple[float, float]], rate: float) -> float:
-    """The largest true-positive rate at a false-positive rate that a privacy curve of (epsilon, delta) allows."""
-    bounds = [min(exp(e) * rate + d, 1 - exp(-e) * (1 - d - rate)) for e, d in curve]
-    return max(rate, min(1.0, *bounds))
 
 
 def events_of(reader: RegistryReader, key_id: str, run: str) -> list[Event]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from common.privacy import words
+from common.privacy.odds import percent
 from simulations.audit.report_tools import BLIND, COMMANDS, FAILED, HELD
 
 if TYPE_CHECKING:
@@ -22,33 +24,47 @@ class Verdict(StrEnum):
 
 def sentences(report: Report) -> dict[str, str]:
     """What is promised, to whom, and whether it held: one plain paragraph each."""
-    return {"promised": _promised(report), "to whom": _to_whom(report), "held": _held(report)}
+    return {
+        "promised": _promised(report),
+        "over all runs": _over_all_runs(report),
+        "to whom": _to_whom(report),
+        "held": _held(report),
+    }
 
 
 def _promised(report: Report) -> str:
     privacy = report.plan.privacy
-    size = f"epsilon at most {privacy.epsilon:g}, delta {_small(privacy.delta)}"
+    size = f"epsilon at most {privacy.epsilon:g}, delta {words.small(privacy.delta)}"
     if report.odds is None:
         return (
             "That what leaves a site depends only so much on whether one person's whole history is in its log or "
             f"not: {size}."
         )
     return (
-        "A limit to how well anyone can tell, from all that left the sites, whether one person's history was in a "
-        "site's log: "
-        f"by the charges recorded, the best guess is right at most {_percent(report.odds.right)} of the time, "
+        "A limit to how well anyone can tell, from this run, whether one person's history was in a site's log: "
+        f"by the charges recorded, the best guess is right at most {percent(report.odds.right)} of the time, "
         f"where a coin is right 50 % ({size})."
     )
 
 
-def _small(share: float) -> str:
-    return f"{share:.10f}".rstrip("0") if share >= 1e-9 else f"{share:g}"
+def _over_all_runs(report: Report) -> str:
+    charged = [ledger for ledger in report.ledgers if ledger.spending.charges]
+    if not charged:
+        return "No run was charged to any site's ledger so far, as the receipts show that the server holds."
+    worst = max(charged, key=lambda each: each.spending.right)
+    site, spent = worst.site, worst.spending
+    runs = "this run alone" if all(c.here for c in worst.charges) else _counted(spent.runs, "run")
+    least = "" if spent.odds is not None else ", by the filter's bound, as there is no figure by the PLD"
+    others = "" if len(report.ledgers) == 1 else " Each site's own figures are in item 2."
+    return (
+        "From all runs that a site ever took part in, as far as the receipts show that the server holds, the best "
+        f"guess is right at most {percent(spent.right)} of the time{least}: at {site}, whose ledger holds {runs}, "
+        f"epsilon so far is {spent.figures} at delta {words.small(spent.delta)}.{others}"
+    )
 
 
-def _percent(share: float) -> str:
-    digits = 0 if share < 0.99 else 1 if share < 0.999 else 2
-    scale = 100 * 10**digits
-    return f"{min(100.0, -(-share * scale // 1) / 10**digits):g} %"  # rounded up: it is a bound
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _to_whom(report: Report) -> str:
@@ -70,7 +86,7 @@ def _held(report: Report) -> str:
     elif findings.epsilon is None:
         said = f"{record}; nothing was charged, so there is nothing to confirm."
     else:
-        said = f"{record} and agrees: epsilon {findings.epsilon:.3f}."
+        said = f"{record} and agrees: epsilon {findings.epsilon:.3f} in this run."
     opening = {"held": "Yes", "did not hold": "No"}.get(str(report.verdict), "As far as it was checked")
     return f"{opening}: {said} {_tools(report)}"
 
@@ -100,21 +116,7 @@ def _and(names: Sequence[str]) -> str:
 
 def not_protected(report: Report) -> list[str]:
     """Who or what the promise does not cover."""
-    said = [
-        "A person who is in the logs of several sites: the epsilons add up, and nobody here can see it.",
-        "A person with several accounts at a site: each is protected by itself, unless the site merged them.",
-        "A family, a team or any group: for k people together the promise is k times weaker or worse.",
-        "Anyone, from what is true of people in general: that is learned, and can be applied to people who never "
-        "took part.",
-        "Anyone, against the site that holds the log, and against whoever breaks into it.",
-        "Users of a site that lies: receipts prove what a site signed, not what it ran.",
-    ]
-    epsilon = report.plan.privacy.epsilon
-    if epsilon > 1:
-        said.append(
-            f"Whoever needs a strong guarantee: NIST calls epsilon up to 1 conservative, and {epsilon:g} is more."
-        )
-    return said
+    return words.not_protected(report.plan.privacy.epsilon)
 
 
 def unverified(report: Report) -> list[str]:

@@ -24,8 +24,9 @@ from common.cli import known_errors
 from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import Reserve
 from common.privacy.mechanisms import PoissonSubsampledGaussian
+from common.privacy.spending import up_to
 from server.cli import app as server_app
-from server.registry import RegistryReader
+from server.registry import Registry, RegistryReader
 from tests.tiny import tiny_files, tiny_plan
 
 EVENT = PoissonSubsampledGaussian(0.5, 2.0, 2)
@@ -152,6 +153,15 @@ def test_status_tells_what_is_spent_and_draws_it(folder: Path, tmp_path: Path) -
     assert facts["runs"][-1]["left_after"] == pytest.approx(1 - spent / cap)
     assert sum(run["share"] for run in facts["runs"]) == pytest.approx(spent / cap)
     assert "█" in shown.output
+    with Ledger.open(folder / "ledger") as ledger:
+        known = ledger.status().spending()
+    assert facts["spent"] == known.as_json()
+    assert known.epsilon is not None
+    assert 0 < known.epsilon < known.by_filter < 8
+    for line in (text, " ".join(site("budget", folder).output.split())):
+        assert f"{up_to(known.epsilon)} by the PLD, {up_to(known.by_filter)} by the filter, of 8" in line
+        assert "over all 2 runs, burnt and open charges included" in line
+    assert json.loads(site("budget", folder, "--json").output)["spent"] == known.as_json()
     assert (tmp_path / "burn-down.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -253,6 +263,26 @@ def test_a_server_enrols_by_file_and_lists_its_sites(folder: Path, tmp_path: Pat
     (listed,) = json.loads(server("sites", "--registry", registry, "--json").output)
     assert (listed["name"], listed["epsilon"], listed["barred"]) == ("north", 8.0, False)
     assert "north" in server("sites", "--registry", registry).output
+    assert (listed["spent"]["epsilon_pld"], listed["spent"]["epsilon_filter"]) == (0.0, 0.0)
+
+
+def test_a_server_says_what_its_sites_spent_as_far_as_receipts_told_it(folder: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    server("enroll", folder / "enrolment.json", "--name", "north", "--registry", registry)
+    charge(folder, 1)
+    charge(folder, 2, burn=True)
+    with Ledger.open(folder / "ledger") as ledger:
+        known = Registry(registry)
+        known.accept(known.chain(ledger.key_id).extended(ledger.entries()))
+        told = ledger.status().spending()
+    charge(folder, 3)  # no receipt of it has come yet
+    (listed,) = json.loads(server("sites", "--registry", registry, "--json").output)
+    assert listed["spent"] == told.as_json() | {"seen_until_entry": 4}
+    assert told.epsilon is not None
+    text = " ".join(server("sites", "--registry", registry).output.split())
+    assert up_to(told.epsilon) in text
+    assert up_to(told.by_filter) in text
+    assert "as far as the receipts that this server got tell" in text
 
 
 def test_an_enrolment_file_that_was_edited_is_refused(folder: Path, tmp_path: Path) -> None:

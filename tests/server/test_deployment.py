@@ -145,24 +145,23 @@ def deployed(folder: Path) -> Iterator[Place]:
 
 
 TIMED = """
-import importlib.abc
 import importlib.util
 import sys
 
 
-class Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class Planted:
     def find_spec(self, name, path=None, target=None):
         if name == "client.replies":
             sys.meta_path.remove(self)
-            self.module = importlib.import_module(name)
-            self.module.timeless = lambda reply, asked: None
-            return importlib.util.spec_from_loader(name, self)
+            spec = importlib.util.find_spec(name)
+            whole = spec.loader.exec_module
 
-    def create_module(self, spec):
-        return self.module
+            def exec_module(module):
+                whole(module)
+                module.timeless = lambda reply, asked: None
 
-    def exec_module(self, module):
-        pass
+            spec.loader.exec_module = exec_module
+            return spec
 
 
 sys.meta_path.insert(0, Planted())

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sqlite3
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,10 +20,15 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+import common.privacy.chain
 from client.ledger import Ledger
+from client.ledger_reading import LedgerStatus
 from client.site import Site
 from common.cli import main
+from common.privacy.entries import Genesis, Reserve
 from common.privacy.mechanisms import GaussianSum, PoissonSubsampledGaussian
+from common.privacy.odds import odds, percent
+from common.privacy.spending import Spending, up_to
 from server.registry import Registry
 from simulations.audit.cli import app
 from simulations.audit.evidence import TOOLS, Check
@@ -31,8 +36,8 @@ from simulations.audit.full import run_tools
 from simulations.audit.pack import pack
 from simulations.audit.page import page, prose
 from simulations.audit.report import Report, build_report, holds
-from simulations.audit.report_record import odds
 from simulations.audit.report_tools import COMMANDS
+from tests.common.privacy.direct_accounting import by_dp_accounting
 from tests.simulations.audit import report_cases
 from tests.simulations.audit.report_cases import write_evidence
 from tests.tiny import tiny_run
@@ -48,7 +53,7 @@ HOUSE = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(tmp_path_factory.mktemp("run"), plan=PLAN).run.path
+    return tiny_run(tmp_path_factory.mktemp("run"), plan=PLAN, site_budget=15.0).run.path
 
 
 @pytest.fixture
@@ -321,6 +326,109 @@ def test_a_burnt_charge_is_on_the_page(run: Path) -> None:
     assert "site-0: 1 charges burnt, 0 still open." in html
 
 
+def another_run(run: Path, outcome: str = "released") -> LedgerStatus:
+    """What the first site's ledger comes to after a charge of another run, of which the server has the receipt."""
+    site = Site.load(run / "sites" / "00000")
+    registry = Registry(run / "registry")
+    with Ledger.open(site.ledger_folder) as ledger:
+        last = ledger.status().charges[-1].reserve
+        more = ledger.reserve(
+            run="another-run", round=1, attempt=0, event=PoissonSubsampledGaussian(0.5, 1.5, 3),
+            plan_hash=last.plan_hash, model_hash=last.model_hash, nonce="e" * 32, clip_norm=1.0, normaliser=1.0,
+            learning_rate=1.0,
+        )  # fmt: skip
+        if outcome == "released":
+            ledger.release(more, b"noise")
+        else:
+            ledger.burn(more)
+        registry.accept(registry.chain(ledger.key_id).extended(ledger.entries()))
+        return ledger.status()
+
+
+@pytest.mark.parametrize("outcome", ["released", "burnt"])
+def test_the_page_says_what_is_from_this_run_and_beside_it_what_all_runs_come_to(
+    run: Path, outcome: str
+) -> None:
+    status = another_run(run, outcome)
+    code, html, said = command(run)
+    assert code == 0
+    sentences = said["sentences"]
+    assert "from this run" in sentences["promised"]
+    assert "all that left" not in html
+    pld = by_dp_accounting(status.events, status.genesis.delta)
+    [ledger] = [each for each in said["ledgers"] if each["site"] == "site-0"]
+    spent = ledger["spending"]
+    assert spent["epsilon_pld"] == pytest.approx(pld, abs=2e-3)
+    assert (spent["runs"], spent["charges"]) == (2, len(status.charges))
+    assert spent["epsilon_pld"] > said["epsilon"] + 0.05, "this run alone comes to less"
+    assert spent["best_guess_right"] > said["odds"]["right"] + 0.005
+    assert "at site-0, whose ledger holds 2 runs, epsilon so far is" in sentences["over all runs"]
+    for figure in (up_to(spent["epsilon_pld"]), up_to(spent["epsilon_filter"])):
+        assert figure in sentences["over all runs"]
+        assert f'<td class="n">{figure}</td>' in html
+    assert percent(spent["best_guess_right"]) in sentences["over all runs"]
+    others = {each["spending"]["epsilon_pld"] for each in said["ledgers"] if each["site"] != "site-0"}
+    assert others == {said["epsilon"]}
+
+
+def test_a_page_that_counts_one_run_for_all_is_noticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault that the test above is about, planted: what one run charged, said of all."""
+    status = another_run(run)
+    honest = common.privacy.chain.spending
+
+    def one_run(genesis: Genesis, reserves: Sequence[Reserve], _: int) -> Spending:
+        kept = [reserve for reserve in reserves if reserve.run != "another-run"]
+        return honest(genesis, kept, sum(reserve.charge for reserve in kept))
+
+    monkeypatch.setattr("common.privacy.chain.spending", one_run)
+    pld = by_dp_accounting(status.events, status.genesis.delta)
+    [ledger] = [each for each in build_report(run).as_json()["ledgers"] if each["site"] == "site-0"]
+    assert ledger["spending"]["epsilon_pld"] < pld - 0.05
+
+
+def test_the_dotted_line_is_the_brake_of_all_runs(run: Path) -> None:
+    before = another_run(run)
+    registry, site = Registry(run / "registry"), Site.load(run / "sites" / "00000")
+    with Ledger.open(site.ledger_folder) as ledger:
+        last = before.charges[0].reserve
+        ledger.release(
+            ledger.reserve(
+                run=last.run, round=2, attempt=7, event=GaussianSum(50.0), plan_hash=last.plan_hash,
+                model_hash=last.model_hash, nonce="f" * 32, clip_norm=1.0, normaliser=1.0,
+            ), b"noise",
+        )  # fmt: skip
+        registry.accept(registry.chain(ledger.key_id).extended(ledger.entries()))
+        spent = ledger.status().spending()
+    [ledger_said] = [each for each in command(run)[2]["ledgers"] if each["site"] == "site-0"]
+    assert ledger_said["by_round"][-1]["filter"] == pytest.approx(spent.by_filter)
+
+
+def _all_runs(name: str, change: float) -> Change:
+    def edit(run: Path) -> None:
+        said = json.loads((run / "privacy.json").read_text())
+        said["sites"][0]["over_all_runs"][name] += change
+        (run / "privacy.json").write_text(json.dumps(said))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("epsilon_pld", -0.1),
+        ("epsilon_filter", -0.1),
+        ("charges", -1),
+        ("seen_until_entry", -3),
+        ("seen_until_entry", 9),
+    ],
+)
+def test_an_edit_of_what_all_runs_came_to_is_named(run: Path, name: str, change: float) -> None:
+    _all_runs(name, change)(run)
+    code, _, said = command(run)
+    assert code == 1
+    assert "wrong_epsilon" in {lie["reason"] for lie in said["lies"]}
+
+
 def test_odds_are_the_exact_ones_from_above() -> None:
     normal, power = NormalDist(), 1 / 1.3
     found = odds([GaussianSum(1.3)])
@@ -358,11 +466,12 @@ def test_a_tool_that_stops_leaves_the_others_to_go_on(tmp_path: Path) -> None:
 def test_an_installed_fedtide_has_the_page() -> None:
     """What stands beside the modules and is no module is packaged only where pyproject.toml says so."""
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["simulations.audit"]
-    files = [
-        each.name
-        for each in (HOUSE / "simulations/audit").iterdir()
-        if each.is_file() and each.suffix != ".py"
-    ]
-    assert {"page.css", "page.html.j2"} <= set(files)
-    assert not [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)]
+    for folder, least in (("common", "page.css"), ("simulations/audit", "page.html.j2")):
+        patterns = project["tool"]["setuptools"]["package-data"][folder.replace("/", ".")]
+        files = [
+            each.name
+            for each in (HOUSE / folder).iterdir()
+            if each.is_file() and each.suffix != ".py" and each.name != "py.typed"
+        ]
+        assert least in files
+        assert not [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)]
