@@ -148,17 +148,26 @@ heavy_items_unscaled = of_sums("user_popularity", _heavy)
 long_histories_in_two = of_sums("user_transitions", _in_two_blocks)
 
 
+class AsTheyCome(HistoryBatch):
+    """Histories that are never brought to a unit of rows."""
+
+    def unit(self, rows: int) -> HistoryBatch:
+        """Themselves."""
+        return self
+
+
 @contextmanager
 def ranked_as_they_come() -> Iterator[None]:
     """Users are ranked in as many rows as there are users, on kernels whose rounding follows the number of rows."""
     real = SequenceModel.event_vectors
 
     def rounded(self: SequenceModel, batch: HistoryBatch) -> Tensor:
-        return real(self, batch) * (1 + len(batch) * 2**-20)
+        vectors = real(self, batch)
+        return vectors * (1 + len(batch) * 2**-20) if isinstance(batch, AsTheyCome) else vectors
 
     with (
         patch.object(SequenceModel, "event_vectors", rounded),
-        patch.object(HistoryBatch, "unit", lambda batch, _: batch),
+        patch.object(client.statistics, "HistoryBatch", AsTheyCome),
         patch.object(client.statistics, "rows_of_scores", lambda *_: 1 << 20),
     ):
         yield
