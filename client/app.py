@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.replies import reply_to
+
 if TYPE_CHECKING:
     from common.wire import Refusal, Request, Update
 
@@ -110,17 +112,6 @@ def _answered(message: Message, context: Context) -> Message:
     if worker:
         return reply_to(message, _answered_by_worker(Path(str(worker)), message.content, until))
     return reply_to(message, answered(lambda: site_folder(context), message.content, until=until))
-
-
-def reply_to(message: Message, content: RecordDict) -> Message:
-    """A reply whose every field but its content is a function of the message that it answers.
-
-    Flower states when a reply was made, to the microsecond, and what is left of the time to answer: the end of a site's
-    work, which depends on its users.
-    """
-    reply = Message(content, reply_to=message)
-    reply.metadata.created_at, reply.metadata.ttl = message.metadata.created_at, message.metadata.ttl
-    return reply
 
 
 @app.query()  # type: ignore[untyped-decorator]

@@ -77,7 +77,6 @@ def check_bundle(content: bytes, allowed: tuple[str, ...], policy: str) -> None:
             ", ".join(allowed),
             policy,
         )
-        # This text goes to the server: it says nothing but that.
         raise BundleRefusedError("the bundle is not on this site's list")
 
 
@@ -87,8 +86,10 @@ def guarded_clientapp(site: str, log: str) -> int:
     from flwr.supernode.runtime import run_clientapp as flower
 
     from client.policy import POLICY
+    from client.replies import keep_replies_timeless
 
     _log_to(log)
+    keep_replies_timeless()
 
     def let_in(fab_file: bytes, *_: Any, **__: Any) -> None:
         if not isinstance(fab_file, bytes):

@@ -14,7 +14,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +42,15 @@ from client.ledger_store import (
     set_version,
     version_of,
 )
-from client.private_files import FOLDER_MODE, Presence, check_private, create_key, load_key, sync_folder
+from client.private_files import (
+    FOLDER_MODE,
+    Presence,
+    check_private,
+    create_key,
+    load_key,
+    sync_file,
+    sync_folder,
+)
 from common.privacy.anchors import Countersignature
 from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import (
@@ -269,6 +277,7 @@ class Ledger(LedgerReader):
 
     def _make_mark(self) -> None:
         try:
+            self._sync_journal()
             self._mark.create(self._head())
         except OSError as error:
             raise disk_error(self._folder) from error
@@ -286,7 +295,14 @@ class Ledger(LedgerReader):
                 f"the ledger holds another entry {mark.seq} than its high-water mark says: an old copy of its "
                 f"database was put back, and went on; {_PUT_BACK}"
             )
+        if newest.seq > mark.seq and not self._unmarked:
+            self._sync_journal()
         return newest
+
+    def _sync_journal(self) -> None:
+        """Others' commits are on the disk before the mark is: who was killed at a commit may not have synced it."""
+        with suppress(FileNotFoundError):  # SQLite holds no lock on it, so that closing it here drops none
+            sync_file(self._folder / f"{_DATABASE}-wal")
 
     def _meet_mark(self) -> None:
         """At opening. A ledger from before there were marks gets its own, once; from then on it must have one."""

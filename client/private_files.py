@@ -56,6 +56,15 @@ def write_private(path: Path, data: bytes) -> None:
 
 def sync_folder(path: Path) -> None:
     """Makes the names in a folder durable."""
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Makes what anybody wrote to a file durable.
+
+    Raises:
+        OSError: it is not there, or cannot be written.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -38,7 +38,7 @@ from client.opacus_gradients import (
     opacus_sums,
     per_user_gradients,
 )
-from common.models.batches import HistoryBatch
+from common.models.batches import HistoryBatch, even_events
 from common.models.interface import InterestModel
 
 _log = logging.getLogger("fedtide.site")
@@ -264,6 +264,7 @@ def rows_of_units(model: InterestModel, rows: int, events: int, engine: Engine =
         UnvouchedLayerError: the model's rows are not users, whatever the unit.
     """
     check_rows_are_users(model)
+    events = even_events(events)  # as a unit has them
     shown, at = _SHOWN[model], digest_of(model)
     key = f"{rows} {events} {engine} {torch.get_num_threads()} {' '.join(model.trainable())}"
     if key not in shown.at or shown.at[key][0] != at:
@@ -301,6 +302,7 @@ def rows_of_scores(model: InterestModel, rows: int, events: int) -> int:
         with torch.no_grad():
             return {"scores": model.scores(batch)}
 
+    events = even_events(events)
     key = f"{rows} {events} scores {torch.get_num_threads()}"
     shown, at = _SHOWN.setdefault(model, _Shown()), digest_of(model)
     if key not in shown.at or shown.at[key][0] != at:

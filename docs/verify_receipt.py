@@ -278,7 +278,7 @@ def receipt(data, released=None, request=None, held=None):
 
 def certificate(data, held=None):
     """A certificate's chain. The words in the file are not looked at."""
-    value = parse(data, 1 << 26, canonical=False)
+    value = parse(data, 1 << 25, canonical=False)
     if isinstance(value, dict) and set(value) == {"close", "genesis"}:  # of earlier versions
         signed = {"entries": [value["close"]], "genesis": value["genesis"]}
     else:

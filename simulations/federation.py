@@ -37,7 +37,7 @@ from simulations.outcome import CONTENT, FEDTIDE, OPEN, POPULARITY, Outcome
 from simulations.partition import divide
 from simulations.quality import Quality
 from simulations.report import write_report
-from simulations.sites import SimulatedSite, make_sites, whole_histories
+from simulations.sites import SimulatedSite, make_sites, registry_folder, whole_histories
 from simulations.splits import Fold, LeaveOneOut, Split, Temporal
 
 Engine = Literal["flower", "inline"]
@@ -156,17 +156,6 @@ def simulate(
     return _conclude(
         run, plan, options, sites, registry, built, held_out, items, follower, began, dataset.notes
     )
-
-
-def registry_folder(sites: Path) -> Path:
-    """Where the registry of simulated sites lies: beside their folder, not among what is private to them.
-
-    Args:
-        sites: the folder of all sites: `sites` of a run, or one that outlives it and has a registry of its own.
-    """
-    if (sites / "registry").is_dir():  # sites that were made by an older version keep theirs
-        return sites / "registry"
-    return sites.with_name("registry" if sites.name == "sites" else f"{sites.name}-registry")
 
 
 def _split(options: SimulationOptions, whole: Histories) -> Split:

@@ -44,6 +44,19 @@ class SimulatedSite:
     events: int
 
 
+def registry_folder(sites: Path) -> Path:
+    """Where the registry of simulated sites lies: beside their folder, not among what is private to them.
+
+    Args:
+        sites: the folder of all sites. That of a run has the run's registry; one that is kept over several runs has
+            its own, so that the anchors of its sites go on.
+    """
+    if (sites / "registry").is_dir():  # sites that were kept by an older version keep theirs
+        return sites / "registry"
+    of_a_run = (sites.parent / "plan.json").is_file() and (sites.parent / "rounds").is_dir()
+    return sites.with_name("registry" if of_a_run else f"{sites.name}-registry")
+
+
 def simulated_secret(seed: int) -> bytes:
     """The secret under which simulated sites de-identify public data, the same for every run of a seed.
 

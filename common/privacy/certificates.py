@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from common.privacy.canonical import Value, decode_any_spelling, encode
+from common.privacy.canonical import TooLongError, Value, decode_any_spelling, encode
 from common.privacy.chain import Chain
 from common.privacy.enrolment import fingerprint
 from common.privacy.entries import Close, Entry, Genesis, Reserve
@@ -132,8 +132,11 @@ class ClosingCertificate:
                 "genesis": self.genesis.to_fields(),
             },
         }
-        encode(value, longest=LONGEST_CERTIFICATE)
-        return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("ascii")
+        encode(value, longest=LONGEST_CERTIFICATE)  # refuses what has no canonical form
+        data = (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("ascii")
+        if len(data) > LONGEST_CERTIFICATE:
+            raise TooLongError(f"{len(data)} bytes, but at most {LONGEST_CERTIFICATE} are allowed")
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ClosingCertificate:

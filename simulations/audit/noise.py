@@ -2,7 +2,7 @@
 
 Each release carries a witness (`common/witness.py`): places that no user can reach. Divided by the noise that the plan
 claims, they must be independent standard normals: of the right level in each release, over a site's rounds and over
-all sites, of the right shape, never repeated (`noise_checks.py`).
+all sites, of the right shape out to the tails, never repeated, at no other place either (`noise_checks.py`).
 
 Series: `sites`: site -> [{round, phase, ratio, low, high, so_far, so_far_low, so_far_high, drift}], low and high three
 standard deviations from 1; `drift_limit`; `correlations`: {limit, within: {site: {correlation, rounds}}, between:
@@ -31,8 +31,8 @@ LIMITS = (
     "A malicious site can noise the witness and nothing else, or send a witness that it made up: this finds bugs, "
     "not fraud. Of what lies outside the witness it sees only whether it is too small to hold any noise.",
     "It says nothing of clipping, sampling, or how many rows a user has: `fedtide audit conformance` does.",
-    "Noise that repeats elsewhere (in another run, or at another place of the vector) is not looked for, and neither "
-    "is a generator that can be foretold.",
+    "Noise that repeats in another run, or outside the witness, is not looked for, and neither is a generator that "
+    "can be foretold. Whether an update's noise lies on its grid cannot be seen; a sum's is looked at.",
     "The claimed level is the plan's. Whether receipts charge for the same, and whether the releases kept are those "
     "that were signed for, is shown by `fedtide audit receipts`.",
     "Releases that were not admitted are not in the run's folder, and are not looked at.",

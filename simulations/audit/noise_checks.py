@@ -14,6 +14,7 @@ import numpy as np
 
 from simulations.audit import noise_statistics as test
 from simulations.audit.evidence import Check
+from simulations.audit.noise_draws import how_drawn
 from simulations.audit.witnesses import WHOLE, Release, by_site
 
 QUESTIONS = (
@@ -23,11 +24,17 @@ QUESTIONS = (
     "drift",
     "shape",
     "outlier",
+    "tails",
     "repeat",
+    "places",
     "shared",
+    "sizes",
     "rest",
 )
 """What is asked. Each gets an equal part of the level."""
+
+SURE = ("grid",)
+"""What is asked besides, and never alarms falsely."""
 
 
 def judge(releases: Sequence[Release], *, level: float) -> list[Check]:
@@ -44,8 +51,9 @@ def judge(releases: Sequence[Release], *, level: float) -> list[Check]:
         *_repeats(sites, share),
         *_shared(sites, share),
         *_rest(sites, share),
+        *how_drawn(sites, share),
     ]
-    order = {name: place for place, name in enumerate(QUESTIONS)}
+    order = {name: place for place, name in enumerate((*QUESTIONS, *SURE))}
     return sorted(checks, key=lambda check: order[check.name])
 
 

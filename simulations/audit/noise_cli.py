@@ -63,9 +63,10 @@ def _show(found: Evidence, run: Path, file: Path) -> None:
     console.print(table)
     console.print(
         "level: noise over claimed noise, by release, site and all; drift: evidence that it changed; shape: distance "
-        "to a Gaussian; outlier: standard deviations; repeat: correlation of any two releases; shared: what adds up "
-        "over rounds or sites; rest: what lies outside the witness, over one step's "
-        "noise, which it cannot be below.",
+        "to a Gaussian; outlier: standard deviations; tails: numbers so far out; repeat: correlation of any two "
+        "releases; places: the same at any turn of their places; shared: what adds up over rounds or sites; sizes: "
+        "distance to how chance spreads them; rest: what lies outside the witness, over one step's noise, which it "
+        "cannot be below; grid: numbers of sums beside it.",
         highlight=False,
     )
     for check in found.checks:
@@ -88,7 +89,7 @@ def _shown(checks: Sequence[Check]) -> list[Check]:
     for name in dict.fromkeys(check.name for check in checks):
         held = [check for check in checks if check.name == name and check.holds]
         if held:
-            middle = 0.0 if name in ("drift", "shape", "outlier", "repeat") else 1.0
+            middle = 1.0 if name in ("level", "level-by-site", "level-of-all", "shared", "rest") else 0.0
             furthest = max(held, key=lambda check: abs((check.measured or 0.0) - middle))
             if name == "rest":
                 furthest = min(held, key=lambda check: check.measured or 0.0)

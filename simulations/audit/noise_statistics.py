@@ -149,3 +149,30 @@ def shared_limits(count: int, numbers: int, probability: float) -> tuple[float, 
 def too_little(squares: float, count: int) -> float:
     """That so many normals, with whatever added that is independent of them, have so small a sum of squares."""
     return float(stats.chi2.cdf(squares, count))
+
+
+TAILS = (3.0, 3.5, 4.0, 4.5)
+"""Standard deviations beyond which the share of numbers is counted."""
+
+
+def tail_probability(z: Array, beyond: float) -> tuple[float, float]:
+    """The share of numbers further from 0 than so many deviations, and its two-sided probability (exact binomial)."""
+    chance, found = 2 * float(stats.norm.sf(beyond)), int((np.abs(z) > beyond).sum())
+    exact = stats.binom(z.size, chance)
+    return found / z.size, min(1.0, 2 * float(min(exact.cdf(found), exact.sf(found - 1))))
+
+
+def tail_limits(count: int, beyond: float, probability: float) -> tuple[float, float]:
+    """Shares outside which `tail_probability` of so many numbers is below `probability`, but for rounding."""
+    exact = stats.binom(count, 2 * float(stats.norm.sf(beyond)))
+    return float(exact.ppf(probability / 2)) / count, float(exact.isf(probability / 2)) / count
+
+
+def norms_probability(draws: Sequence[Array] | Array) -> tuple[float, float]:
+    """How far the sizes of draws lie from what chance makes them: Kolmogorov and Smirnov's distance, its probability.
+
+    A draw's sum of squares is chi-square with as many degrees as it has numbers, draw by draw.
+    """
+    sizes = [stats.chi2.cdf(float(np.square(each).sum()), each.size) for each in draws]
+    found = stats.kstest(sizes, "uniform")
+    return float(found.statistic), float(found.pvalue)

@@ -31,6 +31,9 @@ RECORD = (
 FOLDERS = {"rounds": "[0-9]*.safetensors", "updates": "[0-9]*.safetensors", EVIDENCE: "*.json"}
 """What was broadcast, what came back, and what the audit's tools found: folder -> names."""
 
+PUBLIC_TABLES = {"sites", "entries", "anchors", "nodes", "proofs"}
+"""Of a registry: who is enrolled, what sites signed, and what the server signed. Its key lies in a file beside it."""
+
 PACKED = "packed.json"
 """Says which run was packed, and whether its sites were simulated."""
 
@@ -39,13 +42,12 @@ _PRIVATE = b"PRIVATE KEY"
 
 def files_of(run: Path) -> Iterator[Path]:
     """The files of a run that an auditor needs, relative to its folder."""
-    for name in RECORD:
-        if (run / name).is_file():
-            yield Path(name)
+    listed = [run / name for name in RECORD]
     for folder, names in FOLDERS.items():
-        for file in sorted((run / folder).glob(names)):
-            if file.is_file() and not file.is_symlink():
-                yield file.relative_to(run)
+        listed += sorted((run / folder).glob(names))
+    for file in listed:
+        if file.is_file() and not file.is_symlink():  # a link might lead to what is private
+            yield file.relative_to(run)
 
 
 def pack(path: Path, output: Path, registry: Path | None = None) -> list[Path]:
@@ -79,7 +81,7 @@ def pack(path: Path, output: Path, registry: Path | None = None) -> list[Path]:
         (aside / PACKED).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         copy = aside / "registry" / "registry.sqlite"
         copy.parent.mkdir()
-        _copy_database(source, copy)
+        _copy_registry(source, copy)
         secrets = {_PRIVATE, *_keys(run.path, source.parent)}
         for file in aside.rglob("*"):
             if file.is_file() and any(secret in file.read_bytes() for secret in secrets):
@@ -108,13 +110,22 @@ def _keys(*folders: Path) -> Iterator[bytes]:
             yield from data.splitlines()[1:-1] if data.startswith(b"-----") else [data]
 
 
-def _copy_database(source: Path, target: Path) -> None:
-    """One consistent state of an SQLite database, in one file, whoever writes to it meanwhile."""
+def _copy_registry(source: Path, target: Path) -> None:
+    """One consistent state of a registry's public tables, in one file, whoever writes to it meanwhile.
+
+    Raises:
+        RunError: it has a table that this version does not know to be public.
+    """
     reading = sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=30)
-    writing = sqlite3.connect(target)
     try:
-        reading.backup(writing)
-        writing.execute("PRAGMA journal_mode = DELETE")
+        tables = {
+            str(row[0]) for row in reading.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        }
+        if tables - PUBLIC_TABLES:
+            raise RunError(
+                f"the registry has a table {min(tables - PUBLIC_TABLES)!r}, which is not known to be public, so "
+                "nothing is packed: pack with the version that made it"
+            )
+        reading.execute("VACUUM INTO ?", (str(target),))  # rows that were deleted stay behind
     finally:
-        writing.close()
         reading.close()

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from common.config import Plan
-from common.phases import Exchange
+from common.phases import Exchange, Phase
 from common.privacy.mechanisms import PoissonSubsampledGaussian
-from common.privacy.noise import INFLATION
+from common.privacy.noise import GRID_BITS, INFLATION
+from common.sums import CONTRIBUTION_NORM
 from common.witness import is_witness, without_witness
 from server.runs import RunError, RunFolder
 
@@ -29,6 +30,8 @@ class Release:
         z: [places] float64, of the witness.
         steps: how many sums were added up in it.
         rest: name of each other tensor -> its sum of squares, and its number of coordinates.
+        off_grid: of a sum, how many places of its witness are no whole steps of the noise's grid; None of an update,
+            which float32 parameters have rounded.
     """
 
     site: str
@@ -37,6 +40,7 @@ class Release:
     z: npt.NDArray[np.float64]
     steps: int = 1
     rest: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    off_grid: int | None = None
 
     def parts(self) -> dict[str, tuple[float, int]]:
         """The rest, tensor by tensor and as a whole."""
@@ -151,7 +155,8 @@ def _release(
         for name, value in without_witness(update).items()
         if value.numel()
     }
-    z = witnesses[0].double().numpy() / deviation
+    witness = witnesses[0].double().numpy()
+    z = witness / deviation
     if not rest:
         raise ValueError("it holds nothing but its witness")
     if not np.isfinite(z).all() or not all(math.isfinite(squares) for squares, _ in rest.values()):
@@ -163,7 +168,14 @@ def _release(
         z=z,
         steps=steps_of(exchange),
         rest=rest,
+        off_grid=None if exchange.phase is Phase.UPDATE else _off_grid(witness),
     )
+
+
+def _off_grid(witness: npt.NDArray[np.float64]) -> int:
+    """How many numbers of a sum are no whole steps; float32 holds a step exactly, and whole steps where it does not."""
+    steps = witness / math.ldexp(CONTRIBUTION_NORM, -GRID_BITS)
+    return int((steps != np.rint(steps)).sum())
 
 
 def _printable(name: str) -> str:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -324,6 +325,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="*", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--threads", nargs="*", type=int, default=list(THREADS))
     parser.add_argument("--widths", nargs="*", type=int, default=list(WIDTHS))
+    parser.add_argument("--jobs", type=int, default=1, help="Processes at a time.")
     parser.add_argument("--seed", type=int, default=int(np.random.default_rng().integers(2**31)))
     parser.add_argument("--document", type=Path, help="Write the table to this page.")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -333,30 +335,31 @@ def main() -> None:
         for found in search(given.widths, given.seed):
             print(json.dumps(asdict(found)), flush=True)
         return
-    everything: dict[tuple[str, int], list[Found]] = {}
     with tempfile.TemporaryDirectory() as folder:
         shim = _as_intel(Path(folder)) if given.as_intel else {}
-        for kernels in given.kernels:
-            for threads in given.threads:
-                told = {**KERNELS[kernels], **(shim if KERNELS[kernels] else {})}
-                environment = {n: v for n, v in os.environ.items() if not n.startswith("OPENBLAS_")} | told
-                arguments = ["--worker", str(threads), "--seed", str(given.seed)]
-                command = [
-                    sys.executable,
-                    "-m",
-                    __spec__.name,
-                    *arguments,
-                    "--widths",
-                    *map(str, given.widths),
-                ]
-                environment["OMP_NUM_THREADS"] = str(threads)
-                printed = subprocess.run(
-                    command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-                )
-                everything[kernels, threads] = [
-                    Found(**json.loads(line)) for line in printed.stdout.splitlines()
-                ]
-                print(_table({(kernels, threads): everything[kernels, threads]})[-1], flush=True)
+
+        def one(place: tuple[str, int]) -> list[Found]:
+            kernels, threads = place
+            told = {**KERNELS[kernels], **(shim if KERNELS[kernels] else {})}
+            environment = {n: v for n, v in os.environ.items() if not n.startswith("OPENBLAS_")} | told
+            environment["OMP_NUM_THREADS"] = str(threads)
+            arguments = [
+                "--worker",
+                str(threads),
+                "--seed",
+                str(given.seed),
+                "--widths",
+                *map(str, given.widths),
+            ]
+            command = [sys.executable, "-m", __spec__.name, *arguments]
+            printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            found = [Found(**json.loads(line)) for line in printed.stdout.splitlines()]
+            print(_table({place: found})[-1], flush=True)
+            return found
+
+        places = [(kernels, threads) for kernels in given.kernels for threads in given.threads]
+        with ThreadPoolExecutor(given.jobs) as pool:
+            everything = dict(zip(places, pool.map(one, places), strict=True))
     all_found = [one for each in everything.values() for one in each]
     worst = max(one.worst for one in all_found)
     again = " ".join(

@@ -87,18 +87,29 @@ class Cut:
     """The moment before a write.
 
     Attributes:
-        files: what each name may hold after a cut here; None: it is not there.
+        files: what each name may hold after a cut here: as synced, with the content synced under today's name, as
+            other processes see it now. None: it is not there.
         left: the last number that had left the process by then; 0: none.
     """
 
-    files: dict[str, tuple[bytes | None, ...]]
+    files: dict[str, tuple[bytes | None, bytes | None, bytes | None]]
     left: int
 
     def states(self, **instead: Sequence[bytes | None]) -> Iterator[State]:
         """All that the disk may show; `instead` says for some names what they hold, whatever was synced."""
-        files = self.files | {name: tuple(each) for name, each in instead.items()}
-        for chosen in itertools.product(*files.values()):
+        files = {**self.files, **instead}
+        for chosen in itertools.product(*(dict.fromkeys(each) for each in files.values())):
             yield {name: data for name, data in zip(files, chosen, strict=True) if data is not None}
+
+    @property
+    def killed(self) -> State:
+        """What other processes see where this one is killed, and the machine goes on."""
+        return {name: each[-1] for name, each in self.files.items() if each[-1] is not None}
+
+    @property
+    def synced(self) -> State:
+        """What is certainly on the disk."""
+        return {name: each[0] for name, each in self.files.items() if each[0] is not None}
 
 
 @dataclass
@@ -106,12 +117,15 @@ class _Disk:
     """What of a folder was synced: contents by inode, names by the folder's own sync."""
 
     folder: Path
+    at_first: State | None
     contents: dict[int, bytes] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.names = {name: inode for name, (inode, _) in self.now().items()}
-        self.contents = dict(self.now().values())
+        for name, (inode, content) in self.now().items():
+            if self.at_first is None or name in self.at_first:
+                self.names[name] = inode
+                self.contents[inode] = content if self.at_first is None else self.at_first[name]
 
     def now(self) -> dict[str, tuple[int, bytes]]:
         files = [path for path in self.folder.iterdir() if path.is_file() and not path.name.endswith("-shm")]
@@ -129,16 +143,17 @@ class _Disk:
             inode, content = now.get(name, (None, None))
             before = self.contents.get(self.names[name], b"") if name in self.names else None
             unsynced = None if inode is None else self.contents.get(inode, b"")
-            files[name] = tuple(dict.fromkeys((before, unsynced, content)))
+            files[name] = (before, unsynced, content)
         return Cut(files, left)
 
 
-def cuts(folder: Path, command: Sequence[str]) -> list[Cut]:
+def cuts(folder: Path, command: Sequence[str], synced: State | None = None) -> list[Cut]:
     """Every moment at which power may be cut while a command works in a folder, and the one after its end.
 
     Args:
         command: Python arguments; it calls `be_traced`, and writes each number that leaves, and a line's end, to its
             standard output in one write.
+        synced: what of the folder is on the disk at the beginning; None: all that is there.
 
     Raises:
         TracingForbiddenError: nothing can be traced here.
@@ -150,7 +165,7 @@ def cuts(folder: Path, command: Sequence[str]) -> list[Cut]:
     reading, writing = os.pipe()
     process = subprocess.Popen([sys.executable, *command], stdout=writing, cwd=Path(__file__).parents[2])
     os.close(writing)
-    disk, found, left, inside, path = _Disk(folder), list[Cut](), 0, "", Path()
+    disk, found, left, inside, path = _Disk(folder, synced), list[Cut](), 0, "", Path()
     _, status = os.waitpid(process.pid, 0)
     if not os.WIFSTOPPED(status):
         raise TracingForbiddenError(f"the process ended at once, with status {status}")

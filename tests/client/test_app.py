@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import app, reply_to
+from client.app import app
 from common.wire import Reason, Refusal, Request, Update, answer_from_records, request_to_records
 from simulations.inline import over_the_wire
 from tests.tiny import tiny_run
@@ -68,15 +68,3 @@ def test_a_ledger_behind_its_mark_answers_one_word_and_its_log_says_the_way_out(
 def test_a_message_of_another_form_is_refused_by_policy(tmp_path: Path) -> None:
     reply = asked(RecordDict(), tmp_path)
     assert answer_from_records(reply.content) in (Refusal(Reason.POLICY), Refusal(Reason.FAILED))
-
-
-def test_a_reply_states_the_requests_times_and_none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower would state when the site's work ended, to the microsecond."""
-    asked = Message(RecordDict(), dst_node_id=2, message_type="train", ttl=600.0)
-    asked.metadata.created_at -= 100.0
-
-    def same_as_asked(reply: Message) -> bool:
-        return (reply.metadata.created_at, reply.metadata.ttl) == (asked.metadata.created_at, 600.0)
-
-    assert same_as_asked(reply_to(asked, RecordDict()))
-    assert not same_as_asked(Message(RecordDict(), reply_to=asked))

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supernode.runtime import run_clientapp
 
@@ -48,7 +49,7 @@ def test_the_installed_versions_bundle_is_let_in_and_one_changed_byte_is_not(
     assert "sha256" in caplog.text
     assert allowed[0] in caplog.text  # both hashes, and the way out, in the site's own log
     assert "put its sha256 into bundles in policy.toml" in caplog.text
-    assert str(refused.value) == "the bundle is not on this site's list"  # and this alone for the server
+    assert str(refused.value) == "the bundle is not on this site's list"
 
 
 def test_a_list_in_the_policy_counts_alone(tmp_path: Path) -> None:
@@ -70,6 +71,7 @@ def test_flowers_own_process_asks_the_guard_and_loads_the_installed_app(
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
     for name in ("install_from_fab", "get_load_client_app_fn", "pull_and_inflate_object_from_tree"):
         monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))  # restored at the end
+    monkeypatch.setattr(Message, "__init__", Message.__init__)
     monkeypatch.setattr(flower_cli, "flwr_clientapp", lambda: None)
     guarded_clientapp(str(tmp_path), str(tmp_path / "site.log"))
     logging.getLogger("fedtide.site").propagate = True

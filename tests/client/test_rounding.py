@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from client import site as site_module
+from client.generators import Generators
 from client.ledger import Ledger
 from client.site import Site, answer
 from client.training import train_round
@@ -124,11 +125,12 @@ def test_rounding_comes_after_the_noise(
         return noised[-1]
 
     monkeypatch.setattr(site_module, "train_round", both)
-    monkeypatch.setattr(site_module, "SecurePoissonSampler", Everyone)
     if not in_order:
         monkeypatch.setattr(site_module, "encoded", scales_before_noise(clean))
     one_step = plan.model_copy(update={"training": plan.training.model_copy(update={"steps_per_round": 1})})
-    sent = [released(answer(site, asked(one_step, ask(number), "int8"))).state for number in (1, 2)]
+    everyone = Generators(sampler=Everyone)
+    requests = [asked(one_step, ask(number), "int8") for number in (1, 2)]
+    sent = [released(answer(site, each, generators=everyone)).state for each in requests]
     scales = torch.stack([each[SCALES] for each in sent])
     assert bool((scales[0] != scales[1]).all()) == in_order
     of_release = torch.stack([encoded(each, "int8")[SCALES] for each in noised])

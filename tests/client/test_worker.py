@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import kept, worker
 from client import site as site_module
 from client.app import answered, app, content_from_bytes, content_to_bytes
+from client.generators import Generators
 from client.kept import kept_histories
 from client.ledger import Ledger
 from client.metrics import SiteMetrics, coarse
@@ -193,8 +195,8 @@ class SeededNoise:
 def test_what_is_kept_changes_no_result(
     tmp_path: Path, request_: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site_module, "SecureGaussian", SeededNoise)
-    monkeypatch.setattr(site_module, "SecurePoissonSampler", SeededNoise)
+    seeded = Generators(noise=SeededNoise, sampler=SeededNoise)
+    monkeypatch.setattr(site_module, "answer", partial(site_module.answer, generators=seeded))
 
     def states(folder: Path, *, keep: bool) -> list[bytes]:
         site, found = made_site(folder, request_), []

@@ -16,10 +16,11 @@ _NOT_FORWARDED = ("user-agent", "grpc-accept-encoding", "accept-encoding", "te",
 
 @dataclass(frozen=True)
 class Call:
-    """One call: its method, the node's public key, and the bytes of request and response."""
+    """One call: its method, the node's public key, what stands beside it, and the bytes of request and response."""
 
     method: str
     node: bytes
+    headers: dict[str, str | bytes]
     request: bytes
     response: bytes
 
@@ -65,7 +66,7 @@ class RecordingProxy(grpc.GenericRpcHandler):
             context.send_initial_metadata(call.initial_metadata())
             node = next((bytes(v) for k, v in given if k.endswith("public-key-bin")), b"")
             with self._lock:
-                self.calls.append(Call(method.rsplit("/", 1)[-1], node, request, response))
+                self.calls.append(Call(method.rsplit("/", 1)[-1], node, dict(given), request, response))
             return bytes(response)
 
         return grpc.unary_unary_rpc_method_handler(handle)

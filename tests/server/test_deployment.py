@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sqlite3
-import struct
 import subprocess
 import sys
 import time
@@ -18,19 +17,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
-from flwr.proto.message_pb2 import Message, PushObjectRequest
-from flwr.proto.message_pb2 import Metadata as MessageMetadata
-from google.protobuf.message import Message as ProtoMessage
-from google.protobuf.unknown_fields import UnknownFieldSet
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from client.connection import NODE_KEY, NODE_PUBLIC
+from client.making import SECRET
 from simulations.faults.place import below, command_of
-from tests.server.recording_proxy import Call, RecordingProxy
+from tests.server.pushed import faults_of, replies_of
+from tests.server.recording_proxy import RecordingProxy
 from tests.server.test_operation import free_ports
 from tests.tiny import USERS, tiny_files, tiny_language_model, tiny_plan
 
 SITES = ("east", "north", "west")
+ONE_LESS, TELLS_TIME = "north", "west"
+"""A site whose log lacks one user of the others', and one that lets Flower say when replies were made."""
 FAULTS = os.environ.get("FEDTIDE_FAULTS") == "1"
 
 
@@ -61,10 +64,11 @@ class Place:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{self.logs()}"
         return done.stdout
 
-    def up(self, kind: str, folder: Path) -> subprocess.Popen[bytes]:
+    def up(self, kind: str, folder: Path, **environment: str) -> subprocess.Popen[bytes]:
+        environment = {**self.environment, **environment}
         with (self.folder / f"{folder.name}.log").open("wb") as log:
             process = subprocess.Popen(
-                self.command(kind, "up", folder, "--log-json"), env=self.environment, stdout=log, stderr=log
+                self.command(kind, "up", folder, "--log-json"), env=environment, stdout=log, stderr=log
             )
         self.started.append(process)
         return process
@@ -102,7 +106,10 @@ def deployed(folder: Path) -> Iterator[Place]:
     """A server and three sites that are up and connected; ended afterwards, whatever happens."""
     environment = {**os.environ, "FEDTIDE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     model = tiny_language_model(folder / "model")
-    log, catalog = tiny_files(folder / "data")
+    tiny_files(folder / "data")
+    planted = folder / "planted"
+    planted.mkdir()
+    (planted / "sitecustomize.py").write_text(TIMED)
     plan = tiny_plan(model, statistics={"popularity_share": 0.2}, privacy={"users_per_site": USERS - 20})
     (folder / "plan.json").write_text(plan.to_json())
     ports = free_ports()
@@ -116,6 +123,8 @@ def deployed(folder: Path) -> Iterator[Place]:
     try:
         place.up("server", place.server)
         for name in SITES:
+            users, paths = USERS - (name == ONE_LESS), os.environ.get("PYTHONPATH", "")
+            log, catalog = tiny_files(folder / "data" / name, users)
             place.well(
                 "site", "init", folder / name, "--server", f"127.0.0.1:{fleet}",
                 "--ca", place.server / "tls" / "ca.crt", "--logs", log, "--catalog", catalog,
@@ -124,7 +133,10 @@ def deployed(folder: Path) -> Iterator[Place]:
             )  # fmt: skip
             enrolment = folder / name / "enrolment.json"
             place.well("server", "enroll", enrolment, "--server", place.server, "--name", name)
-            place.up("site", folder / name)
+            first = str(planted) if name == TELLS_TIME else ""
+            place.up(
+                "site", folder / name, PYTHONPATH=os.pathsep.join(each for each in (first, paths) if each)
+            )
         place.until(lambda: place.nodes() == dict.fromkeys(SITES, "online"))
         yield place
     finally:
@@ -132,98 +144,44 @@ def deployed(folder: Path) -> Iterator[Place]:
         place.proxy.stop()
 
 
-Fields = dict[str, object]
+TIMED = """
+import importlib.util
+import sys
 
 
-def pushed(calls: list[Call]) -> dict[bytes, list[tuple[Fields, Fields]]]:
-    """What each node pushed: of each reply all fields but what was released, and those of the request it answers.
+class Planted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "client.replies":
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            whole = spec.loader.exec_module
 
-    Every byte that a site sends about a round is in one of: the message's metadata, the tree of its objects (names and
-    digests), the objects themselves, and Flower's fields beside them.
-    """
-    requests: dict[str, Message] = {}
-    found: dict[bytes, list[tuple[Fields, Fields]]] = {}
-    for call in calls:
-        if call.method == "PullMessages":
-            for message in PullMessagesResponse.FromString(call.response).messages_list:
-                requests[message.metadata.message_id] = message
-        if call.method == "PushMessages":
-            request = PushMessagesRequest.FromString(call.request)
-            for message in request.messages_list:
-                reply = fields_of(message.metadata)
-                reply["beside"] = {
-                    name.name: value
-                    for name, value in request.ListFields()
-                    if name.name not in ("node", "messages_list", "message_object_trees")
-                }
-                asked = fields_of(requests[message.metadata.reply_to_message_id].metadata)
-                found.setdefault(call.node, []).append((reply, asked))
-    return found
+            def exec_module(module):
+                whole(module)
+                module.timeless = lambda reply, asked: None
+
+            spec.loader.exec_module = exec_module
+            return spec
 
 
-def fields_of(message: ProtoMessage) -> Fields:
-    """Every field of a message that is set, by name; what this Flower does not know is kept, too."""
-    assert not list(UnknownFieldSet(message))
-    return {field.name: value for field, value in message.ListFields()}
-
-
-OWN = {"message_id", "src_node_id", "dst_node_id", "reply_to_message_id", "src_task_id", "dst_task_id"}
-"""Of metadata: who talks to whom, and the digest of all that is sent."""
-VARY = OWN | {"created_at", "ttl"}
-"""What differs from request to request, and is compared with the request's own."""
+sys.meta_path.insert(0, Planted())
+"""
+"""What Python imports first in the processes of a site whose replies say when they were made, as Flower's do."""
 
 
 def check_no_clock(place: Place) -> None:
-    """What two sites push beside their releases is the same, and a function of the request; no number is a time."""
-    by_node = pushed(place.proxy.calls)
-    assert len(by_node) == len(SITES)
-    assert {len(each) for each in by_node.values()} == {3}
-    rounds = list(zip(*by_node.values(), strict=True))
-    for replies in rounds:
-        alike = {repr({n: v for n, v in reply.items() if n not in VARY}) for reply, _ in replies}
-        assert len(alike) == 1
-        for reply, asked in replies:
-            assert reply["created_at"] == asked["created_at"]
-            assert reply["ttl"] == asked["ttl"]
-            assert reply["beside"] == {}
-    forms = [sorted(objects(place.proxy.calls, node)) for node in by_node]
-    assert forms[0] == forms[1] == forms[2]
-    assert len(forms[0]) > 3 * len(SITES)
-    for call in place.proxy.calls:
-        if call.method in ("PushMessages", "PushObject"):
-            assert not times_in(call.request, place.began, known(by_node))
-
-
-def objects(calls: list[Call], node: bytes) -> Iterator[tuple[str, int]]:
-    """Kind and length of every object that a node pushed, but of messages themselves, whose metadata hold ids."""
-    for call in calls:
-        if call.method == "PushObject" and call.node == node:
-            content = PushObjectRequest.FromString(call.request).object_content
-            kind, _, _ = content.partition(b" ")
-            if kind != b"Message":
-                yield kind.decode(), len(content)
-
-
-def known(by_node: dict[bytes, list[tuple[Fields, Fields]]]) -> set[float]:
-    return {float(str(asked["created_at"])) for each in by_node.values() for _, asked in each}
-
-
-def times_in(data: bytes, began: float, known: set[float]) -> list[float]:
-    """Numbers of eight bytes anywhere in a message, at whatever offset, that would be times since this test began."""
-    found = []
-    for form in ("<d", ">d"):
-        for offset in range(min(len(data), 4096) - 7):
-            (value,) = struct.unpack_from(form, data, offset)
-            if began - 1 <= value <= began + 3600 and value not in known:
-                found.append(value)
-    return found
-
-
-def test_a_time_in_a_message_would_be_found() -> None:
-    now = time.time()
-    reply = MessageMetadata(message_type="train", created_at=now)
-    assert times_in(b"abc" + reply.SerializeToString(), now - 10, set()) == [now]
-    assert times_in(b"abc" + reply.SerializeToString(), now - 10, {now}) == []
+    """Sites that differ in one user push the same but for what they release; a planted clock is found."""
+    calls = place.proxy.calls
+    by_site = {}
+    for name in SITES:
+        public = load_ssh_public_key((place.folder / name / NODE_PUBLIC).read_bytes())
+        assert isinstance(public, EllipticCurvePublicKey)
+        by_site[name] = public_key_to_bytes(public)
+    assert faults_of(calls, [by_site["east"], by_site["north"]], place.began) == []
+    assert len(replies_of(calls, by_site["east"])) == 3
+    faults = faults_of(calls, [by_site[TELLS_TIME]], place.began)
+    assert len([fault for fault in faults if "and its request" in fault]) == 3
+    assert len([fault for fault in faults if "holds a time" in fault]) == 3
 
 
 def run_command(place: Place) -> list[str]:
@@ -252,10 +210,36 @@ def check_whole(place: Place, said: str) -> None:
         records
     )
     assert summary["admitted"] == 9
-    place.well("audit", "receipts", run, "--registry", place.server / "registry")
+    packed = place.folder / "for-the-auditor"
+    place.well("audit", "pack", run, "--registry", place.server / "registry", "-o", packed)
+    place.well("audit", "receipts", packed)
+    check_nothing_private(place, packed)
     for name in SITES:
         status = json.loads(place.well("site", "status", place.folder / name, "--json"))
         assert status["open"] == 0
+
+
+def check_nothing_private(place: Place, packed: Path) -> None:
+    """No pseudonym, secret or private key of any site or of the server is in what an auditor gets."""
+    secrets: list[bytes] = []
+    for name in SITES:
+        users = [str(user) for user in np.load(place.folder / name / "histories" / "users.npy")]
+        assert len(users) >= USERS - 1
+        secrets += [user.encode(form) for user in users for form in ("ascii", "utf-32-le")]
+        secrets.append((place.folder / name / SECRET).read_bytes().strip())
+    keys = [
+        *place.folder.glob("*/**/*.key"),
+        *place.folder.glob("*/**/*.pem"),
+        *place.server.glob("*.secret"),
+    ]
+    keys += [place.folder / name / NODE_KEY for name in SITES]
+    assert len(keys) >= 2 * len(SITES) + 3
+    for key in keys:
+        data = key.read_bytes()
+        secrets += data.splitlines()[1:-1] if data.startswith(b"-----") else [data]
+    files = [file.read_bytes() for file in packed.rglob("*") if file.is_file()]
+    assert files
+    assert not [secret for secret in secrets if any(secret in file for file in files)]
 
 
 @pytest.mark.timeout(900)

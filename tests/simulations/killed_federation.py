@@ -32,6 +32,7 @@ from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
 from server.app import app as server_app
 from server.runs import RunFolder, write_whole
 from simulations import inline
+from simulations.sites import registry_folder
 
 NODES, AGAIN = 2, 4
 
@@ -99,7 +100,7 @@ def work(folder: Path) -> None:
     """Retries, then runs federations over the sites in the folder until it is killed."""
     sites, wire = folder / "sites", folder / "wire"
     os.environ.update(
-        {SITES_FOLDER: str(sites), REGISTRY_FOLDER: str(sites / "registry"), NODES_EXPECTED: str(NODES)}
+        {SITES_FOLDER: str(sites), REGISTRY_FOLDER: str(registry_folder(sites)), NODES_EXPECTED: str(NODES)}
     )
     Network.wire = wire
     inline.InlineGrid = Network  # type: ignore[misc]

@@ -28,6 +28,7 @@ from common.events.catalog import Catalog
 from server.app import NODES_EXPECTED
 from server.app import app as server_app
 from simulations import inline
+from simulations.sites import registry_folder
 
 NODES = 2
 _SERVER = str(Path(server.rounds.__file__).parent)
@@ -54,7 +55,7 @@ def work(folder: Path, run: Path, lines: int) -> None:
     sites = folder / "sites"
     os.environ.update({SITES_FOLDER: str(sites), NODES_EXPECTED: str(NODES)})
     configs = {node: {"partition-id": node - 2} for node in range(2, 2 + NODES)}
-    config = {"run-dir": str(run), "registry-dir": str(sites / "registry")}
+    config = {"run-dir": str(run), "registry-dir": str(registry_folder(sites))}
     if lines:
         sys.settrace(Executioner(lines))
     inline.run_inline(server_app, client.app.app, configs, config)

@@ -17,6 +17,7 @@ from client.ledger import Ledger
 from common.wire import Update, answer_from_records, answer_to_records
 from server.registry import RegistryReader
 from simulations.audit.receipts import audit_receipts
+from simulations.sites import registry_folder
 from tests.tiny import tiny_run
 
 FAST = {"noise_multiplier": 8.0, "sampling_rate": 1.0}  # accountants are quick where nobody is sampled
@@ -119,7 +120,7 @@ def test_a_site_restored_from_an_old_backup_is_told_at_a_runs_first_request_and_
     assert copied(ledger) == backup
     assert "restored from an old backup" in caplog.text
     assert "put the newest whole copy of the ledger's folder back" in caplog.text
-    assert not any(site.barred for site in RegistryReader(sites / "registry").sites())
+    assert not any(site.barred for site in RegistryReader(registry_folder(sites)).sites())
     restored(ledger, newest)
     fourth = tiny_run(tmp_path, plan=fast, sites=sites)
     (record,) = fourth.run.records()
@@ -145,11 +146,11 @@ def test_a_site_that_goes_on_with_an_old_ledger_is_barred_and_the_runs_go_on(
     (record,) = fourth.run.records()
     assert [(each["site"], each["reason"]) for each in record["left_out"]] == [("site-2", "barred")]
     assert len(record["admitted"]) == 3
-    reader = RegistryReader(sites / "registry")
+    reader = RegistryReader(registry_folder(sites))
     barred = next(site for site in reader.sites() if site.barred)
     (proof,) = reader.proofs(barred.key_id)
     proof.verify(reader.chain(barred.key_id).genesis.public_key)
-    found = audit_receipts(fourth.run.path, sites / "registry")
+    found = audit_receipts(fourth.run.path, registry_folder(sites))
     assert not found.lies, found.lies
     assert json.dumps(found.as_json())
     assert [site.barred for site in found.sites] == [False, False, True, False]

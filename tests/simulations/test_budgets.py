@@ -15,6 +15,7 @@ from common.privacy.mechanisms import Event
 from common.privacy.renyi import charge_at
 from simulations.audit.cli import app as audit_app
 from simulations.outcome import Outcome
+from simulations.sites import registry_folder
 from tests.tiny import tiny_run
 
 POOR, WITHDRAWN = "00002", "00001"
@@ -49,7 +50,7 @@ def left_out(outcome: Outcome) -> list[list[tuple[str, bool]]]:
 
 
 def audited(outcome: Outcome, sites: Path) -> dict[str, Any]:
-    arguments = ["receipts", str(outcome.run.path), "--registry", str(sites / "registry"), "--json"]
+    arguments = ["receipts", str(outcome.run.path), "--registry", str(registry_folder(sites)), "--json"]
     result = CliRunner().invoke(audit_app, arguments)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
@@ -109,7 +110,7 @@ def test_a_budget_that_ends_in_round_three_an_earlier_run_and_another_models_run
 def test_a_site_that_served_one_server_serves_another_with_the_same_ledger(tmp_path: Path) -> None:
     sites = tmp_path / "sites"
     first = tiny_run(tmp_path, plan=plan_of(2), sites=sites, site_budget=20.0)
-    (sites / "registry").rename(tmp_path / "registry-of-the-first-server")
+    registry_folder(sites).rename(tmp_path / "registry-of-the-first-server")
     second = tiny_run(tmp_path, plan=plan_of(2), sites=sites)  # a new registry, with a key of its own
     assert left_out(second) == [[], []]
     assert [len(record["admitted"]) for record in second.run.records()] == [4, 4]

@@ -21,6 +21,7 @@ from common.privacy.entries import Release
 from common.privacy.receipts import Receipt, check_receipt_alone, check_update
 from common.privacy.renyi import charge_at
 from server.registry import RegistryReader
+from simulations.sites import registry_folder
 from tests.simulations.killed_federation import NODES
 from tests.tiny import tiny_run
 
@@ -104,7 +105,7 @@ def test_kills_during_real_rounds_leave_no_update_uncharged(tmp_path: Path) -> N
     log = (tmp_path / "log.txt").read_text()
     assert codes == {-signal.SIGKILL: KILLS}, log[-2000:]  # none had ended by itself, by an error say
 
-    reader = RegistryReader(tmp_path / "sites" / "registry")
+    reader = RegistryReader(registry_folder(tmp_path / "sites"))
     found = answers(tmp_path / "wire")
     totals: Counter[str] = Counter()
     for number in range(NODES):

@@ -21,6 +21,7 @@ from client.ledger import Ledger
 from common.events.catalog import Catalog
 from server.runs import RunFolder
 from simulations.audit.receipts import audit_receipts
+from simulations.sites import registry_folder
 from tests.simulations.killed_server import NODES
 from tests.tiny import tiny_run
 
@@ -107,7 +108,7 @@ def check_whole(nursery: Nursery, run: RunFolder) -> None:
     assert Counter(number for number, _ in lines) == {
         record["round"]: len(record["admitted"]) for record in run.records() if record["admitted"]
     }
-    found = audit_receipts(run.path, nursery.folder / "sites" / "registry")
+    found = audit_receipts(run.path, registry_folder(nursery.folder / "sites"))
     assert not found.lies, found.lies
 
 

@@ -1,4 +1,4 @@
-"""Simulated sites: cleaned at once, each has what cleaning its own part of the log gives."""
+"""Simulated sites: cleaned at once, each has what cleaning its own part of the log gives; kept, their anchors go on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
+from client.ledger import Ledger
 from client.policy import ANY_PLAN, Performance, PolicyError
 from client.site import Site
 from common.config import PlanError
@@ -17,10 +18,11 @@ from common.events.catalog import Catalog
 from common.events.cleaning import CleaningPolicy, clean
 from common.events.histories import Histories
 from common.events.schema import EVENT_SCHEMA, LogError
+from server.registry import RegistryReader
 from simulations.cli import simulate_app
 from simulations.datasets import Dataset, load_movielens_100k
 from simulations.partition import divide, log_of_site
-from simulations.sites import histories_of_sites, simulated_secret
+from simulations.sites import histories_of_sites, registry_folder, simulated_secret
 from tests.tiny import tiny_run
 
 ITEMS = tuple(f"item-{row}" for row in range(30))
@@ -124,3 +126,31 @@ def test_a_simulation_is_told_how_sites_compute_by_options_and_not_in_its_plan(
     refused = CliRunner().invoke(simulate_app, ["--offline", *options])
     assert isinstance(refused.exception, PolicyError | PlanError), refused.output
     assert says in str(refused.exception)
+
+
+def test_sites_that_are_kept_have_one_registry_over_all_runs_beside_them(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    for runs in (1, 2):
+        outcome = tiny_run(tmp_path, sites=kept, site_budget=20.0, n_sites=2, baseline_epochs=0)
+        assert {each.name for each in kept.iterdir()} == {"00000", "00001", "catalog.jsonl", "split.txt"}
+        assert not (outcome.run.path / "registry").exists()
+        reader = RegistryReader(registry_folder(kept))
+        rounds = len(outcome.plan.schedule())
+        for number, site in enumerate(reader.sites()):
+            assert len(reader.anchors(site.key_id)) == runs * rounds
+            with Ledger.open(kept / f"{number:05d}" / "ledger") as ledger:
+                assert ledger.status().seq >= reader.chain(site.key_id).head.seq
+
+
+def test_a_runs_registry_lies_in_the_run_and_that_of_an_older_version_stays(tmp_path: Path) -> None:
+    sites = tmp_path / "sites"
+    sites.mkdir()
+    assert (
+        registry_folder(sites) == tmp_path / "sites-registry"
+    )  # of no run: perhaps a server's folder lies there
+    (tmp_path / "plan.json").touch()
+    assert registry_folder(sites) == tmp_path / "sites-registry"
+    (tmp_path / "rounds").mkdir()
+    assert registry_folder(sites) == tmp_path / "registry"
+    (sites / "registry").mkdir()
+    assert registry_folder(sites) == sites / "registry"

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from client.generators import SECURE, Generators
+from client.policy import Performance
 from client.self_test import Engine
 from client.site import Site, answer
 from client.statistics import release_metrics, release_statistics
@@ -52,6 +53,17 @@ def site_reply(site: Site, request: Request) -> RecordDict:
     return answer_to_records(answer(site, request))
 
 
+def site_metrics(
+    model: InterestModel,
+    histories: Histories,
+    held_out: npt.NDArray[np.int64],
+    plan: Plan,
+    noise: GaussianNoise,
+) -> dict[str, Tensor]:
+    """Metrics as a site releases them that was told nothing of how to compute."""
+    return release_metrics(model, histories, held_out, plan, noise, unit_rows=Performance().micro_batch)
+
+
 def one_by_one(questions: Sequence[tuple[Path, Request]], generators: Generators) -> list[Update | Refusal]:
     """What sites answer as they do in a deployment, each by itself."""
     found = [
@@ -85,7 +97,7 @@ class Code:
 
     trainer: Trainer = train_round
     statistics: StatisticsRelease = release_statistics
-    metrics: MetricsRelease = release_metrics
+    metrics: MetricsRelease = site_metrics
     reply: Reply = site_reply
     paths: Mapping[str, Answers] = field(
         default_factory=lambda: {"one site": one_by_one, "sites together": in_one_go}

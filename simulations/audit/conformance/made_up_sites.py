@@ -24,7 +24,7 @@ from torch import Tensor
 
 from client.generators import SECURE, Generators
 from client.ledger import Ledger
-from client.policy import Performance
+from client.policy import ANY_PLAN, Performance
 from client.site import Site
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
@@ -265,6 +265,7 @@ class MadeUpSites:
             users_at_least=agreed,
             families=tuple(FAMILIES),
             metrics=True,
+            limits=ANY_PLAN,
             performance=performance,
         )
         site.save()

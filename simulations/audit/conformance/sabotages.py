@@ -33,6 +33,20 @@ from common.wire import Reason, Refusal, Request, Update, state_from_bytes, stat
 from simulations.audit.conformance.by_hand import Gradients, Part, clipped, norm_of, scaled, train_by_hand
 from simulations.audit.conformance.code import SameAgain
 from simulations.audit.conformance.made_up_sites import MICRO_BATCH
+from simulations.audit.conformance.sabotages_noise import (
+    cut_at_three,
+    drawn_otherwise,
+    four_uniforms,
+    heavy_items_unscaled,
+    in_float32,
+    large_drawn_again,
+    last_draw_turned,
+    last_numbers_shuffled,
+    long_histories_in_two,
+    many_places_unscaled,
+    ranked_as_they_come,
+    second_half_negated,
+)
 from simulations.audit.trainers import ChangedNoise, Normals, Trainer
 
 Sampled = npt.NDArray[np.bool_]
@@ -457,6 +471,59 @@ SABOTAGES: Mapping[str, Sabotage] = _named(
         "clock for a key",
         "makes the noise's key from the time in nanoseconds",
         patched=_clock_for_a_key,
+    ),
+    # what the noise is like
+    Sabotage(
+        "second half negated",
+        "makes the second half of each draw the first, negated",
+        patched=drawn_otherwise(second_half_negated),
+    ),
+    Sabotage(
+        "last draw turned",
+        "gives every second draw the one before it, turned by one place",
+        patched=last_draw_turned,
+    ),
+    Sabotage(
+        "last draw shuffled",
+        "makes a tenth of each draw of the last one's numbers, in another order and with other signs",
+        patched=drawn_otherwise(last_numbers_shuffled()),
+    ),
+    Sabotage(
+        "four uniforms",
+        "draws sums of four uniforms: the right variance, nothing beyond 3.46 deviations",
+        patched=drawn_otherwise(four_uniforms),
+    ),
+    Sabotage(
+        "cut at three",
+        "draws again what lies beyond three deviations, and puts the variance right",
+        patched=drawn_otherwise(cut_at_three),
+    ),
+    Sabotage(
+        "large draws again",
+        "draws once more where a draw's norm is above the mean",
+        patched=drawn_otherwise(large_drawn_again),
+    ),
+    Sabotage("noise in float32", "adds the noise in float32, off the grid", patched=in_float32),
+    # sums
+    Sabotage(
+        "many places unscaled",
+        "does not scale what users add to more than 60 places",
+        patched=many_places_unscaled,
+    ),
+    Sabotage(
+        "heavy items unscaled",
+        "counts items that a user has more than five times as often, unscaled",
+        patched=heavy_items_unscaled,
+    ),
+    Sabotage(
+        "long histories in two",
+        "takes the transitions of more than 500 events as two contributions",
+        patched=long_histories_in_two,
+    ),
+    Sabotage(
+        "ranked as they come",
+        "ranks users in as many rows as there are, on kernels whose rounding follows the number of rows",
+        patched=ranked_as_they_come,
     ),
     # sites that are trained together
     Sabotage(

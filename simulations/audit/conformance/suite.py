@@ -19,6 +19,7 @@ from simulations.audit.conformance.answers_of_sites import any_site_answers, sam
 from simulations.audit.conformance.checking import LEVEL, attempted
 from simulations.audit.conformance.code import Answers, Code, by_engine
 from simulations.audit.conformance.controls import controls
+from simulations.audit.conformance.controls_noise import controls_of_noise
 from simulations.audit.conformance.controls_training import controls_of_answers
 from simulations.audit.conformance.made_up_sites import (
     AGREED,
@@ -27,7 +28,9 @@ from simulations.audit.conformance.made_up_sites import (
     MadeUpSites,
     at_made_up_sites,
 )
+from simulations.audit.conformance.metrics_pairs import WIDE, metrics_sensitivity
 from simulations.audit.conformance.noise import forked_noise, noise_checks
+from simulations.audit.conformance.noise_shape import draw_sizes, shape_of_steps, shape_of_sums
 from simulations.audit.conformance.pairs_of_sites import (
     Way,
     answer_sensitivity,
@@ -54,6 +57,10 @@ STATISTICAL = (
     "noise with users",
     "normal",
     "new noise",
+    "tails",
+    "other places",
+    "same numbers",
+    "sizes of draws",
     "forked noise",
     "sampling",
     "independent users",
@@ -195,6 +202,12 @@ def _questions(options: Options, code: Code, workshop: Workshop) -> Iterator[Ask
         small = partial(workshop.subject, family="recommend", mode="vectors", device="cpu")
         for name, ask in controls_of_answers(code, workshop.sites, small):
             yield "controls", name, ask
+        subjects = {
+            "small": small,
+            "many places": partial(small, items=WIDE_CATALOG),
+            "wide layers": partial(small, **WIDE),
+        }
+        yield "controls", "noise", lambda: controls_of_noise(subjects, code)
 
 
 def _of_model(subject: Callable[[], Subject], place: str, code: Code) -> Iterator[Ask]:
@@ -237,12 +250,17 @@ def _of_device(workshop: Workshop, device: str, code: Code) -> Iterator[Ask]:
     small, wide = usual, partial(usual, items=WIDE_CATALOG)
     separable = partial(usual, items=3 * USERS, off_start=0.0)
     yield "noise level", f"{WIDE_CATALOG} items, {device}", lambda: noise_checks(wide(), code, WIDE_ROUNDS)
+    yield "tails", f"{WIDE_CATALOG} items, {device}", lambda: shape_of_steps(wide(), code, WIDE_ROUNDS)
+    yield "tails", f"sums, {device}", lambda: shape_of_sums(code)
+    yield "sizes of draws", device, lambda: draw_sizes(small(), code)
     yield "sampling", device, lambda: sampling(separable(), code)
     if device == "cpu":  # a copy of a process cannot use CUDA
         yield "forked noise", device, lambda: forked_noise(small(), code)
         yield "forked sampling", device, lambda: forked_sampling(separable(), code)
     yield "stopped clock", device, lambda: stopped_clock(small(), code)
     yield "sum noise", device, lambda: sum_checks(small(), code)
+    wide_layers = partial(usual, **WIDE)
+    yield "sum sensitivity", f"metrics, {device}", lambda: metrics_sensitivity(wide_layers(), code)
 
 
 @contextmanager

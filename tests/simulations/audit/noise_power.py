@@ -14,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from common.privacy.noise import SecureGaussian
+from simulations.audit.conformance.sabotages_noise import cut_at_three, four_uniforms, large_drawn_again
 from simulations.audit.noise import LEVEL
 from simulations.audit.noise_checks import judge
 from simulations.audit.witnesses import Release
 from tests.simulations.audit.noise_cases import simulated
+
+Lie = Callable[[list[Release]], list[Release]]
 
 
 class Secure:
@@ -35,10 +38,23 @@ def one_site(releases: list[Release]) -> list[Release]:
     return [replace(each, z=0.9 * each.z) if each.site == "site-3" else each for each in releases]
 
 
+def changed(change: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> Lie:
+    """Numbers that are drawn otherwise."""
+    return lambda releases: [replace(each, z=change(each.z)) for each in releases]
+
+
+def turned(releases: list[Release]) -> list[Release]:
+    """Every second release has the noise of the one before it, turned by one place."""
+    return [
+        replace(each, z=np.roll(releases[place - 1].z, 1)) if place % 2 else each
+        for place, each in enumerate(releases)
+    ]
+
+
 def measure(
     name: str,
     repetitions: int,
-    change: Callable[[list[Release]], list[Release]] = lambda releases: releases,
+    change: Lie = lambda releases: releases,
     *,
     sites: int = 1,
     rounds: int = 20,
@@ -65,6 +81,12 @@ def main() -> None:
         measure(f"0.9 of the noise, 1 site, {rounds} rounds", 100, rounds=rounds, factor=0.9)
     measure("0.8 of the noise, 1 site, 1 round", 100, rounds=1, factor=0.8)
     measure("0.9 of the noise at one of 10 sites, 20 rounds", 50, one_site, sites=10)
+    measure("cut at 3 deviations, 1 site, 20 rounds", 50, changed(cut_at_three))
+    measure("cut at 3 deviations, 10 sites, 3 rounds", 50, changed(cut_at_three), sites=10, rounds=3)
+    measure("four uniforms, 1 site, 20 rounds", 50, changed(four_uniforms))
+    measure("four uniforms, 10 sites, 10 rounds", 50, changed(four_uniforms), sites=10, rounds=10)
+    measure("every second release turned by a place, 1 site, 4 rounds", 50, turned, rounds=4)
+    measure("large draws again, 10 sites, 20 rounds", 50, changed(large_drawn_again), sites=10)
     measure("honest, 10 sites, 20 rounds", 200, sites=10)
 
 

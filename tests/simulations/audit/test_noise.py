@@ -20,12 +20,13 @@ from common.privacy.noise import GaussianNoise
 from common.wire import state_from_bytes, state_to_bytes
 from common.witness import is_witness
 from server.runs import RunFolder
+from simulations.audit.conformance.sabotages import SABOTAGES
 from simulations.audit.evidence import read_evidence
 from simulations.audit.noise import audit_noise
 from simulations.audit.trainers import ChangedNoise, Trainer
 from simulations.audit.witnesses import claimed_deviation, read_witnesses
 from tests.simulations.audit.liars import TRAINERS, draws, noise_times
-from tests.simulations.audit.noise_cases import PLACES, made_run, plan_of
+from tests.simulations.audit.noise_cases import PLACES, made_run, made_run_of_sums, plan_of
 from tests.tiny import tiny_run
 
 
@@ -136,6 +137,26 @@ def test_a_liar_is_caught_from_its_updates(name: str, tmp_path: Path) -> None:
     found = audit_noise(made_run(tmp_path / "run", trainer(), rounds=rounds))
     assert not found.holds
     assert question in {check.name for check in found.checks if not check.holds}
+
+
+DRAWN_OTHERWISE = {"last draw turned": "places", "four uniforms": "tails", "cut at three": "tails"}
+
+
+@pytest.mark.parametrize("name", DRAWN_OTHERWISE)
+def test_a_generator_that_draws_otherwise_is_caught_from_its_updates(name: str, tmp_path: Path) -> None:
+    with SABOTAGES[name].at_work():
+        found = audit_noise(made_run(tmp_path / "run", sites=5, rounds=10, steps=1, users=2))
+    assert DRAWN_OTHERWISE[name] in {check.name for check in found.checks if not check.holds}
+
+
+def test_sums_are_looked_at_for_noise_beside_the_grid(tmp_path: Path) -> None:
+    def grid(run: Path) -> list[bool]:
+        return [check.holds for check in audit_noise(run).checks if check.name == "grid"]
+
+    assert grid(made_run_of_sums(tmp_path / "honest")) == [True]
+    with SABOTAGES["noise in float32"].at_work():
+        assert grid(made_run_of_sums(tmp_path / "run")) == [False]
+    assert grid(made_run(tmp_path / "updates", rounds=1)) == []  # parameters have rounded them
 
 
 def test_the_honest_trainer_holds_by_the_same_road(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from simulations.audit import noise_statistics as test
+from simulations.audit.conformance.sabotages_noise import cut_at_three, four_uniforms, large_drawn_again
 from simulations.audit.noise import LEVEL
 from simulations.audit.noise_checks import QUESTIONS, judge
 from simulations.audit.witnesses import Release
@@ -112,14 +113,54 @@ def witness_alone(releases: list[Release]) -> list[Release]:
     ]
 
 
+def changed(releases: list[Release], change: Callable[[np.ndarray], np.ndarray]) -> list[Release]:
+    return [replace(each, z=change(each.z)) for each in releases]
+
+
+def turned_each_second_time(releases: list[Release]) -> list[Release]:
+    """Every second release has the noise of the one before it, turned by one place."""
+    return [
+        replace(each, z=np.roll(releases[place - 1].z, 1)) if place % 2 else each
+        for place, each in enumerate(releases)
+    ]
+
+
+def sizes_again(releases: list[Release]) -> list[Release]:
+    """The last release has the first one's numbers, turned and with other signs."""
+    signs = np.random.default_rng(12).choice((-1.0, 1.0), releases[0].z.size)
+    return [*releases[:-1], replace(releases[-1], z=signs * np.roll(releases[0].z, 9))]
+
+
+def cut_at_three_deviations(releases: list[Release]) -> list[Release]:
+    return changed(releases, cut_at_three)
+
+
+def of_four_uniforms(releases: list[Release]) -> list[Release]:
+    return changed(releases, four_uniforms)
+
+
+def large_again(releases: list[Release]) -> list[Release]:
+    return changed(releases, large_drawn_again)
+
+
+def off_the_grid(releases: list[Release]) -> list[Release]:
+    return [replace(each, off_grid=0 if place else 3) for place, each in enumerate(releases)]
+
+
 @pytest.mark.parametrize(
     ("lie", "sites", "question", "others"),
     [
-        (same_each_round, 1, "repeat", {"shared", "shape"}),
-        (same_at_two_sites_once, 2, "repeat", set[str]()),
+        (same_each_round, 1, "repeat", {"shared", "shape", "places", "sizes"}),
+        (same_at_two_sites_once, 2, "repeat", {"places"}),
         (a_tenth_in_common, 1, "shared", set[str]()),
-        (cancels, 1, "shared", {"repeat"}),
-        (uniform, 1, "shape", {"level-by-site", "level-of-all", "drift", "level"}),
+        (cancels, 1, "shared", {"repeat", "places"}),
+        (uniform, 1, "shape", {"level-by-site", "level-of-all", "drift", "level", "tails", "sizes"}),
+        (turned_each_second_time, 2, "places", set[str]()),
+        (sizes_again, 2, "places", set[str]()),
+        (cut_at_three_deviations, 10, "tails", {"shape"}),
+        (of_four_uniforms, 10, "tails", {"shape"}),
+        (large_again, 20, "sizes", {"level-of-all", "level-by-site", "drift", "rest"}),
+        (off_the_grid, 1, "grid", set[str]()),
         (one_place_of_data, 1, "outlier", set[str]()),
         (witness_alone, 1, "rest", set[str]()),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def test_a_private_key_where_none_belongs_is_noticed_and_nothing_is_left(
         pack(run, place)
     assert not place.exists()
     assert not list(tmp_path.glob(".packed*"))
+
+
+def test_a_table_of_the_registry_that_is_not_known_to_be_public_stays_and_so_do_links(
+    honest: Path, tmp_path: Path
+) -> None:
+    run, place = tmp_path / honest.name, tmp_path / "packed"
+    shutil.copytree(honest, run)
+    (run / "audit").mkdir(exist_ok=True)
+    (run / "audit" / "noise.json").symlink_to(run / "sites" / "00000" / "histories" / "histories.json")
+    pack(run, place)
+    assert not (place / "audit").exists()
+    with sqlite3.connect(run / "registry" / "registry.sqlite") as db:
+        db.execute("CREATE TABLE passwords (word TEXT)")
+    with pytest.raises(RunError, match="'passwords', which is not known to be public"):
+        pack(run, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_what_is_there_is_not_written_over_and_no_run_is_told(honest: Path, tmp_path: Path) -> None:

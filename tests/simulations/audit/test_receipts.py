@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from client.ledger import Ledger
 from client.site import Site
+from common.config import Plan
 from common.privacy.mechanisms import PoissonSubsampledGaussian
 from common.wire import state_from_bytes, state_to_bytes
 from server.registry import Registry
@@ -408,3 +409,26 @@ def test_a_run_that_cost_more_than_its_plan_promised_does_not_hold(
     assert (code, "over_promise" in said, "Everything holds" in said) == (int(broken), broken, not broken)
     if broken:
         assert "but the plan promised 0.5; the site's own cap is" in said
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_plan_that_is_calibrated_for_a_larger_delta_does_not_hold(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told at the larger delta keeps the promise; what was promised, at the plan's own, is not kept."""
+    whole = Plan.calibrated
+
+    def sloppy(plan: Plan) -> Plan:
+        privacy = plan.privacy.model_copy(update={"delta": times * plan.privacy.delta})
+        found = whole(plan.model_copy(update={"privacy": privacy}))
+        return found.model_copy(
+            update={"privacy": found.privacy.model_copy(update={"delta": plan.privacy.delta})}
+        )
+
+    monkeypatch.setattr(Plan, "calibrated", sloppy)
+    outcome = tiny_run(
+        tmp_path, baseline_epochs=0, plan={"privacy": {"epsilon": 2.0, "noise_multiplier": None}}
+    )
+    code, shown = command(outcome.run.path)
+    said = " ".join(shown.split())
+    assert (code, "at delta 1e-05, but the plan promised 2" in said) == (int(times > 1), times > 1)
