@@ -236,9 +236,9 @@ def _promised(report: SiteReport) -> str:
     return (
         "To each person in this site's log, with all that is recorded under one id there: a limit to how well anyone "
         "can tell, from all that ever leaves the site, over all runs, models and servers and for good, whether that "
-        f"person was in the log. The measure is epsilon at most {genesis.epsilon:g} at delta {small(genesis.delta)} (add or "
-        "remove one user). Were all of it spent, someone who knows everything else and guesses would be right at most "
-        f"{percent(right_at_most(genesis.epsilon, genesis.delta))} of the time, where a coin is right 50 %."
+        f"person was in the log. The measure is epsilon at most {genesis.epsilon:g} at delta {small(genesis.delta)} "
+        "(add or remove one user). Were all of it spent, someone who knows everything else and guesses would be right "
+        f"at most {percent(right_at_most(genesis.epsilon, genesis.delta))} of the time, where a coin is right 50 %."
     )
 
 
