@@ -83,12 +83,10 @@ def _facts(pairs: list[tuple[str, str]]) -> str:
 
 def _promise(report: SiteReport) -> str:
     genesis = report.status.genesis
-    least = (
-        "how much more, or less, likely one person's being there can make any outcome: its natural logarithm"
-    )
+    size = "the natural logarithm of how many times more, or less, likely one person's being there can make any outcome"
     return _facts(
         [
-            ("epsilon", f"at most {genesis.epsilon:g}: {least}; 0 is not at all, 0.7 is twice as likely"),
+            ("epsilon", f"at most {genesis.epsilon:g}: {size}: 0 is not at all, 0.7 is twice"),
             (
                 "delta",
                 f"{small(genesis.delta)}: the probability that epsilon's limit leaves out; far below 1 / users",
@@ -129,8 +127,8 @@ def _spent(report: SiteReport) -> str:
     ]
     notes = [
         MEANING
-        + " The filter's conversion at one order has a price of its own, so it is far above the PLD's where "
-        "little was spent; it reaches the promise when the budget is spent.",
+        + " The filter's conversion at one order has a price of its own, so its figure is far above the "
+        "PLD's where little was spent; it reaches the cap, which is the promise, when the budget is spent.",
         "Who is a user of several sites adds up the figures of all of them.",
         *([f"Note: {spent.note}."] if spent.note else []),
     ]

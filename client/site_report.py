@@ -234,11 +234,11 @@ def sentences(report: SiteReport) -> dict[str, str]:
 def _promised(report: SiteReport) -> str:
     genesis = report.status.genesis
     return (
-        "To each person in this site's log, with all that is recorded under one id there: whatever leaves the site, "
-        "over all runs, models and servers and for good, hardly tells whether that person was in the log at all. The "
-        f"measure is epsilon at most {genesis.epsilon:g} at delta {small(genesis.delta)} (add or remove one user). At "
-        "the most, if all of it were spent, who knows everything else and guesses would be right "
-        f"{percent(right_at_most(genesis.epsilon, genesis.delta))} of the time, where a coin is right 50 %."
+        "To each person in this site's log, with all that is recorded under one id there: a limit to how well anyone "
+        "can tell, from all that ever leaves the site, over all runs, models and servers and for good, whether that "
+        f"person was in the log. The measure is epsilon at most {genesis.epsilon:g} at delta {small(genesis.delta)} "
+        "(add or remove one user). Were all of it spent, someone who knows everything else and guesses would be right "
+        f"at most {percent(right_at_most(genesis.epsilon, genesis.delta))} of the time, where a coin is right 50 %."
     )
 
 
@@ -247,7 +247,7 @@ def _spent(report: SiteReport) -> str:
     if not spent.charges:
         return "Nothing so far: no run was ever charged here, and nothing has left the site."
     runs = "1 run" if spent.runs == 1 else f"all {spent.runs} runs"
-    why = "by the PLD" if spent.odds is not None else "by the filter's bound"
+    why = "by the PLD, for charges fixed in advance" if spent.odds is not None else "by the filter's figure"
     return (
         f"Over {runs}, epsilon {spent.figures}: {100 * spent.share:.1f} % of the budget. From all that was released so "
         f"far, the best guess whether one person is in the log is right at most {percent(spent.right)} of the time "

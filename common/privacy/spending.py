@@ -1,8 +1,10 @@
 """What a ledger's charges come to so far, over all runs, in epsilon: by the PLD, and by the ledger's own filter.
 
-Two figures, as they hold for different things: the PLD's is the tightest, and proven for mechanisms fixed in advance;
-the filter's is larger, holds whatever was chosen on the way, and never exceeds the cap. Charges count from their
-reservation, burnt and open ones included.
+Two figures, as they hold for different things. The PLD's is the tightest, and proven for charges fixed in advance. The
+filter's is for charges chosen on the way, up to an amount that was fixed in advance: a filter is valid for its cap, and
+reading what happens to be spent so far as a bound takes that proviso (Rogers et al. 2016, arXiv 1605.08294, tell
+filters from odometers; Lecuyer 2021, arXiv 2103.01379, for Renyi divergence). The cap holds in any case. Charges count
+from their reservation, burnt and open ones included.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ MOST_MECHANISMS = 300
 
 
 MEANING = (
-    "The PLD's figure is for charges fixed in advance; the filter's bound holds however they were chosen."
+    "The PLD's figure is for charges fixed in advance; the filter's is for charges chosen on the way, up to an amount "
+    "fixed in advance. What holds in any case is the cap."
 )
 
 
@@ -133,7 +136,7 @@ def spending(genesis: Genesis, reserves: Sequence[Reserve], spent: int) -> Spend
     found, guess, note = _by_pld(tuple(sorted(events.items(), key=repr)), genesis.delta)
     if found is not None and found.epsilon > by_filter:
         found, guess = None, None
-        note = "the PLD's figure is above the filter's bound, which cannot be: none is shown"
+        note = "the PLD's figure is above the filter's, which cannot be: none is shown"
     return Spending(
         epsilon=None if found is None else found.epsilon,
         by_filter=by_filter,
@@ -160,12 +163,12 @@ def _by_pld(
         return (
             None,
             None,
-            f"{work} different mechanisms: the PLD would take minutes, so the filter's bound stands alone",
+            f"{work} different mechanisms: the PLD would take minutes, so the filter's figure stands alone",
         )
     try:
         published = published_epsilon(every, delta)
     except ContradictionError as error:
-        return None, None, f"the accountants refuse a figure, so the filter's bound stands alone: {error}"
+        return None, None, f"the accountants refuse a figure, so the filter's figure stands alone: {error}"
     note = ""
     if published.prv is None and work:
         note = "confirmed by RDP alone: PRV is not asked where it is slow or not reliable"

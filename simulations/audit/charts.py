@@ -95,8 +95,8 @@ def epsilon_by_round(ledgers: Sequence[Ledger], promised: float) -> Chart:
         "epsilon",
         "Epsilon, round by round",
         "What was claimed (PLD) for this run after each round, below what was promised for the run. The dotted line is "
-        "the site's brake: it counts all its runs, holds whatever was chosen on the way, and stays below the cap that "
-        "the ledger keeps for its lifetime.",
+        "the site's brake: it counts all its runs, and stops before the cap that the ledger keeps for its lifetime, "
+        "whatever was chosen on the way.",
         draw,
     )
 

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from common.pages import printable, style
 from common.privacy.odds import percent
-from common.privacy.spending import up_to
+from common.privacy.spending import MEANING, up_to
 from simulations.audit import charts, tool_charts
 from simulations.audit.findings import TOLERANCE
 from simulations.audit.report import Report, grouped
@@ -73,6 +73,7 @@ def page(report: Report) -> str:
         modes=sorted({ledger.mode for ledger in report.ledgers}),
         odd=_odd(report),
         tolerance=TOLERANCE,
+        meaning=MEANING,
     )
     return str(html)
 

@@ -54,7 +54,7 @@ def _over_all_runs(report: Report) -> str:
     worst = max(charged, key=lambda each: each.spending.right)
     site, spent = worst.site, worst.spending
     runs = "this run alone" if all(c.here for c in worst.charges) else _counted(spent.runs, "run")
-    least = "" if spent.odds is not None else ", by the filter's bound, as there is no figure by the PLD"
+    least = "" if spent.odds is not None else ", by the filter's figure, as there is none by the PLD"
     others = "" if len(report.ledgers) == 1 else " Each site's own figures are in item 2."
     return (
         "From all runs that a site ever took part in, as far as the receipts show that the server holds, the best "

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from client import site_page
+from client.ledger import Ledger
+from client.site_report import site_report
 from simulations.audit.page import page
 from simulations.audit.report import build_report
+from tests.client.test_spending import CHARGES, STEPS, charge
 from tests.simulations.audit.browser import Browser, browser, browser_path
 from tests.simulations.audit.report_cases import write_evidence
 from tests.tiny import tiny_run
@@ -132,3 +136,20 @@ def test_it_prints_whole(made: Path, tab: Browser, tmp_path: Path) -> None:
     assert printed.count(b"/Type /Page") > folded.count(b"/Type /Page") or len(printed) > 1.03 * len(
         folded
     ), "what is folded up on the screen is not printed"
+
+
+def test_a_sites_own_page_is_as_whole(tab: Browser, tmp_path: Path) -> None:
+    with Ledger.create(tmp_path / "ledger", epsilon=8, delta=1e-6, typical_plan=[STEPS] * 20) as ledger:
+        for number, (run, event, outcome) in enumerate(CHARGES):
+            charge(ledger, number, run, event, outcome)
+    file = tmp_path / "site.html"
+    file.write_text(site_page.page(site_report(tmp_path)), encoding="utf-8")
+    for width, scheme in ((1200, "light"), (1200, "dark"), (PHONE, "light")):
+        tab.open(file, width, scheme=scheme)
+        assert tab.errors == []
+        assert tab.requests == [file.resolve().as_uri()]
+        [(wide, high)] = tab.value(SIZES)
+        assert 0.5 <= high / wide <= 0.8
+        assert tab.value(CONTRAST) >= 4.5
+    assert tab.value(OVERFLOW) <= 0
+    assert tab.pdf(tmp_path / "site.pdf").read_bytes().startswith(b"%PDF")
