@@ -71,7 +71,8 @@ class Connection:
             host, port = str(fields["host"]), int(fields["port"])
         except FileNotFoundError as error:
             raise ConnectionSetupError(
-                f"{folder} knows no server: make the site with `fedtide site init --server HOST:PORT --ca ca.crt`"
+                f"{folder} knows no server: tell it one with `fedtide site connect {folder} --server HOST:PORT "
+                "--ca ca.crt`"
             ) from error
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ConnectionSetupError(f"{folder / CONNECTION} cannot be read: restore it") from error

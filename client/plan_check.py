@@ -42,11 +42,12 @@ def check_plan(
     _at_most(plan.rounds, limits, "rounds", "the number of the plan's rounds")
     for event in plan.events():
         if isinstance(event, PoissonSubsampledGaussian):
-            _at_least(event.noise_multiplier, limits, "noise_for_updates", "updates")
+            _at_least(event.noise_multiplier, limits, "noise_for_updates", "the noise multiplier of updates")
             _at_most(event.steps, limits, "steps_per_round", "the number of a round's steps")
             _at_most(plan.privacy.clip_norm, limits, "clip_norm", "the clip norm")
+            _at_least(plan.privacy.clip_norm, limits, "least_clip_norm", "the clip norm")
         elif isinstance(event, GaussianSum):
-            _at_least(event.noise_multiplier, limits, "noise_for_sums", "sums")
+            _at_least(event.noise_multiplier, limits, "noise_for_sums", "the noise multiplier of sums")
         else:
             raise PlanError(f"the plan has an event that no bound of the site covers: {type(event).__name__}")
     if limits.epsilon is not None:
@@ -101,8 +102,7 @@ def _at_most(value: float, limits: Limits, name: str, what: str) -> None:
 def _at_least(value: float, limits: Limits, name: str, what: str) -> None:
     if not value >= (bound := getattr(limits, name)):
         raise PlanError(
-            f"the noise multiplier of {what} is {value:.6g}, but the site asks for {bound:.6g} at least: {name} in "
-            f"{POLICY} says so"
+            f"{what} is {value:.6g}, but the site asks for {bound:.6g} at least: {name} in {POLICY} says so"
         )
 
 

@@ -68,6 +68,7 @@ class Limits(BaseModel):
         epsilon: largest of one run, computed here from the plan's own noise.
         delta: at which `epsilon` is computed; the plan's own where left out.
         clip_norm: largest.
+        least_clip_norm: smallest: far above what rounding makes of a gradient that is zero.
         cores, modes, tasks: that may be trained.
         width, hidden_width, max_events, negatives: largest of the model; `hidden_width` bounds codes' widths too.
         most_tokens, lora_rank, lora_layers: largest in mode lora.
@@ -86,6 +87,7 @@ class Limits(BaseModel):
     epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
     delta: Delta | None = None
     clip_norm: Annotated[float, Field(gt=0, le=1e4)] = 1e4
+    least_clip_norm: Annotated[float, Field(gt=0, le=1e4)] = 1e-4
     cores: Names = tuple(CORES)
     modes: Names = MODES
     tasks: Names = tuple(TASKS)
@@ -121,6 +123,7 @@ class Limits(BaseModel):
 ANY_PLAN = Limits(
     rounds=200_000,
     steps_per_round=MOST_STEPS,
+    least_clip_norm=1e-12,
     width=4096,
     hidden_width=4096,
     max_events=100_000,
@@ -179,7 +182,7 @@ def read_policy(path: Path) -> Policy:
     try:
         return Policy.model_validate(values)
     except ValidationError as error:
-        raise PolicyError(f"the policy {path} is wrong: {_faults(error)}") from error
+        raise PolicyError(f"the policy {path} is wrong: {fault_lines(error)}") from error
 
 
 def performance_of(**given: Any) -> Performance:
@@ -191,10 +194,10 @@ def performance_of(**given: Any) -> Performance:
     try:
         return Performance.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        raise PolicyError(_faults(error)) from error
+        raise PolicyError(fault_lines(error)) from error
 
 
-def _faults(error: ValidationError) -> str:
+def fault_lines(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         place = ".".join(str(part) for part in fault["loc"])
@@ -218,6 +221,7 @@ _EXPLAINED = {
     "epsilon": "Largest epsilon of one run, computed here from the plan's noise.",
     "delta": "At which that epsilon is computed.",
     "clip_norm": "Largest clip norm.",
+    "least_clip_norm": "Smallest clip norm: far above what rounding makes of a gradient that is zero.",
     "cores": "Temporal cores that may be trained.",
     "modes": 'How a language model is used: "vectors" (frozen) or "lora" (adapters are trained).',
     "tasks": "What may be predicted.",

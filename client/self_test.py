@@ -42,6 +42,7 @@ from client.opacus_gradients import (
 from common.models.batches import HistoryBatch, even_events
 from common.models.interface import InterestModel
 from common.models.lora import is_adapter
+from common.models.sequence import SequenceModel
 
 _log = logging.getLogger("fedtide.site")
 
@@ -435,9 +436,18 @@ def _passes(model: InterestModel, engine: Engine, rows: int) -> Pass:
         found: dict[str, Tensor] = {}
         with sums_by(engine, model, rows, found.update) as clipped:
             clipped(batch, 1.0)
-        return found
+        return {**found, **_frozen_parts(model, batch)}
 
     return passed
+
+
+@torch.no_grad()
+def _frozen_parts(model: InterestModel, batch: HistoryBatch) -> dict[str, Tensor]:
+    """What a model makes of histories without training: seen here, while a loss may hide it."""
+    if not isinstance(model, SequenceModel):
+        return {}
+    base = model.task.base(batch)
+    return {"content": model.task.content(batch), **({} if base is None else {"base": base})}
 
 
 def catalog_of(model: InterestModel, device: torch.device) -> int:

@@ -330,6 +330,9 @@ def _reserved(
         _log.warning("site %s refuses: %s", site.name, error)
         return Refusal(Reason.BUDGET)
     except AfterCloseError:
+        _log.warning(
+            "site %s refuses: it has withdrawn, and answers nothing more; end its `site up`", site.name
+        )
         return Refusal(Reason.CLOSED)
     except LedgerDiskError:
         raise

@@ -33,21 +33,26 @@ def plan(
 
     Looks at no data. `fedtide simulate PLAN` reads the file that --out writes.
     """
+    from common.cli import UserError
     from common.planning import Federation, plan_toml, propose
 
-    proposal = propose(
-        Federation(
-            users_per_site=users_per_site,
-            sites=sites,
-            epsilon=epsilon,
-            delta=delta,
-            rounds=rounds,
-            items=items,
-            events_per_user=events_per_user,
-            coordinates=coordinates,
-            metrics=metrics,
-        )
+    federation = Federation(
+        users_per_site=users_per_site,
+        sites=sites,
+        epsilon=epsilon,
+        delta=delta,
+        rounds=rounds,
+        items=items,
+        events_per_user=events_per_user,
+        coordinates=coordinates,
+        metrics=metrics,
     )
+    try:
+        proposal = propose(federation)
+    except ValueError as error:
+        if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
+            raise UserError(str(error)) from error
+        raise
     if out is not None:
         _write(out, plan_toml(proposal.plan))
     if as_json:

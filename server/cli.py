@@ -22,9 +22,7 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RegistryFolder = Annotated[
-    Path, typer.Option("--registry", help="Folder of the registry; made where it is absent.")
-]
+RegistryFolder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
 
 
 def _load(folder: Path) -> Deployment:

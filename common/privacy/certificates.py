@@ -81,6 +81,7 @@ class ClosingCertificate:
     def epsilon_bound(self) -> float:
         """What the amount spent comes to for one user at the genesis' delta, by the ledger's own filter.
 
+        A filter is proven for its cap; the amount that happens to be spent is a bound only if it was fixed in advance.
         0 where nothing was charged; else rounded up to four decimals, and never above the epsilon promised.
         """
         genesis, spent = self._genesis, self.close.spent
@@ -103,9 +104,10 @@ class ClosingCertificate:
             "may be charged or released on it. What was released before stays released.",
             f"It spent {close.spent} of {genesis.cap} nano-units of Renyi divergence at order {genesis.order} "
             f"({share} of its budget).",
-            f"If the site did what it signed, this bounds what was released about any one user of it, with all of that "
-            f"user's events, by epsilon {number_to_text(self.epsilon_bound())} at delta {delta} (add or remove one "
-            f"user); the ledger had promised at most epsilon {number_to_text(genesis.epsilon)}.",
+            "If the site did what it signed, what was released about any one user of it, with all of that user's "
+            f"events, is within epsilon {number_to_text(genesis.epsilon)} at delta {delta} (add or remove one user), "
+            "whatever was asked for: that was promised when the ledger began. The amount spent comes to epsilon "
+            f"{number_to_text(self.epsilon_bound())}, which is a bound only if that amount was fixed in advance.",
             f"Signed by the ledger's key, whose id is {fingerprint(self.genesis.key_id)}. Compare it with the key that "
             "was enrolled.",
             "These sentences are made from the signed part and are not signed themselves: fedtide audit certificate "

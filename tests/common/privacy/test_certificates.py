@@ -49,7 +49,7 @@ def test_the_words_give_amount_day_key_and_what_it_comes_to() -> None:
     assert " ".join(site.entries[0].key_id[at : at + 4] for at in (0, 4)) in words
     bound = renyi_to_epsilon(site.spent / NANO, 1e-5, 3)
     assert bound <= certificate.epsilon_bound() <= bound + 1e-4
-    assert f"by epsilon {certificate.epsilon_bound()} at delta 0.00001" in words
+    assert f"comes to epsilon {certificate.epsilon_bound()}, which is a bound only if" in words
     assert json.loads(certificate.to_bytes())["in_words"] == certificate.in_words()
 
 
@@ -60,4 +60,4 @@ def test_a_site_that_never_released_spent_nothing() -> None:
     certificate = certificate_of(site, 1)
     assert certificate.verify().spent == 0
     assert certificate.epsilon_bound() == 0
-    assert "by epsilon 0 at delta" in " ".join(certificate.in_words())
+    assert "comes to epsilon 0, which" in " ".join(certificate.in_words())
