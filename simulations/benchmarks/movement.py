@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,20 @@ from common.metrics import ndcg, ranks
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from common.models.interface import InterestModel
+from common.models.tasks.interest import Interest
+from common.models.tasks.next_category import NextCategory
+from common.models.tasks.task import Task
 from simulations.benchmarks.table import add_to_document, machine
 
 CORES = ("lstm", "gru", "attention", "decay")
 WIDTHS = (16, 64, 128, 256, 384, 512, 1024)
-ITEMS, EVENTS, WIDTH = 100, 12, 16
+ITEMS, EVENTS, WIDTH, CATEGORIES = 100, 12, 16, 3
+SMALLEST_CLIP = 1e-4
+"""What a site's policy lets a plan ask for, where it says nothing else."""
 ROWS = 48
 ALLOWED = 1.001
 """Of C: what the noise is drawn wider than stated for."""
+OF_TASKS = ("random 1", "random 10", "near ties")
 PARAMETERS_OF_WIDE = ("random 3", "random 10", "climbed")
 PARAMETERS = ("random 1", "random 3", "random 10", "scaled 30", "near ties", "climbed", "picked")
 KERNELS: dict[str, dict[str, str]] = {
@@ -76,12 +83,18 @@ class Found:
     parameters: str
 
 
-def a_model(core: str, hidden: int, seed: int) -> Recommend:
+def a_model(core: str, hidden: int, seed: int, task: str = "next-item") -> Recommend:
     """The family `recommend` over made-up items, at its start."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vectors = torch.nn.functional.normalize(torch.randn(ITEMS, WIDTH), dim=-1)
-        return Recommend(vectors, core=core, hidden_width=hidden, with_times=True)
+        member = torch.rand(ITEMS, CATEGORIES) < 0.5
+        made: dict[str, Callable[[], Task | None]] = {
+            "next-item": lambda: None,
+            "interest": lambda: Interest(vectors),
+            "next-category": lambda: NextCategory(vectors, member),
+        }
+        return Recommend(vectors, core=core, hidden_width=hidden, with_times=True, task=made[task]())
 
 
 @torch.no_grad()
@@ -159,17 +172,24 @@ def worst_of(sum_of: Callable[[Tensor], Tensor], sizes: Sequence[int]) -> float:
     return worst
 
 
-def steps(model: InterestModel, everyone: HistoryBatch, engine: Engine) -> tuple[float, float, int]:
+def steps(
+    model: InterestModel, everyone: HistoryBatch, engine: Engine, clip_norm: float = 1.0
+) -> tuple[float, float, int]:
     """The worst movement of a step's sum; the same by batches of as many rows as users; rows of a unit."""
     rows = rows_of_units(model, ROWS, EVENTS, engine)
     even, uneven = 0.0, 0.0
     with sums_by(engine, model, rows) as clipped:
         even = worst_of(
-            lambda index: torch.stack([clipped(everyone.rows(u), 1.0) for u in index.split(rows)]).sum(dim=0),
+            lambda index: (
+                torch.stack([clipped(everyone.rows(u), clip_norm) for u in index.split(rows)]).sum(dim=0)
+                / clip_norm
+            ),
             pairs_around(rows if rows > 1 else 8),
         )
     with sums_by(engine, model, None) as clipped:
-        uneven = worst_of(lambda index: clipped(everyone.rows(index), 1.0), (1, 2, 3, 7, 8, 9, 16, 24, 32))
+        uneven = worst_of(
+            lambda index: clipped(everyone.rows(index), clip_norm) / clip_norm, (1, 2, 3, 7, 8, 9, 16, 24, 32)
+        )
     return even, uneven, rows
 
 
@@ -233,6 +253,11 @@ def search(widths: Sequence[int], seed: int) -> Iterator[Found]:
         for hidden in widths:
             kinds = PARAMETERS if hidden <= 128 else PARAMETERS_OF_WIDE if hidden <= 512 else PARAMETERS[1:2]
             yield _worst("step", core, hidden, kinds, everyone, seed, lambda m, e: steps(m, e, "fast"))
+            for task in ("interest", "next-category") if hidden in (16, 64) else ():
+                for clip_norm in (1.0, SMALLEST_CLIP):
+                    measure = partial(steps, engine="fast", clip_norm=clip_norm)
+                    what = f"step, {task}, C {clip_norm:g}"
+                    yield _worst(what, core, hidden, OF_TASKS, everyone, seed, measure, task)
             if hidden in (64, 384):
                 few = PARAMETERS[1:3]
                 yield _worst(
@@ -256,10 +281,11 @@ def _worst(
     everyone: HistoryBatch,
     seed: int,
     measure: Measure,
+    task: str = "next-item",
 ) -> Found:
     worst = Found(what, core, hidden, 0.0, None, 0, "")
     for kind in kinds:
-        model = a_model(core, hidden, seed)
+        model = a_model(core, hidden, seed, task)
         try:
             if kind in ("climbed", "picked"):
                 rows_of_units(model, ROWS, EVENTS)  # refused models are not climbed
