@@ -26,6 +26,7 @@ from server.registry import Registry, RegistryReader
 from server.rounds import run_rounds
 from server.runs import RunError, RunFolder
 from simulations import inline
+from simulations.sites import registry_folder
 from tests.tiny import tiny_run
 
 NODES = 3
@@ -43,7 +44,7 @@ class Sites:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         first = tiny_run(folder, plan=FAST, sites=folder / "sites", site_budget=90.0, n_sites=NODES)
-        self.first, self.registry = first, folder / "sites" / "registry"
+        self.first, self.registry = first, registry_folder(folder / "sites")
 
     def run(self, **server: Any) -> RunFolder:
         plan = self.first.plan

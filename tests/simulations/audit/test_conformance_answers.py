@@ -17,6 +17,7 @@ from common.config import Plan, make_plan
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
 from simulations.audit.conformance.by_hand import constants_of, train_by_hand
 from simulations.audit.conformance.code import Chosen, Code, Everyone, SameAgain
+from simulations.audit.conformance.controls_noise import SEEN_BY as SEEN_IN_NOISE
 from simulations.audit.conformance.controls_training import CLOCK, SEEN_BY
 from simulations.audit.conformance.made_up_sites import (
     ITEMS,
@@ -118,7 +119,7 @@ def test_a_site_that_refuses_is_no_silent_pass(sites: MadeUpSites) -> None:
 
 def test_every_sabotage_is_a_control_or_said_to_pass() -> None:
     passing = {name for name, sabotage in SABOTAGES.items() if sabotage.expected}
-    assert set(SABOTAGES) - passing <= {*SEEN_BY, CLOCK}
+    assert set(SABOTAGES) - passing <= {*SEEN_BY, *(name for name, _, _ in SEEN_IN_NOISE), CLOCK}
     assert set(SEEN_BY) <= set(SABOTAGES)
 
 

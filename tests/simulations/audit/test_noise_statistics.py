@@ -159,7 +159,12 @@ def off_the_grid(releases: list[Release]) -> list[Release]:
         (sizes_again, 2, "places", set[str]()),
         (cut_at_three_deviations, 10, "tails", {"shape"}),
         (of_four_uniforms, 10, "tails", {"shape"}),
-        (large_again, 20, "sizes", {"level-of-all", "level-by-site", "drift", "rest"}),
+        (
+            large_again,
+            20,
+            "sizes",
+            {"level-of-all", "level-by-site", "level", "drift", "rest", "tails", "shape"},
+        ),
         (off_the_grid, 1, "grid", set[str]()),
         (one_place_of_data, 1, "outlier", set[str]()),
         (witness_alone, 1, "rest", set[str]()),
