@@ -253,7 +253,7 @@ def search(widths: Sequence[int], seed: int) -> Iterator[Found]:
         for hidden in widths:
             kinds = PARAMETERS if hidden <= 128 else PARAMETERS_OF_WIDE if hidden <= 512 else PARAMETERS[1:2]
             yield _worst("step", core, hidden, kinds, everyone, seed, lambda m, e: steps(m, e, "fast"))
-            for task in ("interest", "next-category") if hidden in (16, 64) else ():
+            for task in ("interest", "next-category") if hidden == 16 else ():
                 for clip_norm in (1.0, SMALLEST_CLIP):
                     measure = partial(steps, engine="fast", clip_norm=clip_norm)
                     what = f"step, {task}, C {clip_norm:g}"
