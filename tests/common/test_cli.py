@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,10 @@ from common.cli import COMMANDS, main
 from tests.tiny import own_cache, tiny_files, tiny_language_model
 
 
-def test_help_answers_in_under_a_second_and_imports_nothing_heavy() -> None:
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "common.cli", "--help"], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 1.0
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "common.cli", "--help"], capture_output=True, text=True, check=True
+    )
     assert all(name in done.stdout for name in COMMANDS)
     code = (
         "import sys\n"
