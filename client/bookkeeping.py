@@ -379,7 +379,7 @@ def _held(a: Tensor, g: Tensor, clip_norm: float) -> _Gradients | _Factored:
     return (_Gradients if _is_small(a, g) else _OnGrid)(a, g, clip_norm)
 
 
-def _namedequal_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _named_parts(flat: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Views of a flat vector, of the parameters' shapes."""
     parts = flat.split([parameter.numel() for parameter in parameters.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
@@ -442,7 +442,7 @@ def clipped_sums(
         seen({"losses": losses.detach(), **parts})
         del parts
         found = torch.empty(coordinates, dtype=torch.float64, device=device)
-        into = _namedequal_parts(found, parameters)
+        into = _named_parts(found, parameters)
         if WITNESS in into:
             into.pop(WITNESS).zero_()  # no user reaches it
         _sum_clipped(taken, biased, clip_norm, into, users, seen)

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from client.ledger import Ledger
-from common.privacy.renyi import least_charge
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,9 +41,7 @@ def _facts(name: str, found: LedgerStatus) -> dict[str, Any]:
         "withdrawn": found.closed,
         "last_run": last.run if last else None,
         "last_round": last.round if last else None,
-        "more_like_the_last": None
-        if last is None or not last.charge or found.closed
-        else left // max(last.charge, least_charge(found.cap)),
+        "more_like_the_last": found.more_like_the_last,
     }
 
 

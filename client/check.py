@@ -210,7 +210,7 @@ def _data(site: Site, progress: Progress | None) -> Iterator[Finding]:
 
 def _machine(site: Site) -> Iterator[Finding]:
     yield _tested("language models", lambda: _language_models(site))
-    yield _tested("memory", _memory)
+    yield _tested("memory", lambda: _memory(site))
     yield _tested("GPU", _gpu)
     yield _tested("disk", lambda: _disk(site.folder))
     yield _tested("dry step", lambda: dry_step(site))
@@ -236,14 +236,21 @@ def _language_models(site: Site) -> str:
     return f"{len(named) - len(missing)} of {len(named)} are here{absent}"
 
 
-def _memory() -> str:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _memory(site: Site) -> str:
+    from client.policy import POLICY
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, whole = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass  # another system: free pages are all that is known
-    said = f"{free / 1e9:.1f} GB are free"
+    said = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
+    if whole < site.limits.memory * 2**30:
+        raise _NotInOrderError(
+            said, f"the policy lets a step take {site.limits.memory:g} GiB: lower memory in {POLICY}"
+        )
     if free < _LEAST_MEMORY:
         raise _NotInOrderError(said, f"training asks for {_LEAST_MEMORY / 1e9:.0f} GB: end other programs")
     return said

@@ -8,6 +8,7 @@ never ahead of it. The file has two places, written in turn: whatever a power cu
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -88,7 +89,8 @@ class HighWater:
             entry = newest(mark)
             if surely or entry.seq > mark.seq:
                 older = 1 if places[0] == mark else 0
-                os.pwrite(file, self._record(entry), older * _PLACE)
+                if os.pwrite(file, self._record(entry), older * _PLACE) != _PLACE:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 _sync(file)
 
     @contextmanager
@@ -127,4 +129,8 @@ class HighWater:
             self._key.public_key().verify(bytes.fromhex(signature), encode(found))
         except InvalidSignature:
             return None
+        if found["format"] != FORMAT:
+            raise _lost(
+                f"the ledger's high-water mark is of a form that this version does not know ({FORMAT})"
+            )
         return mark

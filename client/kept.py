@@ -34,6 +34,8 @@ _MODELS_KEPT = 2
 
 MOST_THREADS = 4
 """Unless a site names more: rows of a unit stand in whole parts of so many threads (`training.TILE`)."""
+_own_threads: list[int] = []
+"""How many the process had before a site named a number, while one does: a site that names none gets those."""
 
 
 def site_model(
@@ -80,7 +82,13 @@ def device_of(performance: Performance) -> torch.device:
 
 def take_threads(performance: Performance) -> None:
     """From now on the arithmetic of this process takes as many threads as the site names, or MOST_THREADS at most."""
-    torch.set_num_threads(performance.threads or min(torch.get_num_threads(), MOST_THREADS))
+    if performance.threads is None:
+        own = _own_threads.pop() if _own_threads else torch.get_num_threads()
+        torch.set_num_threads(min(own, MOST_THREADS))
+        return
+    if not _own_threads:
+        _own_threads.append(torch.get_num_threads())
+    torch.set_num_threads(performance.threads)
 
 
 def kept_catalog(file: Path) -> Catalog:

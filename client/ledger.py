@@ -112,7 +112,7 @@ class Ledger(LedgerReader):
         self._process = os.getpid()
         self._presence: Presence | None = None
         self._mark = HighWater(folder / _MARK, key)
-        self._unmarked = False
+        self._appended = self._owed = False
 
     # --- making and opening
 
@@ -273,7 +273,7 @@ class Ledger(LedgerReader):
         except OSError as error:
             raise disk_error(self._folder) from error
         if surely:
-            self._unmarked = False
+            self._appended = self._owed = False
 
     def _make_mark(self) -> None:
         try:
@@ -295,7 +295,7 @@ class Ledger(LedgerReader):
                 f"the ledger holds another entry {mark.seq} than its high-water mark says: an old copy of its "
                 f"database was put back, and went on; {_PUT_BACK}"
             )
-        if newest.seq > mark.seq and not self._unmarked:
+        if newest.seq > mark.seq and not self._appended:
             self._sync_journal()
         return newest
 
@@ -323,7 +323,7 @@ class Ledger(LedgerReader):
         found = super().outbox(run, round, nonce=nonce)
         if found is not None:
             if self._db.in_transaction:  # own entries may still be undone: the mark waits for the commit
-                self._unmarked = True
+                self._owed = True
             else:
                 self.check_mark(surely=True)
         return found
@@ -366,14 +366,16 @@ class Ledger(LedgerReader):
             self._db.commit()
         except BaseException as error:  # whatever it was, nothing half done may stay
             self._db.rollback()
+            self._appended = self._owed = False
             if isinstance(error, sqlite3.Error) and is_disk_fault(error):
                 raise disk_error(self._folder) from error
             raise
-        if self._unmarked:
+        if self._appended or self._owed:
             self.check_mark(surely=True)
 
     @contextmanager
     def _part(self) -> Iterator[None]:
+        before = self._appended
         self._db.execute("SAVEPOINT part")
         try:
             yield
@@ -381,6 +383,7 @@ class Ledger(LedgerReader):
             if self._db.in_transaction:  # a full disk may have ended the whole of it
                 self._db.execute("ROLLBACK TO part")
                 self._db.execute("RELEASE part")
+            self._appended = before
             if isinstance(error, sqlite3.Error) and is_disk_fault(error):
                 raise disk_error(self._folder) from error
             raise
@@ -395,7 +398,7 @@ class Ledger(LedgerReader):
             "INSERT INTO entries (seq, hash, kind, entry) VALUES (?, ?, ?, ?)",
             (entry.seq, entry.hash, entry.kind, entry.to_bytes()),
         )
-        self._unmarked = True
+        self._appended = True
         return entry
 
     def reserve(

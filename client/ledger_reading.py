@@ -17,7 +17,7 @@ from common.privacy.faults import MissingReservationError, WrongPreviousHashErro
 from common.privacy.fields import LARGEST_COUNT
 from common.privacy.mechanisms import Event
 from common.privacy.receipts import Receipt, check_update
-from common.privacy.renyi import RenyiFilter, charge_at
+from common.privacy.renyi import RenyiFilter, charge_at, least_charge
 from common.privacy.rules import check_genesis
 from common.privacy.spending import Spending, spending
 
@@ -66,6 +66,13 @@ class LedgerStatus:
     def share(self) -> float:
         """Spent share of the Renyi budget, in [0, 1]."""
         return self.spent / self.cap
+
+    @property
+    def more_like_the_last(self) -> int | None:
+        """How many requests like the last one fit yet; None before the first, and after a withdrawal."""
+        if self.closed or not self.charges:
+            return None
+        return (self.cap - self.spent) // max(self.charges[-1].reserve.charge, least_charge(self.cap))
 
     @property
     def events(self) -> tuple[Event, ...]:

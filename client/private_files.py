@@ -48,7 +48,8 @@ def write_private(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE)
     try:
         os.fchmod(descriptor, FILE_MODE)
-        os.write(descriptor, data)
+        while data:
+            data = data[os.write(descriptor, data) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -130,11 +130,13 @@ def check_rows_are_users(model: InterestModel) -> None:
             raise UnvouchedLayerError(f"the model's rows are not users: {error}") from error
     for user in users:
         _compare(model, [sample[user] for sample in samples], alone[user])
-    if not all(float((one - other).norm()) <= 1e-3 * norm for norm, (one, other) in sums.items()):
+    if not all(float((one - other).norm()) <= _AGREES * norm for norm, (one, other) in sums.items()):
         raise UnvouchedLayerError(_BESIDE)
     shown.structure.add(names)
 
 
+_AGREES = 2.0**-8
+"""Of C: twice what rounding may take of a clip factor (`bookkeeping._single_rounding`), and far below a wrong layer."""
 _BESIDE = (
     "a batch's clipped sum is not that of its users' gradients: a layer does something beside its product "
     "with its weight"
@@ -297,7 +299,7 @@ def _check_sum(model: InterestModel, rows: int, engine: Engine) -> None:
         }
     except RowsAreNotUsersError as error:
         raise UnvouchedLayerError(f"the model's rows are not users: {error}") from error
-    if not all(float((one - other).norm()) <= 1e-3 * norm for norm, (one, other) in sums.items()):
+    if not all(float((one - other).norm()) <= _AGREES * norm for norm, (one, other) in sums.items()):
         raise UnvouchedLayerError(_BESIDE)
 
 

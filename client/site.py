@@ -54,7 +54,7 @@ from common.models.batches import HistoryBatch
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
 from common.phases import Phase
-from common.precision import encoded
+from common.precision import check_finite, encoded
 from common.privacy.anchors import Countersignature
 from common.privacy.faults import AfterCloseError, ReceiptError, SecondReservationError
 from common.privacy.mechanisms import Event
@@ -182,11 +182,13 @@ class Charged:
     def released(self, state: dict[str, torch.Tensor]) -> Update | Refusal:
         """Commits what leaves the site, with its receipt."""
         try:
-            sent = encoded(state, self.plan.precision(self.request.phase))  # the noise is in it
+            check_finite(state)
+            data = state_to_bytes(
+                encoded(state, self.plan.precision(self.request.phase))
+            )  # the noise is in it
         except Exception as error:
             return self.failed(error)
         content = self.request.phase.content
-        data = state_to_bytes(sent)
         receipt = self.ledger.release(self.reservation, data, content=content, anchored_seq=self.held)
         return Update(data, receipt.to_bytes())
 
@@ -387,6 +389,8 @@ def _ready_model(site: Site, plan: Plan, request: Request, catalog: Catalog) -> 
     Raises:
         Exception: of whatever kind; the message says what does not fit.
     """
+    check_finite(request.state)
+    check_finite(request.released)
     take_threads(site.performance)
     if request.phase in (Phase.POPULARITY, Phase.TRANSITIONS):
         make_priors(request.released, plan.statistics, len(catalog))

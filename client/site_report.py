@@ -139,7 +139,6 @@ def site_report(folder: Path) -> SiteReport:
     with Ledger.open(folder / "ledger") as ledger:
         ledger.verify()
         status, entries = ledger.status(), ledger.entries()
-    last = status.charges[-1].reserve if status.charges else None
     closed = [entry.body.day for entry in entries if isinstance(entry.body, Close)]
     return SiteReport(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -149,7 +148,7 @@ def site_report(folder: Path) -> SiteReport:
         spending=status.spending(),
         runs=_runs(status, entries),
         servers=_servers(entries),
-        more_like_the_last=None if last is None or closed else (status.cap - status.spent) // last.charge,
+        more_like_the_last=status.more_like_the_last,
         closed=closed[0] if closed else None,
         remains=tuple(remains(folder)),
     )

@@ -96,17 +96,26 @@ def _kind(charged: Charged, place: int) -> Hashable:
 
 def _released(charged: dict[int, Charged], generators: Generators) -> dict[int, Update | Refusal]:
     first = next(iter(charged.values()))
-    if len(charged) > 1 and first.site.performance.engine == "fast":
-        try:
-            model = first.ready()
-            if model is not None:
-                check_sites_apart(
-                    model, _settings(first).micro_batch, even_events(first.plan.model.max_events)
-                )
-                return _trained(charged, model, generators)
-        except NotTogetherError as error:  # said of made-up users, before any history was looked at
-            _log.info("sites are trained one after the other: %s", error)
+    model = _model_of_all(first) if len(charged) > 1 and first.site.performance.engine == "fast" else None
+    if model is not None:
+        return _trained(charged, model, generators)
     return {place: _alone(each, generators) for place, each in charged.items()}
+
+
+def _model_of_all(first: Charged) -> InterestModel | None:
+    """The model that sites are trained in together; None where each is to be trained by itself.
+
+    What keeps them apart is said of made-up users, before any history is looked at.
+    """
+    try:
+        model = first.ready()
+        if model is not None:
+            check_sites_apart(model, _settings(first).micro_batch, even_events(first.plan.model.max_events))
+        return model
+    except Exception as error:
+        said = error if isinstance(error, NotTogetherError) else type(error).__name__
+        _log.info("sites are trained one after the other: %s", said)
+        return None
 
 
 def _alone(charged: Charged, generators: Generators) -> Update | Refusal:

@@ -109,7 +109,7 @@ def smallest_budget(events: Sequence[Event], delta: float) -> tuple[float, int]:
     if not admits(high / 10):
         raise PlanError(
             f"the plan asks a site {len(events)} times, which no ledger up to epsilon {high // 10} admits: each "
-            f"request is charged at least 1/{LEAST_SHARE} of the budget, so fewer than {LEAST_SHARE} fit. Take fewer "
+            f"request is charged at least 1/{LEAST_SHARE} of the budget, so at most {LEAST_SHARE} fit. Take fewer "
             "rounds, each of more steps, or more noise"
         )
     while high - low > 1:

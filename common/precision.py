@@ -71,9 +71,8 @@ def encoded(
     names = _rounded(update)
     if precision == "float32" or not names:
         return dict(update)
+    check_finite(update)
     flat = torch.cat([update[name].detach().cpu().float().flatten() for name in names])
-    if not bool(flat.isfinite().all()):
-        raise EncodingError("not_finite", "the update holds values that are not finite")
     sent = {name: value for name, value in update.items() if is_witness(name)}
     if precision == "bfloat16":
         rounded = _to_bfloat16(flat, random)
@@ -81,6 +80,12 @@ def encoded(
         rounded, sent[SCALES] = _to_int8(flat, random)
     parts = rounded.split([update[name].numel() for name in names])
     return sent | {name: part.view(update[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises `EncodingError` where a value is infinite or none: such tensors are neither sent nor read."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise EncodingError("not_finite", "there are values that are not finite")
 
 
 def decoded(sent: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -201,6 +201,7 @@ class Chain:
                 need(end and following == 1, "detached_segment")
                 self.whole, self.spent = False, None
             self.admit(each["kind"], each["body"], hash_of(each))
+            need(each["kind"] != "anchor" or int(each["body"]["seq"]) < seq, "fork")
             self.head, self.hashes[seq] = each, hash_of(each)
         return self
 

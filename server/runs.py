@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from common.config import Plan, read_recorded_plan
+from common.config import Plan, PlanError, read_plan, read_recorded_plan
 from common.events.catalog import Catalog
 from common.precision import decoded
 from common.wire import State, state_from_bytes, state_to_bytes
@@ -205,6 +205,22 @@ class RunFolder:
     def plan(self) -> Plan:
         """The run's plan."""
         return read_recorded_plan(self.path / "plan.json")
+
+    def plan_signed_for(self) -> Plan:
+        """The run's plan, whole: the one whose digest stands in the run's receipts.
+
+        Raises:
+            RunError: an earlier version made the run, and its plan says more than one of this version can.
+            PlanError: there is no plan, or it is damaged.
+        """
+        plan = self.plan()
+        try:
+            return read_plan(self.path / "plan.json")
+        except PlanError as error:
+            raise RunError(
+                f"{self.path} was made by an earlier version: its plan {plan.name!r} also said how sites compute, and "
+                "its receipts were signed for that plan. Audit the run with the version that made it"
+            ) from error
 
     def catalog(self) -> Catalog:
         """The public catalog."""

@@ -12,27 +12,19 @@ import math
 from dataclasses import dataclass
 
 from common.privacy.canonical import TooLongError, Value, decode_any_spelling, encode
-from common.privacy.chain import Chain
+from common.privacy.chain_end import check_end
 from common.privacy.enrolment import fingerprint
-from common.privacy.entries import Close, Entry, Genesis, Reserve
+from common.privacy.entries import Close, Entry, Genesis
 from common.privacy.faults import (
-    AfterCloseError,
-    ClockBackwardsError,
-    KeyMismatchError,
     MalformedEntryError,
     MissingCloseError,
-    OpenReservationError,
     OverCapError,
-    SecondGenesisError,
     UnknownFormatError,
-    WrongGenesisError,
-    WrongTotalError,
     WrongWordsError,
 )
 from common.privacy.fields import exactly
 from common.privacy.mechanisms import number_to_text
 from common.privacy.renyi import NANO, renyi_to_epsilon
-from common.privacy.rules import check_charge, check_genesis, check_link
 
 FORMAT = "fedtide/certificate/1"
 LONGEST_CERTIFICATE = 1 << 25
@@ -69,11 +61,7 @@ class ClosingCertificate:
         Raises:
             ReceiptError: its subclass names the first fault.
         """
-        genesis, close = check_genesis(self.genesis), self.close
-        if self.entries[0].seq == 1:  # the whole ledger
-            Chain.begin(self.genesis).extended(self.entries)
-        else:
-            _check_end(self.genesis, genesis, self.entries)
+        close, genesis = self.close, check_end(self.genesis, self.entries)
         if close.spent > genesis.cap:
             raise OverCapError(f"{close.spent} nano-units were charged, but the cap is {genesis.cap}")
         return close
@@ -166,41 +154,3 @@ class ClosingCertificate:
                 "the words are not those that the signed part comes to: do not believe them"
             )
         return certificate
-
-
-def _check_end(first: Entry, genesis: Genesis, entries: tuple[Entry, ...]) -> None:
-    """Whether entries may be the end of a chain, the middle of which is not at hand."""
-    open_, spent, day = set[str](), None, genesis.day
-    previous: Entry | None = None
-    for entry in entries:
-        if entry.key_id != first.key_id:
-            raise KeyMismatchError(f"entry {entry.seq} names another key than its genesis")
-        entry.check_signature(genesis.public_key)
-        if previous is not None:
-            check_link(entry, previous)
-            if isinstance(previous.body, Close):
-                raise AfterCloseError(f"entry {entry.seq} ({entry.kind}) stands after the site's withdrawal")
-        previous = entry
-        match body := entry.body:
-            case Genesis():
-                raise SecondGenesisError("a ledger has one genesis, and its budget does not reset")
-            case Reserve():
-                if body.genesis != first.hash:
-                    raise WrongGenesisError("the reservation refers to another genesis")
-                check_charge(body, genesis)
-                if spent is not None and body.spent != spent + body.charge:
-                    raise WrongTotalError(
-                        f"the total is said to be {body.spent}, but is {spent + body.charge}"
-                    )
-                spent = body.spent
-                open_.add(entry.hash)
-            case Close() if spent is not None and body.spent != spent:
-                raise WrongTotalError(f"closed at {body.spent}, but {spent} were charged")
-            case _ if isinstance(reservation := getattr(body, "reservation", None), str):  # released or burnt
-                open_.discard(reservation)
-        if isinstance(body, Reserve | Close):
-            if body.day < day:
-                raise ClockBackwardsError(f"{body.day} comes after {day}")
-            day = body.day
-    if open_:
-        raise OpenReservationError("a ledger closes when every reservation is released or burnt")

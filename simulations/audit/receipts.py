@@ -56,7 +56,7 @@ def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
         RegistryError: there is no registry.
     """
     run = run_folder(path)
-    plan = run.plan()
+    plan = run.plan_signed_for()
     findings = Findings(run=run.name)
     reader = RegistryReader(registry or registry_of(run))
     chains = _chains(reader, findings)

@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,11 @@ def _two_of_which_one_is_too_dear(ledger: Ledger) -> None:
         reserve(ledger, 3, event=GaussianSum(0.2))
 
 
+def _part_of_which_is_undone(ledger: Ledger) -> None:
+    with ledger.at_once(), suppress(BudgetRefusedError):
+        _two_of_which_one_is_too_dear(ledger)
+
+
 def test_what_is_undone_is_not_marked(folder: Path) -> None:
     with Ledger.open(folder) as ledger:
         with pytest.raises(BudgetRefusedError):
@@ -312,6 +318,62 @@ def test_what_is_undone_is_not_marked(folder: Path) -> None:
         ledger.outbox("run-a", 1)
     assert marked(folder) == 2
     assert spent(folder) > 0
+
+
+def _syncs_before_the_mark(
+    folder: Path, patch: pytest.MonkeyPatch, undone: Callable[[Ledger], object]
+) -> int:
+    """How often the journal is synced for an answer from the outbox, after another wrote and did not mark it."""
+    with Ledger.open(folder) as ledger, Ledger.open(folder) as other:
+        with suppress(BudgetRefusedError):
+            undone(ledger)
+        with patch.context() as dying:
+            dying.setattr(Ledger, "check_mark", lambda *_, **__: None)
+            reserve(other, 2)
+        synced = 0
+
+        def sync() -> None:
+            nonlocal synced
+            synced += 1
+
+        patch.setattr(ledger, "_sync_journal", sync)
+        assert ledger.outbox("run-a", 1) is not None
+    return synced
+
+
+@pytest.mark.parametrize(
+    "undone",
+    [
+        _two_of_which_one_is_too_dear,
+        lambda ledger: reserve(ledger, 3, event=GaussianSum(0.2)),
+        _part_of_which_is_undone,
+        lambda ledger: None,
+    ],
+)
+def test_anothers_commit_is_synced_before_the_mark_says_that_it_stands(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, undone: Callable[[Ledger], object]
+) -> None:
+    assert _syncs_before_the_mark(folder, monkeypatch, undone) == 1
+    assert marked(folder) == 3
+
+
+def test_a_mark_of_a_form_that_nobody_knows_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later, Ledger.open(folder) as ledger:
+        later.setattr(high_water, "FORMAT", "fedtide/high-water/9")
+        HighWater(folder / MARK, ledger._key).create(ledger._head())
+    with pytest.raises(MarkLostError, match="does not know"), Ledger.open(folder):
+        pass
+
+
+def test_a_mark_that_is_written_in_part_lets_nothing_leave(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.open(folder) as ledger:
+        reservation = reserve(ledger, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(high_water.os, "pwrite", lambda *_: 100)
+            with pytest.raises(LedgerDiskError, match="free space"):
+                ledger.release(reservation, b"y")
 
 
 def test_a_mark_that_cannot_be_written_lets_nothing_leave_and_a_retry_sends_the_same(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from client import self_test
 from client.opacus_gradients import UnvouchedLayerError
-from client.self_test import FALLBACK, rows_of_scores, rows_of_units
+from client.self_test import rows_of_scores, rows_of_units
 from common.models.batches import HistoryBatch
 from common.models.families.recommend import Recommend
 from tests.client.training_cases import a_model, moved
@@ -39,10 +39,9 @@ def at_the_edge(_: Recommend, batch: HistoryBatch, x: Tensor) -> Tensor:
     return by_row(x, (torch.arange(len(x)) >= 40) & torch.tensor(len(x) == 48))
 
 
-@pytest.mark.parametrize("rows", [96, 48, 24, 7, 1])
+@pytest.mark.parametrize("rows", [96, 48, 24, 1])
 def test_an_ordinary_machine_gets_the_units_that_it_asks_for(rows: int) -> None:
-    assert rows_of_units(a_model(), rows, EVENTS) in (rows, *FALLBACK)
-    assert rows_of_units(a_model(), 48, EVENTS) == 48
+    assert rows_of_units(a_model(), rows, EVENTS) == rows
 
 
 def test_a_unit_whose_last_rows_round_otherwise_is_not_taken() -> None:
@@ -104,7 +103,7 @@ def test_what_was_shown_at_the_same_parameters_is_not_shown_again_and_nothing_is
     assert all(torch.equal(value, start[name]) for name, value in model.trainable_state().items())
     moved(model)
     rows_of_units(model, 48, EVENTS)
-    assert first < passes - first + first < 2 * first  # asked again, but not of the model's structure
+    assert 0 < passes - first < first / 2  # asked again, but not of the model's structure
 
 
 def test_a_sum_that_is_another_at_these_parameters_is_refused() -> None:

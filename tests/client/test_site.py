@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,12 @@ import pytest
 import torch
 
 from client import site as site_module
-from client.kept import device_of
+from client.kept import device_of, take_threads
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
 from client.policy import Limits, Performance
 from client.site import Site, SiteError, answer
-from client.training import StepSettings
+from client.training import StepSettings, train_round
 from client.unit_memory import unit_memory
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
@@ -204,12 +205,27 @@ def test_a_round_that_fails_in_training_stays_charged(
     assert outcomes(site) == ["burnt", "released"]
 
 
+def test_an_update_that_is_no_number_stays_at_the_site(
+    site: Site, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def infinite(*given: Any, **named: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor / 0 for name, tensor in train_round(*given, **named).items()}
+
+    monkeypatch.setattr(site_module, "train_round", infinite)
+    assert answer(site, ask()) == Refusal(Reason.FAILED)
+    assert outcomes(site) == ["burnt"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda request: {"state": {name: tensor[:1] for name, tensor in request.state.items()}},
         lambda request: {"state": {}},
         lambda _: {"released": {"popularity": torch.zeros(3)}},
+        lambda request: {"state": {name: tensor * math.inf for name, tensor in request.state.items()}},
+        lambda request: {
+            "state": {name: torch.full_like(tensor, math.nan) for name, tensor in request.state.items()}
+        },
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_reserved(
@@ -299,6 +315,13 @@ def test_what_a_catalog_makes_too_large_is_refused_before_a_model_is_built(
     assert outcomes(site) == []
     replace(site, limits=Limits(memory=with_items)).save()
     assert isinstance(answer(Site.load(site.folder), ask()), Update)
+
+
+def test_a_policy_that_names_no_threads_gets_those_of_the_process_again() -> None:
+    with few_threads(2):
+        for named, taken in ((None, 2), (1, 1), (3, 3), (None, 2), (1, 1), (None, 2)):
+            take_threads(Performance(threads=named))
+            assert torch.get_num_threads() == taken
 
 
 def test_a_site_computes_as_its_own_policy_says(

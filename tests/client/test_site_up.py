@@ -23,6 +23,7 @@ from client.check import Finding, check_site
 from client.connection import Connection
 from client.ledger import Ledger
 from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, reach
+from client.remains import LOOK, remains
 from client.site import Site
 from common.events.catalog import Catalog
 from common.supervision import Supervised
@@ -185,6 +186,7 @@ def test_up_restarts_its_worker_is_alone_and_leaves_nothing(place: Path) -> None
     assert len(before) >= 4  # supernode, executor, the worker and the one after it
     assert not [pid for pid in before if alive(pid)]
     assert '"message": "down"' in said.read_text()
+    assert not [each.name for each in remains(folder) if each.after == LOOK]
 
 
 def below(parent: int) -> dict[int, str]:

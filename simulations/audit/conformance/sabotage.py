@@ -43,13 +43,12 @@ def _seen(check: Check) -> bool:
 
 
 def table(refused: Mapping[str, Sequence[str]]) -> str:
-    """A row for each sabotage: what it does, and what caught it; or why it passes, and what sees it."""
+    """A row for each sabotage: what it does, and what caught it."""
     rows = ["| sabotage | what it does | caught by |", "|---|---|---|"]
     for name, checks in refused.items():
         more = f" and {len(checks) - NAMED} more" if len(checks) > NAMED else ""
         caught = f"**{', '.join(checks[:NAMED])}**{more}" if checks else "nothing"
-        said = f"{caught}; expected: {SABOTAGES[name].expected}" if SABOTAGES[name].expected else caught
-        rows.append(f"| {name} | {SABOTAGES[name].does} | {said} |")
+        rows.append(f"| {name} | {SABOTAGES[name].does} | {caught} |")
     return "\n".join(rows)
 
 
@@ -61,7 +60,7 @@ def write_table(page: Path, said: str) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """0 where every sabotage was caught, or is said to pass."""
+    """0 where every sabotage was caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", help="sabotages whose names hold these words")
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
@@ -77,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> int:
     print(f"\n{table(found)}")
     if asked.write is not None:
         write_table(asked.write, table(found))
-    return int(any(not checks and not SABOTAGES[name].expected for name, checks in found.items()))
+    return int(not all(found.values()))
 
 
 if __name__ == "__main__":

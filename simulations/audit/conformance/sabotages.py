@@ -64,7 +64,6 @@ class Sabotage:
         trainer: stands in for `train_round` wherever one is called; None: the real one.
         patched: changes the code around it, while it is open.
         mode: of the encoder, in which it does anything.
-        expected: where it passes: why, and what sees it.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Sabotage:
     trainer: Trainer | None = None
     patched: Patched = nullcontext
     mode: str = "vectors"
-    expected: str = ""
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

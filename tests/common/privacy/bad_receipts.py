@@ -8,13 +8,10 @@ is the only one.
 from __future__ import annotations
 
 import copy
-import json
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common.privacy.certificates import ClosingCertificate
 from common.privacy.chain import Chain, verify_chain
 from common.privacy.entries import (
     Anchor,
@@ -412,9 +409,10 @@ def _() -> object:
 @bad("receipt read alone: over the cap", "over_cap")
 def _() -> object:
     site = Writer()
-    site.spent = site.genesis.cap
     site.release(site.reserve("run-a", 1))
-    return check_receipt_alone(receipt_of(site, 1, 2))
+    site.spent = site.genesis.cap
+    site.release(site.reserve("run-a", 2))
+    return check_receipt_alone(receipt_of(site, 3, 4))
 
 
 def _receipt_bytes(change: Callable[[bytes], bytes]) -> object:
@@ -424,7 +422,8 @@ def _receipt_bytes(change: Callable[[bytes], bytes]) -> object:
     return Receipt.from_bytes(changed)
 
 
-def _with(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+def with_bytes(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    """An edit of a file: the first `old` in it becomes `new`."""
     return lambda data: data.replace(old, new, 1)
 
 
@@ -433,12 +432,12 @@ def _without_entries(data: bytes) -> bytes:
 
 
 for _name, _reason, _change in (
-    ("a bare float", "float_number", _with(b'"clip_norm":"1"', b'"clip_norm":1.0')),
-    ("a bare whole number", "whole_number", _with(b'"round":"3"', b'"round":3')),
-    ("a bare NaN", "float_number", _with(b'"clip_norm":"1"', b'"clip_norm":NaN')),
-    ("a null", "literal", _with(b'"learning_rate":"0.1"', b'"learning_rate":null')),
-    ("a duplicate key", "duplicate_key", _with(b'"round":"3"', b'"round":"3","round":"4"')),
-    ("non-ASCII bytes", "non_ascii", _with(b"run-a", "rün".encode())),
+    ("a bare float", "float_number", with_bytes(b'"clip_norm":"1"', b'"clip_norm":1.0')),
+    ("a bare whole number", "whole_number", with_bytes(b'"round":"3"', b'"round":3')),
+    ("a bare NaN", "float_number", with_bytes(b'"clip_norm":"1"', b'"clip_norm":NaN')),
+    ("a null", "literal", with_bytes(b'"learning_rate":"0.1"', b'"learning_rate":null')),
+    ("a duplicate key", "duplicate_key", with_bytes(b'"round":"3"', b'"round":"3","round":"4"')),
+    ("non-ASCII bytes", "non_ascii", with_bytes(b"run-a", "rün".encode())),
     ("trailing bytes", "malformed_json", lambda data: data + b"{}"),
     ("trailing whitespace", "not_canonical", lambda data: data + b"\n"),
     ("cut short", "malformed_json", lambda data: data[: len(data) // 2]),
@@ -449,8 +448,8 @@ for _name, _reason, _change in (
         "malformed_entry",
         _without_entries,
     ),
-    ("another format", "unknown_format", _with(b"fedtide/receipt/1", b"fedtide/receipt/9")),
-    ("a field more", "malformed_entry", _with(b'"kind":"release"', b'"kind":"release","loss":"0.25"')),
+    ("another format", "unknown_format", with_bytes(b"fedtide/receipt/1", b"fedtide/receipt/9")),
+    ("a field more", "malformed_entry", with_bytes(b'"kind":"release"', b'"kind":"release","loss":"0.25"')),
 ):
     bad(f"receipt with {_name}", _reason)(partial(_receipt_bytes, _change))
 
@@ -481,131 +480,3 @@ def _() -> None:
     site = honest()
     forged = sign({**raw(site.entries)[3], "prev": "e" * 64}, STRANGER)
     EquivocationProof(site.entries[3], read([forged])[0]).verify(site.genesis.public_key)
-
-
-# --- certificates of a withdrawal
-
-
-def closed() -> Writer:
-    """The honest chain and its end: 12 another reservation, 13 burnt, 14 closed."""
-    site = honest()
-    site.add(Burnt(site.reserve("run-c", 1, day="2026-01-04").hash))
-    site.add(Close(site.spent, "2026-01-04"))
-    return site
-
-
-def certificate_of(site: Writer, first: int = 12) -> ClosingCertificate:
-    return ClosingCertificate(site.entries[0], tuple(site.entries[first:]))
-
-
-def read_certificate(data: bytes) -> Close:
-    """What a reader does with a certificate's file."""
-    return ClosingCertificate.from_bytes(data).verify()
-
-
-def _certificate(name: str, reason: str, *edit: Callable[[bytes], bytes]) -> None:
-    """A case: the file of an honest certificate with its bytes changed."""
-
-    def case() -> object:
-        data = certificate_of(closed()).to_bytes()
-        for each in edit:
-            before, data = data, each(data)
-            assert data != before
-        return read_certificate(data)
-
-    bad(f"certificate: {name}", reason)(case)
-
-
-def _without_words(data: bytes) -> bytes:
-    """As a site would sign it: only the signed part is of interest, so the words are made to fit."""
-    found = json.loads(data)
-    signed = ClosingCertificate(
-        read([found["signed"]["genesis"]])[0], tuple(read(list(found["signed"]["entries"])))
-    )
-    found["in_words"] = signed.in_words()
-    return json.dumps(found).encode()
-
-
-_certificate("words of a smaller share", "wrong_words", lambda data: re.sub(rb"\([0-9.]+%", b"(1.0%", data))
-_certificate("a sentence more", "wrong_words", _with(b'"in_words": [', b'"in_words": ["No user was here.", '))
-_certificate(
-    "the total edited, and its words", "bad_signature", lambda data: _without_words(_lower_total(data))
-)
-_certificate("another format", "unknown_format", _with(b"certificate/1", b"certificate/9"))
-_certificate(
-    "a count of users beside it", "malformed_entry", _with(b'"signed"', b'"users": "1042", "signed"')
-)
-_certificate("a number", "whole_number", _with(b'"seq": "14"', b'"seq": 14'))
-_certificate("cut short", "malformed_json", lambda data: data[: len(data) // 2])
-
-
-def _lower_total(data: bytes) -> bytes:
-    found = json.loads(data)
-    found["signed"]["entries"][-1]["body"]["spent"] = "1"
-    return json.dumps(found).encode()
-
-
-def _signed_certificate(name: str, reason: str, change: Callable[[Writer], object], first: int = 12) -> None:
-    """A case: a certificate that the site itself, with its key, made of another end."""
-
-    def case() -> object:
-        site = honest()
-        change(site)
-        return read_certificate(certificate_of(site, first).to_bytes())
-
-    bad(f"certificate: {name}", reason)(case)
-
-
-def _closed_at(site: Writer, off: int, *, reserve: bool = True, day: str = "2026-01-05") -> None:
-    if reserve:
-        site.add(Burnt(site.reserve("run-c", len(site.entries), day="2026-01-04").hash))
-    site.add(Close(site.spent + off, day))
-
-
-def _closed_open(site: Writer) -> None:
-    site.reserve("run-c", 1, day="2026-01-04")
-    site.add(Close(site.spent, "2026-01-04"))
-
-
-_signed_certificate("another total than its entries", "wrong_total", lambda site: _closed_at(site, -1))
-_signed_certificate("another total, whole ledger", "wrong_total", lambda site: _closed_at(site, -1), first=1)
-_signed_certificate("more than the cap", "over_cap", lambda site: _closed_at(site, 10**12, reserve=False))
-_signed_certificate("a reservation left open", "open_reservation", _closed_open)
-_signed_certificate("closed twice", "after_close", lambda site: (_closed_at(site, 0), _closed_at(site, 0)))
-_signed_certificate("clock backwards", "clock_backwards", lambda site: _closed_at(site, 0, day="2025-12-31"))
-
-
-@bad("certificate: without its end", "missing_close")
-def _() -> object:
-    whole = certificate_of(closed()).to_bytes()
-    found = json.loads(whole)
-    found["signed"]["entries"].pop()
-    return read_certificate(json.dumps(found).encode())
-
-
-@bad("certificate: an entry left out", "sequence_gap")
-def _() -> object:
-    site = closed()
-    site.entries.pop(13)
-    return read_certificate(certificate_of(site).to_bytes())
-
-
-@bad("certificate: of another site's genesis", "key_mismatch")
-def _() -> object:
-    return read_certificate(
-        ClosingCertificate(Writer(STRANGER).entries[0], certificate_of(closed()).entries).to_bytes()
-    )
-
-
-@bad("certificate: signed by a stranger", "bad_signature")
-def _() -> object:
-    site = closed()
-    forged = read([sign(raw(site.entries)[14], STRANGER)])[0]
-    return read_certificate(ClosingCertificate(site.entries[0], (*site.entries[12:14], forged)).to_bytes())
-
-
-@bad("certificate: of before there was a format, forged", "bad_signature")
-def _() -> object:
-    statements = raw(closed().entries)
-    statements[14]["body"]["spent"] = "1"
-    return read_certificate(json.dumps({"close": statements[14], "genesis": statements[0]}).encode())

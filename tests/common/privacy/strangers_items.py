@@ -19,6 +19,7 @@ from common.privacy.entries import Entry
 from common.privacy.equivocation import EquivocationProof
 from common.privacy.faults import ReceiptError
 from common.privacy.receipts import Receipt, Request
+from tests.common.privacy import bad_certificates
 from tests.common.privacy import bad_receipts as corpus
 
 ROOT = Path(__file__).parents[3]
@@ -111,7 +112,7 @@ def shown(seen: list[Item]):  # type: ignore[no-untyped-def]
                 "verify_chain",
                 lambda entries, anchored_heads=None, key_id=None: of_chain(entries, anchored_heads, key_id),
             ),
-            (corpus, "read_certificate", of_certificate),
+            (bad_certificates, "read_certificate", of_certificate),
             (
                 corpus,
                 "check_receipt",
@@ -134,7 +135,7 @@ def shown(seen: list[Item]):  # type: ignore[no-untyped-def]
 def of_corpus() -> dict[str, tuple[str, Item]]:
     """Each bad receipt of the corpus: its reason, and what a stranger is shown of it."""
     found = {}
-    for name, (reason, case) in corpus.CASES.items():
+    for name, (reason, case) in bad_certificates.CASES.items():
         seen: list[Item] = []
         with shown(seen), pytest.raises(ReceiptError):
             case()

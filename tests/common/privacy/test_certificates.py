@@ -10,7 +10,7 @@ from common.privacy.canonical import encode
 from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import Close
 from common.privacy.renyi import NANO, renyi_to_epsilon
-from tests.common.privacy.bad_receipts import certificate_of, closed
+from tests.common.privacy.bad_certificates import certificate_of, closed
 from tests.common.privacy.honest_chain import Writer, raw
 
 # Each bad certificate is in the corpus: see test_receipts.py.

@@ -23,6 +23,7 @@ from common.privacy.receipts import Receipt
 from common.privacy.renyi import cap_of, charge_of
 from tests.common.privacy import bad_receipts as corpus
 from tests.common.privacy import worked_example
+from tests.common.privacy.bad_certificates import certificate_of, closed
 from tests.common.privacy.honest_chain import SITE, STRANGER, Raw, Writer, raw, resigned, sign
 from tests.common.privacy.strangers_items import (
     KNOWN,
@@ -70,17 +71,17 @@ def page() -> str:
 def honest_items() -> dict[str, Item]:
     site, receipt = worked_example.ledger(), worked_example.receipt()
     good, update, request, held = corpus.good_receipt()
-    statements = raw(corpus.closed().entries)
+    statements = raw(closed().entries)
     old = encode({"close": statements[-1], "genesis": statements[0]})
     return {
         "ledger": of_chain(site.entries, {2: site.entries[2].hash}, site.entries[0].key_id),
-        "longer ledger": of_chain(corpus.closed().entries),
+        "longer ledger": of_chain(closed().entries),
         "receipt": of_receipt(receipt.to_bytes(), worked_example.UPDATE),
         "receipt in the middle": of_receipt(good.to_bytes(), update),
         "receipt against the chain": of_receipt(good.to_bytes(), update, request, held),
         "countersignature": {"kind": "countersignature", "data": text(site.countersigned(2).to_bytes())},
         "certificate": of_certificate(worked_example.certificate().to_bytes()),
-        "certificate of a whole ledger": of_certificate(corpus.certificate_of(corpus.closed(), 1).to_bytes()),
+        "certificate of a whole ledger": of_certificate(certificate_of(closed(), 1).to_bytes()),
         "certificate of earlier versions": of_certificate(old + b"\n"),
     }
 
@@ -348,7 +349,7 @@ def test_the_closing_entry_of_a_certificate_that_is_lower_than_its_last_charge_i
     site.add(Close(site.spent - 1, "2026-01-04"))
 
     def make(first: int) -> Item:
-        return of_certificate(corpus.certificate_of(site, first).to_bytes())
+        return of_certificate(certificate_of(site, first).to_bytes())
 
     told = judged(tmp_path, {"end": make(3), "whole": make(1), "close alone": make(6)})
     # whose last charge is not shown cannot be told: only who holds the chain can

@@ -24,19 +24,20 @@ from common.privacy.renyi import charge_at, charge_of, least_charge
 from common.privacy.rules import check_charge
 from tests.common.privacy import bad_receipts as corpus
 from tests.common.privacy import honest_chain as chains
+from tests.common.privacy.bad_certificates import CASES
 
 
-@pytest.mark.parametrize("name", corpus.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_each_bad_receipt_is_refused_for_its_own_reason(name: str) -> None:
-    reason, case = corpus.CASES[name]
+    reason, case = CASES[name]
     with pytest.raises(ReceiptError) as caught:
         case()
     assert caught.value.reason == reason
 
 
 def test_the_corpus_is_large_and_meets_every_fault() -> None:
-    assert len(corpus.CASES) >= 40
-    met = {reason for reason, _ in corpus.CASES.values()}
+    assert len(CASES) >= 40
+    met = {reason for reason, _ in CASES.values()}
     known: set[type[ReceiptError]] = {
         each
         for module in (faults, canonical)

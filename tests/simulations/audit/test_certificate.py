@@ -19,7 +19,7 @@ from common.privacy.equivocation import EquivocationProof
 from common.privacy.mechanisms import GaussianSum
 from server.registry import Registry
 from simulations.audit.cli import app
-from tests.common.privacy.bad_receipts import certificate_of, closed
+from tests.common.privacy.bad_certificates import certificate_of, closed
 from tests.common.privacy.honest_chain import Writer
 
 EVENT = GaussianSum(6.0)

@@ -18,6 +18,7 @@ from common.config import Plan
 from common.privacy.mechanisms import PoissonSubsampledGaussian
 from common.wire import state_from_bytes, state_to_bytes
 from server.registry import Registry
+from server.runs import RunError
 from simulations.audit.cli import app
 from simulations.audit.receipts import audit_receipts
 from tests.tiny import tiny_run
@@ -58,6 +59,14 @@ def test_an_honest_run_holds_and_every_accountant_is_shown(run: Path) -> None:
         assert figures["pld"] <= figures["rdp"]
         assert figures["rdp_google"] == pytest.approx(figures["rdp"], rel=0.05)
         assert site["share"] > 0.5
+
+
+def test_a_run_whose_plan_said_more_than_plans_do_now_is_left_to_its_own_version(run: Path) -> None:
+    plan = json.loads((run / "plan.json").read_text())
+    plan["model"]["frozen_precision"] = "float32"
+    (run / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(RunError, match="Audit the run with the version that made it"):
+        audit_receipts(run)
 
 
 def test_a_run_without_its_registry_is_told_and_another_place_is_taken(run: Path, tmp_path: Path) -> None:
