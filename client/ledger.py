@@ -13,42 +13,35 @@ import hashlib
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.high_water import HighWater, Mark
+from client.high_water import HighWater
 from client.ledger_errors import (
     BudgetRefusedError,
-    ForeignProcessError,
-    LedgerBehindError,
-    LedgerBusyError,
     LedgerDamagedError,
     LedgerExistsError,
     LedgerMissingError,
 )
-from client.ledger_reading import LedgerReader, Reservation
+from client.ledger_reading import Reservation
 from client.ledger_store import (
-    UNMARKED,
     connect,
     disk_error,
     initialise,
     is_disk_fault,
-    set_version,
-    version_of,
 )
+from client.ledger_writing import DATABASE, KEY, MARK, PUT_BACK, LedgerWriter
 from client.private_files import (
     FOLDER_MODE,
     Presence,
     check_private,
     create_key,
     load_key,
-    sync_file,
     sync_folder,
 )
 from common.privacy.anchors import Countersignature
@@ -56,7 +49,6 @@ from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import (
     NO_PREVIOUS,
     Anchor,
-    AnyBody,
     Burnt,
     Close,
     Entry,
@@ -82,11 +74,7 @@ from common.privacy.receipts import Receipt
 from common.privacy.renyi import NANO, RenyiFilter, best_order, cap_of, charge_at, least_charge
 from common.privacy.rules import check_content
 
-_DATABASE, _KEY, _PRESENCES, _MARK = "ledger.sqlite", "signing-key.pem", "presences", "high-water"
-_PUT_BACK = (
-    "nothing was spent: stop the site, put the newest whole copy of the ledger's folder back, and start it again "
-    "(docs/site.md)"
-)
+_PRESENCES = "presences"
 
 
 def utc_day() -> str:
@@ -94,25 +82,16 @@ def utc_day() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-class Ledger(LedgerReader):
-    """An open ledger. Several processes may each have the same one open; a thread or process shares none.
-
-    Attributes:
-        FILES: names of the database, the key and the high-water mark in a ledger's folder.
-    """
-
-    FILES: ClassVar[tuple[str, ...]] = (_DATABASE, _KEY, _MARK)
+class Ledger(LedgerWriter):
+    """An open ledger. Several processes may each have the same one open; a thread or process shares none."""
 
     def __init__(
         self, folder: Path, connection: sqlite3.Connection, key: Ed25519PrivateKey, today: Callable[[], str]
     ) -> None:
         """For `create` and `open` only."""
-        super().__init__(connection)
-        self._folder, self._key, self._today = folder, key, today
-        self._process = os.getpid()
+        super().__init__(folder, connection, key)
+        self._today = today
         self._presence: Presence | None = None
-        self._mark = HighWater(folder / _MARK, key)
-        self._appended = self._owed = False
 
     # --- making and opening
 
@@ -149,7 +128,7 @@ class Ledger(LedgerReader):
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}")
         partial.mkdir(mode=FOLDER_MODE)
         (partial / _PRESENCES).mkdir(mode=FOLDER_MODE)
-        key = create_key(partial / _KEY)
+        key = create_key(partial / KEY)
         genesis = Genesis(
             unit="user",
             adjacency="add_or_remove_one",
@@ -163,8 +142,8 @@ class Ledger(LedgerReader):
             day=today(),
         )
         first = Entry.sign(key, seq=0, prev=NO_PREVIOUS, body=genesis)
-        initialise(partial / _DATABASE, first)
-        HighWater(partial / _MARK, key).create(first)
+        initialise(partial / DATABASE, first)
+        HighWater(partial / MARK, key).create(first)
         try:
             partial.rename(folder)  # whole or not at all
         except OSError as error:
@@ -220,9 +199,9 @@ class Ledger(LedgerReader):
         for path in (folder, *(folder / name for name in cls.FILES)):
             if path.exists():
                 check_private(path)
-            elif path.name != _MARK:
+            elif path.name != MARK:
                 raise LedgerMissingError(f"there is no ledger in {folder}: `fedtide site init` makes one")
-        key, connection = load_key(folder / _KEY), connect(folder / _DATABASE)
+        key, connection = load_key(folder / KEY), connect(folder / DATABASE)
         try:
             ledger = cls(folder, connection, key, today)
             if ledger.public_key != public_key_of(key):
@@ -255,151 +234,7 @@ class Ledger(LedgerReader):
     ) -> None:
         self.disconnect()
 
-    # --- the high-water mark
-
-    def check_mark(self, *, surely: bool = False) -> None:
-        """Whether this ledger still holds all that it ever committed; the mark catches up with it where it does.
-
-        Args:
-            surely: something may leave hereafter: the mark is on the disk when this returns (`HighWater.follow`).
-
-        Raises:
-            LedgerBehindError: entries are missing, or others stand in their place.
-            MarkLostError: nobody can tell.
-            LedgerDiskError: the mark cannot be written.
-        """
-        try:
-            self._mark.follow(self._newest_since, surely=surely)
-        except OSError as error:
-            raise disk_error(self._folder) from error
-        if surely:
-            self._appended = self._owed = False
-
-    def _make_mark(self) -> None:
-        try:
-            self._sync_journal()
-            self._mark.create(self._head())
-        except OSError as error:
-            raise disk_error(self._folder) from error
-
-    def _newest_since(self, mark: Mark) -> Entry:
-        held = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (mark.seq,)).fetchone()
-        newest = self._head()
-        if held is None:
-            raise LedgerBehindError(
-                f"the ledger ends at entry {newest.seq}, but its high-water mark says that it held entry {mark.seq}: "
-                f"its journal was lost, or an old copy of its database was put back; {_PUT_BACK}"
-            )
-        if held[0] != mark.head:
-            raise LedgerBehindError(
-                f"the ledger holds another entry {mark.seq} than its high-water mark says: an old copy of its "
-                f"database was put back, and went on; {_PUT_BACK}"
-            )
-        if newest.seq > mark.seq and not self._appended:
-            self._sync_journal()
-        return newest
-
-    def _sync_journal(self) -> None:
-        """Others' commits are on the disk before the mark is: who was killed at a commit may not have synced it."""
-        with suppress(FileNotFoundError):  # SQLite holds no lock on it, so that closing it here drops none
-            sync_file(self._folder / f"{_DATABASE}-wal")
-
-    def _meet_mark(self) -> None:
-        """At opening. A ledger from before there were marks gets its own, once; from then on it must have one."""
-        if version_of(self._db) == UNMARKED:
-            with self._exclusive():
-                if version_of(self._db) == UNMARKED:
-                    if not self._mark.path.exists():  # else a crash came between the mark and the version
-                        self._make_mark()
-                    self.check_mark()
-                    set_version(self._db)
-            self._db.execute(
-                "PRAGMA wal_checkpoint(TRUNCATE)"
-            )  # a lost journal must not take the version back
-        self.check_mark()
-
-    def outbox(self, run: str, round: int, *, nonce: str | None = None) -> tuple[bytes, Receipt] | None:
-        """As `LedgerReader.outbox`; what it gives is under the high-water mark, whichever process committed it."""
-        found = super().outbox(run, round, nonce=nonce)
-        if found is not None:
-            if self._db.in_transaction:  # own entries may still be undone: the mark waits for the commit
-                self._owed = True
-            else:
-                self.check_mark(surely=True)
-        return found
-
-    # --- the only way in
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """What is written within is committed to disk together, at the end, and marked; where it raises, nothing of it.
-
-        Raises:
-            LedgerBusyError, LedgerDiskError, ForeignProcessError: at its beginning or its end.
-        """
-        with self._exclusive():
-            yield
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One writer at a time, over all processes; committed to disk at the end, or nothing at all.
-
-        The high-water mark follows the commit and not the other way round: a crash between the two leaves a ledger
-        ahead of its mark, of which nothing was told to anyone, and never one that is behind it.
-
-        Within another one it is a part of that, which is undone by itself where it raises.
-        """
-        if self._process != os.getpid():
-            raise ForeignProcessError("this ledger was opened before a fork: open it again in this process")
-        if self._db.in_transaction:
-            with self._part():
-                yield
-            return
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if is_disk_fault(error):
-                raise disk_error(self._folder) from error
-            raise LedgerBusyError("another process has held the ledger for a minute: end it") from error
-        try:
-            yield
-            self._db.commit()
-        except BaseException as error:  # whatever it was, nothing half done may stay
-            self._db.rollback()
-            self._appended = self._owed = False
-            if isinstance(error, sqlite3.Error) and is_disk_fault(error):
-                raise disk_error(self._folder) from error
-            raise
-        if self._appended or self._owed:
-            self.check_mark(surely=True)
-
-    @contextmanager
-    def _part(self) -> Iterator[None]:
-        before = self._appended
-        self._db.execute("SAVEPOINT part")
-        try:
-            yield
-        except BaseException as error:
-            if self._db.in_transaction:  # a full disk may have ended the whole of it
-                self._db.execute("ROLLBACK TO part")
-                self._db.execute("RELEASE part")
-            self._appended = before
-            if isinstance(error, sqlite3.Error) and is_disk_fault(error):
-                raise disk_error(self._folder) from error
-            raise
-        self._db.execute("RELEASE part")
-
-    def _append(self, body: AnyBody) -> Entry:
-        head = self._head()
-        if self._closed() and not isinstance(body, Anchor):
-            raise AfterCloseError("the site has withdrawn: nothing more may be reserved or released")
-        entry = Entry.sign(self._key, seq=head.seq + 1, prev=head.hash, body=body)
-        self._db.execute(
-            "INSERT INTO entries (seq, hash, kind, entry) VALUES (?, ?, ?, ?)",
-            (entry.seq, entry.hash, entry.kind, entry.to_bytes()),
-        )
-        self._appended = True
-        return entry
+    # --- what is written
 
     def reserve(
         self,
@@ -554,12 +389,12 @@ class Ledger(LedgerReader):
             if held is None:
                 raise TruncatedError(
                     f"the server countersigned entry {body.seq} of this ledger, but it ends at {self._head().seq}: it "
-                    f"was restored from an old backup, and lacks what was charged since; {_PUT_BACK}"
+                    f"was restored from an old backup, and lacks what was charged since; {PUT_BACK}"
                 )
             if held[0] != body.head:
                 raise ForkError(
                     f"the server countersigned another entry {body.seq} than this ledger holds: an old copy of it was "
-                    f"restored and went on; {_PUT_BACK}"
+                    f"restored and went on; {PUT_BACK}"
                 )
             kept = self._db.execute(
                 "SELECT entry FROM anchors WHERE server_key = ? AND seq = ?", (body.server_key, body.seq)
