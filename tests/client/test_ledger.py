@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import client.ledger
 import client.ledger_reading
-import client.ledger_writing
 from client.ledger import Ledger
 from client.ledger_errors import (
     BudgetRefusedError,
@@ -507,7 +506,7 @@ def test_a_thousand_nearly_free_questions_are_not_granted(ledger: Ledger) -> Non
 
 def test_without_the_least_charge_they_would_be(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the ledger as it was before. What it wrote still verifies, as it covers what was asked."""
-    for module in (client.ledger, client.ledger_reading, client.ledger_writing):
+    for module in (client.ledger, client.ledger_reading):
         monkeypatch.setattr(module, "charge_at", lambda event, order, cap: charge_of(event, order))
     monkeypatch.setattr("tests.client.test_ledger.least_charge", lambda cap: 1)
     assert asked(ledger, 1100) == 1100
