@@ -121,6 +121,11 @@ class Deployment:
         return self.folder / "tls" / "ca.key"
 
     @property
+    def next_authority_key(self) -> Path:
+        """Of a new authority, until the server's certificate is under it."""
+        return self.folder / "tls" / "next-ca.key"
+
+    @property
     def certificate(self) -> Path:
         return self.folder / "tls" / "server.crt"
 
@@ -214,7 +219,9 @@ class Deployment:
 
     def check_private(self) -> None:
         """Raises `DeploymentError` if anyone but the owner has a right on the keys, or one is missing."""
-        for path in (self.folder, self.authority_key, self.key, self.secret):
+        for path in (self.folder, self.authority_key, self.next_authority_key, self.key, self.secret):
+            if path == self.next_authority_key and not path.exists():
+                continue
             try:
                 mode = stat.S_IMODE(path.stat().st_mode)
             except OSError as error:
