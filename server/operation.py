@@ -64,7 +64,6 @@ def operate(server: Deployment, *, on_ready: Callable[[], None] = lambda: None) 
         if not mine:
             raise DeploymentError(f"{server.folder} is up already: `fedtide server status` shows it")
         check_startable(server)
-        server.write_connection()
         end = threading.Event()
         before = {each: signal.signal(each, lambda *_: end.set()) for each in (signal.SIGINT, signal.SIGTERM)}
         try:

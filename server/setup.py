@@ -61,7 +61,6 @@ def _fill(made: Deployment, final: Deployment) -> None:
     _write(made.key, key, 0o600)
     # Flower reads the file as raw bytes: no line end.
     _write(made.secret, secrets.token_hex(_SECRET_BYTES).encode(), 0o600)
-    made.write_connection(final.folder)
     Registry(made.registry)
     for name, text in unit_files(final, str(Path(sys.executable).parent / "fedtide")).items():
         _write(made.units / name, text.encode(), 0o644)

@@ -11,7 +11,6 @@ import ssl
 import stat
 import subprocess
 import threading
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,11 +52,6 @@ def test_everything_secret_is_the_owners_alone(kept: Deployment) -> None:
         mode = stat.S_IMODE(path.stat().st_mode)
         if path.is_dir() or path.suffix not in (".crt", ".service", ".yaml"):
             assert not mode & 0o077, path
-    config = tomllib.loads((kept.flower_home / "config.toml").read_text())
-    assert config["superlink"]["fedtide"] == {
-        "address": "127.0.0.1:9093",
-        "root-certificates": str(kept.authority),
-    }
     assert len(kept.secret.read_bytes()) >= 32
     assert not kept.secret.read_bytes().endswith(b"\n")
 
