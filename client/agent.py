@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from client.authority import authority_warning
 from client.bundle_guard import allowed_bundles, write_commands
 from client.connection import Connection, own_network
 from client.private_files import FOLDER_MODE, check_private, write_private
@@ -179,6 +180,8 @@ class Agent:
     def _run(self, end: threading.Event, said: _Said, on_connected: Callable[[], None]) -> None:
         _log.info("site %s: bundles allowed here: %s", self.site.name, ", ".join(self.bundles))
         _log.info("metrics for Prometheus: http://127.0.0.1:%d/metrics", self.metrics_port)
+        if warning := authority_warning(self.folder):
+            _log.warning("%s", warning)
         worker, starter, flower = self._worker(), self._starter(), self._flower()
         link = _Link(flower[0], self.connection.address, on_connected, self._asked)
         try:

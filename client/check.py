@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from common.events.cleaning import Progress
 
 _CLOCK_AHEAD, _CLOCK_BEHIND = 5, 300
-_SOON = timedelta(days=30)
 _LEAST_DISK, _LEAST_MEMORY = 10**9, 2 * 10**9
 _STEPS = 2
 
@@ -56,6 +55,7 @@ def check_site(folder: Path, progress: Progress | None = None) -> Iterator[Findi
     Args:
         progress: told how far large histories are compared with the ledger's word.
     """
+    from client.authority import authority_end, authority_warning
     from client.connection import Connection
     from client.site import Site
 
@@ -74,8 +74,17 @@ def check_site(folder: Path, progress: Progress | None = None) -> Iterator[Findi
         return f"private; server {connections[0].address}"
 
     yield _tested("policy", load)
+
+    def authority() -> str:
+        end, warning = authority_end(connections[0].authority), authority_warning(folder)
+        if warning:
+            said, _, way_out = warning.partition(": ")
+            raise _NotInOrderError(said, way_out)
+        return f"ca.crt is valid until {end:%Y-%m-%d}"
+
     yield _tested("keys", keys)
     if connections:
+        yield _tested("authority", authority)
         yield from _server(connections[0])
     if sites:
         yield from _data(sites[0], progress)
@@ -109,6 +118,7 @@ def _private_files(folder: Path) -> None:
 
 
 def _server(connection: Connection) -> Iterator[Finding]:
+    from client.authority import SOON
     from client.probe import Heard, certificate, clock_ahead, fleet, reach
 
     reached = _tested("server reached", lambda: f"{connection.address} is {reach(connection)}")
@@ -122,7 +132,7 @@ def _server(connection: Connection) -> Iterator[Finding]:
     def verified() -> str:
         until = certificate(connection)
         said = f"verifies against ca.crt; valid until {until:%Y-%m-%d}"
-        if until - datetime.now(UTC) < _SOON:
+        if until - datetime.now(UTC) < SOON:
             raise _NotInOrderError(said, "the server's owner runs `fedtide server renew` soon")
         return said
 

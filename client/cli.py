@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from client.upkeep_cli import app as upkeep
+
 if TYPE_CHECKING:
     from common.privacy.mechanisms import Event
 
@@ -23,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(upkeep)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -252,6 +255,7 @@ def status(
     plot: Annotated[Path | None, typer.Option(help="Draw the burn-down as a PNG, too.")] = None,
 ) -> None:
     """Say how much of the budget is spent, and draw how it burnt down."""
+    from client.authority import authority_warning
     from client.burn_down import draw, facts, show
     from client.ledger import Ledger
     from client.site import Site
@@ -259,12 +263,15 @@ def status(
     site = Site.load(folder)
     with Ledger.open(site.ledger_folder) as ledger:
         found = ledger.status()
+    warning = authority_warning(folder)
     if plot is not None:
         draw(found, site.name, plot)
     if as_json:
-        print(json.dumps(facts(site.name, found), indent=2))
+        print(json.dumps(facts(site.name, found) | {"warnings": [warning] if warning else []}, indent=2))
     else:
         show(site.name, found)
+        if warning:
+            print(f"Warning: {warning}.")
         if plot is not None:
             print(f"The burn-down is drawn in {plot}")
 
@@ -435,29 +442,6 @@ def report(
     for name, said in sentences(found).items():
         print(f"{name.capitalize()}: {said}")
     print(f"The page is in {file}")
-
-
-@app.command("renew-mark")
-def renew_mark(
-    folder: Folder,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
-    """State that a ledger which lost its high-water mark is the newest copy, and make it a new mark.
-
-    Only its administrator can know. If it is an older copy, what was spent since is given back, and the promise is
-    void; a server that countersigned the newer ledger refuses it.
-    """
-    from client.ledger import Ledger
-    from client.site import Site
-    from common.cli import UserError
-
-    site = Site.load(folder)
-    if not yes and not typer.confirm(
-        f"Is the ledger of site {site.name} certainly the newest copy there is? If not, its promise to users is void"
-    ):
-        raise UserError("nothing was done: put the newest whole copy of the ledger's folder back instead")
-    newest = Ledger.renew_mark(site.ledger_folder)
-    print(f"Site {site.name}: the ledger verifies, and is marked at entry {newest.seq}.")
 
 
 @app.command()

@@ -16,6 +16,9 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 
+from cryptography import x509
+
+from client.authority import dated_fault
 from client.connection import Connection
 
 PATIENCE = 10.0
@@ -56,16 +59,15 @@ def reach(connection: Connection) -> str:
         ) from error
 
 
-_CERTIFICATE_FAULTS = {
-    9: "is not valid yet: check this machine's clock, and the server's when it made the certificate",
-    10: "has expired: the server's owner runs `fedtide server renew`",
-    18: "does not come from ca.crt: ask for the server's tls/ca.crt of today",
-    19: "does not come from ca.crt: ask for the server's tls/ca.crt of today",
-    20: "does not come from ca.crt: ask for the server's tls/ca.crt of today",
+_DATED = (9, 10)
+_CERTIFICATE_FAULTS = dict.fromkeys(
+    (18, 19, 20),
+    "does not come from ca.crt: ask the server's owner for the ca.crt of today, and whether the authority is a new one",
+) | {
     62: "is for another name: use the name that it was made for in --server",
     64: "is for another address: use the one that it was made for in --server",
 }
-"""OpenSSL's codes of what may be wrong with a certificate."""
+"""OpenSSL's codes of what may be wrong with a certificate; of a date it does not say whose it is."""
 
 
 def certificate(connection: Connection) -> datetime:
@@ -75,21 +77,38 @@ def certificate(connection: Connection) -> datetime:
         ProbeError: it does not.
     """
     context = ssl.create_default_context(cafile=str(connection.authority))
-    context.set_alpn_protocols(["h2"])
     try:
-        with (
-            socket.create_connection((connection.host, connection.port), timeout=PATIENCE) as opened,
-            context.wrap_socket(opened, server_hostname=connection.host) as wrapped,
-        ):
-            shown = wrapped.getpeercert() or {}
+        shown = _shown(connection, context)
     except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _DATED:
+            raise ProbeError(_dated(connection)) from error
         fault = _CERTIFICATE_FAULTS.get(error.verify_code, f"does not verify: {error.verify_message}")
         raise ProbeError(f"the server's certificate {fault}") from error
     except (OSError, ssl.SSLError) as error:
         raise ProbeError(
             f"{connection.address} speaks no TLS ({type(error).__name__}): is it the Fleet port of the server?"
         ) from error
-    return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(shown["notAfter"])), UTC)
+    return x509.load_der_x509_certificate(shown).not_valid_after_utc
+
+
+def _shown(connection: Connection, context: ssl.SSLContext) -> bytes:
+    """The certificate that the server shows, DER."""
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((connection.host, connection.port), timeout=PATIENCE) as opened,
+        context.wrap_socket(opened, server_hostname=connection.host) as wrapped,
+    ):
+        return wrapped.getpeercert(binary_form=True) or b""
+
+
+def _dated(connection: Connection) -> str:
+    """Which certificate's date does not hold. What is shown is looked at unverified: it says no more than this."""
+    unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    try:
+        return dated_fault(_shown(connection, unverified), connection.authority, datetime.now(UTC))
+    except (OSError, ValueError):
+        return "the server's certificate, or the authority in ca.crt, has expired or is not valid yet: check the clocks"
 
 
 def fleet(connection: Connection) -> Callable[[timedelta], Heard]:

@@ -93,12 +93,17 @@ __all__ = ["CODE", "app"]
     }
 
 
-def bundle_hash() -> str:
-    """sha256, hex, of the bundle of the installed version, as Flower builds it."""
+def bundle_data() -> bytes:
+    """The bundle of the installed version, as Flower builds it."""
     from flwr.cli.build import build_fab_from_files
 
     data, _ = build_fab_from_files(bundle_files())
-    return hashlib.sha256(data).hexdigest()
+    return bytes(data)
+
+
+def bundle_hash() -> str:
+    """sha256, hex, of `bundle_data`."""
+    return hashlib.sha256(bundle_data()).hexdigest()
 
 
 def build_bundle(folder: Path) -> Bundle:

@@ -1,33 +1,45 @@
-"""A certificate authority of the server's own, and the certificate that sites check it by."""
+"""A certificate authority of the server's own, and the certificate that sites check it by: made, checked, watched.
+
+tls/ca.crt holds the authorities that sites trust: one, or two while sites are given a new one (`renewal.py`).
+"""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
+import logging
 import ssl
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from server.deployment import DeploymentError
+from server.deployment import Deployment, DeploymentError
+
+_log = logging.getLogger("fedtide.server")
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 825
-_WARN_DAYS = 30
+SOON = datetime.timedelta(days=30)
+"""An end that is nearer is warned of."""
+_DAY_SECONDS = 86_400.0
 
-_RENEW = "`fedtide server renew DIR` makes a new one, under the authority that sites know"
 
-
-def new_authority() -> tuple[bytes, bytes]:
+def new_authority(*, days: int = AUTHORITY_DAYS) -> tuple[bytes, bytes]:
     """A new authority's certificate and key, PEM."""
     key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Fedtide server authority")])
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    # A name of its own: sites hold two authorities for a while, and look an issuer up by its name.
+    called = f"Fedtide server authority {identifier.digest.hex()[:8]}"
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, called)])
     usage = _usage(key_cert_sign=True, crl_sign=True)
     certificate = (
-        _begun(name, name, key, AUTHORITY_DAYS)
+        _begun(name, name, key, _in_days(days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(identifier, critical=False)
@@ -37,12 +49,13 @@ def new_authority() -> tuple[bytes, bytes]:
 
 
 def new_server_certificate(
-    authority: bytes, authority_key: bytes, host: str, *, days: int = SERVER_DAYS
+    authority: bytes, authority_key: bytes, host: str, *, days: int = SERVER_DAYS, names: Iterable[str] = ()
 ) -> tuple[bytes, bytes]:
     """A server's certificate and key, PEM, signed by an authority; for the host, and for this machine itself.
 
     Args:
-        days: how long it is valid; negative for one that has expired.
+        days: how long it is valid, but never longer than its authority; negative for one that has expired.
+        names: other names and addresses that it is for.
     """
     issuer = x509.load_pem_x509_certificate(authority)
     issuer_key = serialization.load_pem_private_key(authority_key, password=None)
@@ -50,11 +63,11 @@ def new_server_certificate(
         raise DeploymentError("the authority's key is none of ours: restore tls/ca.key from a backup")
     key = ec.generate_private_key(ec.SECP256R1())
     # SuperExec, on this machine, checks the same certificate.
-    names = {host: _general_name(host), "localhost": x509.DNSName("localhost")}
-    names["127.0.0.1"] = _general_name("127.0.0.1")
+    wanted = dict.fromkeys([host, "localhost", "127.0.0.1", *names])
+    end = min(_in_days(days), issuer.not_valid_after_utc)
     certificate = (
-        _begun(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])]), issuer.subject, key, days)
-        .add_extension(x509.SubjectAlternativeName(names.values()), critical=False)
+        _begun(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])]), issuer.subject, key, end)
+        .add_extension(x509.SubjectAlternativeName(map(_general_name, wanted)), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -67,7 +80,53 @@ def new_server_certificate(
     return certificate.public_bytes(serialization.Encoding.PEM), _private(key)
 
 
-def check_certificates(authority: Path, certificate: Path, key: Path, host: str) -> list[str]:
+def authorities(path: Path) -> list[x509.Certificate]:
+    """The certificates in tls/ca.crt.
+
+    Raises:
+        DeploymentError: it holds none that can be read.
+    """
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DeploymentError(
+            f"{path} holds no certificate that can be read: restore it from a backup"
+        ) from error
+
+
+def loaded(path: Path) -> x509.Certificate:
+    """The first certificate of a file.
+
+    Raises:
+        DeploymentError: it holds none that can be read.
+    """
+    return authorities(path)[0]
+
+
+def issuer_among(certificate: x509.Certificate, known: Sequence[x509.Certificate]) -> x509.Certificate | None:
+    """The authority that signed a certificate, if it is known."""
+    for each in known:
+        try:
+            certificate.verify_directly_issued_by(each)
+        except (ValueError, TypeError, InvalidSignature):
+            continue
+        return each
+    return None
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses that a certificate is for."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    addresses = [str(each) for each in names.get_values_for_type(x509.IPAddress)]
+    return [*names.get_values_for_type(x509.DNSName), *addresses]
+
+
+def is_valid_now(certificate: x509.Certificate) -> bool:
+    """Whether today is between a certificate's dates."""
+    return certificate.not_valid_before_utc <= _now() <= certificate.not_valid_after_utc
+
+
+def check_certificates(server: Deployment) -> list[str]:
     """Checks what the server will show: dates, authority, names, key.
 
     Returns:
@@ -76,42 +135,126 @@ def check_certificates(authority: Path, certificate: Path, key: Path, host: str)
     Raises:
         DeploymentError: something is wrong; the message says what, and the way out.
     """
-    now = datetime.datetime.now(datetime.UTC)
-    issuer, own = _loaded(authority), _loaded(certificate)
-    for path, each in ((authority, issuer), (certificate, own)):
-        if not each.not_valid_before_utc <= now <= each.not_valid_after_utc:
-            raise DeploymentError(
-                f"{path} is valid from {each.not_valid_before_utc:%Y-%m-%d} to "
-                f"{each.not_valid_after_utc:%Y-%m-%d}, and today is {now:%Y-%m-%d}: check the clock; {_RENEW}"
-            )
+    renew = _renews(server)
+    known, own = authorities(server.authority), loaded(server.certificate)
+    issuer = issuer_among(own, known)
+    if issuer is None:
+        raise DeploymentError(f"{server.certificate} was not signed by {server.authority.name}: {renew}")
+    if not is_valid_now(issuer):
+        raise DeploymentError(
+            f"the authority in {server.authority} that signed the server's certificate {_dates(issuer)}: check the "
+            f"clock; {_another_authority(server, known, issuer)}"
+        )
+    if not is_valid_now(own):
+        raise DeploymentError(f"{server.certificate} {_dates(own)}: check the clock; {renew}")
+    for wanted in (server.host, "127.0.0.1"):
+        if _general_name(wanted) not in map(_general_name, names_of(own)):
+            raise DeploymentError(f"{server.certificate} is not for {wanted}, the server's host: {renew}")
     try:
-        own.verify_directly_issued_by(issuer)
-    except Exception as error:  # cryptography's own faults are of several kinds
-        raise DeploymentError(f"{certificate} was not signed by {authority.name}: {_RENEW}") from error
-    names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    for wanted in (host, "127.0.0.1"):
-        if _general_name(wanted) not in names:
-            raise DeploymentError(f"{certificate} is not for {wanted}, the server's host: {_RENEW}")
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(server.certificate, server.key)
     except (ssl.SSLError, OSError) as error:
-        raise DeploymentError(f"{key} is not the key of {certificate.name}: {_RENEW}") from error
-    left = (own.not_valid_after_utc - now).days
-    return [f"the server's certificate expires in {left} days: {_RENEW}"] if left < _WARN_DAYS else []
+        raise DeploymentError(f"{server.key} is not the key of {server.certificate.name}: {renew}") from error
+    return _near(server, known, issuer, own)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Until when a server's certificates are valid.
+
+    Attributes:
+        server: its own; None where it cannot be read.
+        authority: of the one that signed it; None where that is not known.
+        warnings: what is wrong with them, or ends soon, with the way out.
+    """
+
+    server: datetime.datetime | None
+    authority: datetime.datetime | None
+    warnings: list[str]
+
+
+def certificate_ends(server: Deployment) -> Ends:
+    """What there is to say of a server's certificates; raises nothing."""
+    end = authority_end = None
+    try:
+        known, own = authorities(server.authority), loaded(server.certificate)
+        end, issuer = own.not_valid_after_utc, issuer_among(own, known)
+        authority_end = None if issuer is None else issuer.not_valid_after_utc
+        return Ends(end, authority_end, check_certificates(server))
+    except DeploymentError as error:
+        return Ends(end, authority_end, [str(error)])
+
+
+class CertificateWatch:
+    """Says in the log, once a day, what is wrong with the certificates or ends soon."""
+
+    def __init__(self, server: Deployment, clock: Callable[[], float] = time.monotonic) -> None:
+        """The first time a day from now; `clock` in seconds."""
+        self._server, self._clock = server, clock
+        self._next = clock() + _DAY_SECONDS
+
+    def look(self) -> None:
+        """To be called often."""
+        if self._clock() >= self._next:
+            self._next = self._clock() + _DAY_SECONDS
+            for warning in certificate_ends(self._server).warnings:
+                _log.warning("%s", warning)
+
+
+def _near(
+    server: Deployment, known: Sequence[x509.Certificate], issuer: x509.Certificate, own: x509.Certificate
+) -> list[str]:
+    """What ends soon; a new certificate does not help where it is the authority that ends."""
+    end = issuer.not_valid_after_utc
+    if end - _now() < SOON:
+        return [
+            f"the authority in {server.authority} ends {_left(end)}, and no site is let in after that: "
+            f"{_another_authority(server, known, issuer)}"
+        ]
+    end = own.not_valid_after_utc
+    return [f"the server's certificate ends {_left(end)}: {_renews(server)}"] if end - _now() < SOON else []
+
+
+def _renews(server: Deployment) -> str:
+    return f"`fedtide server renew {server.folder}` makes a new one, under the authority that sites know"
+
+
+def _another_authority(
+    server: Deployment, known: Sequence[x509.Certificate], issuer: x509.Certificate
+) -> str:
+    if any(is_valid_now(each) and each.not_valid_after_utc > issuer.not_valid_after_utc for each in known):
+        return (
+            f"the new one is made: give every site the new {server.authority.name}, then "
+            f"`fedtide server renew {server.folder} --switch`"
+        )
+    return f"`fedtide server renew {server.folder} --authority` makes a new one, for every site to be given"
+
+
+def _dates(certificate: x509.Certificate) -> str:
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    word = "expired: it was" if ends < _now() else "is"
+    return f"{word} valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, and today is {_now():%Y-%m-%d}"
+
+
+def _left(end: datetime.datetime) -> str:
+    return f"on {end:%Y-%m-%d}, in {(end - _now()).days} days"
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _in_days(days: int) -> datetime.datetime:
+    return _now() + datetime.timedelta(days=days)
 
 
 def fingerprint(certificate: bytes) -> str:
-    """SHA-256 over a certificate, in pairs, as `openssl x509 -fingerprint -sha256` shows it."""
-    return x509.load_pem_x509_certificate(certificate).fingerprint(hashes.SHA256()).hex(":").upper()
+    """SHA-256 over the first certificate of a PEM file, in pairs, as `openssl x509 -fingerprint -sha256` shows it."""
+    return fingerprint_of(x509.load_pem_x509_certificate(certificate))
 
 
-def _loaded(path: Path) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DeploymentError(
-            f"{path} holds no certificate that can be read: restore it from a backup"
-        ) from error
+def fingerprint_of(certificate: x509.Certificate) -> str:
+    """The same of a certificate."""
+    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
 
 
 def _general_name(host: str) -> x509.GeneralName:
@@ -122,11 +265,10 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _begun(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, end: datetime.datetime
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    # An hour back, as clocks of sites differ.
-    begins = now - datetime.timedelta(hours=1) + datetime.timedelta(days=min(days - 1, 0))
+    # An hour back, as clocks of sites differ; one that has expired was valid for a day.
+    begins = min(_now() - datetime.timedelta(hours=1), end - datetime.timedelta(days=1))
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -134,7 +276,7 @@ def _begun(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(begins)
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(end)
     )
 
 

@@ -85,13 +85,71 @@ def up(
 
 
 @app.command()
-def renew(folder: Folder) -> None:
-    """Make a new certificate for the server under the same authority; sites need nothing new."""
-    from server.setup import renew_certificate
+def renew(
+    folder: Folder,
+    host: Annotated[
+        str | None,
+        typer.Option(help="The name or address that sites reach this machine by from now on."),
+    ] = None,
+    authority: Annotated[
+        bool, typer.Option("--authority", help="Make a new authority, for sites to hold beside the old one.")
+    ] = False,
+    switch: Annotated[
+        bool, typer.Option("--switch", help="Sign under the new authority: once every site has it.")
+    ] = False,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Take the old authority out of ca.crt: once the new one is in use.")
+    ] = False,
+) -> None:
+    """Make a new certificate for the server under the same authority; sites need nothing new.
 
+    With --authority, --switch and --drop, one after the other, the authority itself is replaced, and no site is cut
+    off.
+    """
+    from common.cli import UserError
+    from server.renewal import begin_authority, drop_authority, renew_certificate, switch_authority
+
+    if sum((host is not None, authority, switch, drop)) > 1:
+        raise UserError("--host, --authority, --switch and --drop are steps of their own: give one of them")
     server = _load(folder)
-    renew_certificate(server)
-    print(f"{server.certificate} is new; restart `fedtide server up` to use it.")
+    if authority and not begin_authority(server):
+        _say_authority(server)
+        print(
+            "The server goes on under the old one. Give every site the new tls/ca.crt; then "
+            f"`fedtide server renew {server.folder} --switch`."
+        )
+        return
+    if drop:
+        print(f"{server.authority} holds the authority in use, and {drop_authority(server)} less.")
+        return
+    if authority:
+        _say_authority(server)
+        print("The old one has expired, so every site needs the new tls/ca.crt before it can connect.")
+    elif switch:
+        switch_authority(server)
+        print("A site that does not have the new tls/ca.crt is cut off until it has.")
+    else:
+        server = renew_certificate(server, host)
+    _say_certificate(server)
+
+
+def _say_authority(server: Deployment) -> None:
+    from server.certificates import authorities, fingerprint_of
+
+    new = authorities(server.authority)[-1]
+    print(f"Authority, SHA-256: {fingerprint_of(new)}, until {new.not_valid_after_utc:%Y-%m-%d}")
+
+
+def _say_certificate(server: Deployment) -> None:
+    from server.certificates import certificate_ends, loaded, names_of
+
+    certificate, found = loaded(server.certificate), certificate_ends(server)
+    print(
+        f"{server.certificate} is new, until {certificate.not_valid_after_utc:%Y-%m-%d}, for "
+        f"{', '.join(names_of(certificate))}; restart `fedtide server up` to use it."
+    )
+    for warning in found.warnings:
+        print(f"Note: {warning}.")
 
 
 @app.command()

@@ -6,12 +6,10 @@ The folder is made by `setup.py`, run by `operation.py`, and read by whoever ask
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import socket
 import stat
-import subprocess
 import sys
 import time
 import tomllib
@@ -19,13 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-CONNECTION = "fedtide"
-"""The name under which Flower's own commands find the server: in flwr/config.toml."""
-
-_UNAVAILABLE = "Connection to the SuperLink is unavailable"
-"""Flower's words where SuperLink is down, or is being started again."""
 
 FLEET_PORT, CONTROL_PORT, METRICS_PORT = 9092, 9093, 9464
 
@@ -121,6 +112,11 @@ class Deployment:
         return self.folder / "tls" / "ca.key"
 
     @property
+    def next_authority_key(self) -> Path:
+        """Of a new authority, until the server's certificate is under it."""
+        return self.folder / "tls" / "next-ca.key"
+
+    @property
     def certificate(self) -> Path:
         return self.folder / "tls" / "server.crt"
 
@@ -196,25 +192,11 @@ class Deployment:
             "--superexec-auth-secret-file", str(self.secret),
         ]  # fmt: skip
 
-    def write_connection(self, final: Path | None = None) -> None:
-        """Tells Flower's own commands where this server is.
-
-        Args:
-            final: the folder's later name, where it is to be renamed.
-        """
-        authority = (final or self.folder) / self.authority.relative_to(self.folder)
-        text = (
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.control}"\n'
-            f'root-certificates = "{authority}"\n'
-        )
-        aside = self.flower_home / f".config.{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
-        aside.chmod(0o600)
-        aside.replace(self.flower_home / "config.toml")
-
     def check_private(self) -> None:
         """Raises `DeploymentError` if anyone but the owner has a right on the keys, or one is missing."""
-        for path in (self.folder, self.authority_key, self.key, self.secret):
+        for path in (self.folder, self.authority_key, self.next_authority_key, self.key, self.secret):
+            if path == self.next_authority_key and not path.exists():
+                continue
             try:
                 mode = stat.S_IMODE(path.stat().st_mode)
             except OSError as error:
@@ -226,42 +208,6 @@ class Deployment:
                 raise DeploymentError(
                     f"{path} has mode {mode:o}, so that others may use it: run `chmod {wanted} {path}`"
                 )
-
-    def flower(self, *arguments: str, options: tuple[str, ...] = (), timeout: float = 60) -> dict[str, Any]:
-        """Runs one of Flower's own commands against this server, and gives its JSON.
-
-        Args:
-            arguments, options: what stands before the connection's name, and after it.
-
-        Raises:
-            NotRunningError: the server does not answer.
-            DeploymentError: Flower says no; with its words.
-        """
-        program = str(Path(sys.executable).parent / "flwr")
-        try:
-            done = subprocess.run(
-                [program, *arguments, CONNECTION, *options, "--format", "json"],
-                cwd=self.folder, env=self.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                check=False, timeout=timeout, start_new_session=True,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise NotRunningError(
-                f"the server on {self.control} did not answer within {timeout:g} s: see {self.logs}"
-            ) from error
-        said = _json_in(done.stdout)
-        if said is not None and said.get("success"):
-            return said
-        reason = str((said or {}).get("error-message") or done.stderr or done.stdout).strip()
-        if not self.running():
-            raise NotRunningError(
-                f"the server is not running: start it with `fedtide server up {self.folder}`"
-            )
-        if _UNAVAILABLE in " ".join(reason.split()) or not self.answers():
-            raise NotRunningError(
-                f"the server is up, but does not answer on {self.control}: `fedtide server up` starts it again where "
-                f"it died, so wait a minute; then see {self.logs}"
-            )
-        raise DeploymentError(f"Flower refused `flwr {' '.join(arguments[:2])}`: {reason}")
 
     def running(self) -> bool:
         """Whether a `fedtide server up` holds this folder."""
@@ -305,18 +251,6 @@ def _lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _json_in(text: str) -> dict[str, Any] | None:
-    """The JSON object in what a command printed, which may stand between other lines."""
-    for start in (place for place, sign in enumerate(text) if sign == "{"):
-        try:
-            found, _ = json.JSONDecoder().raw_decode(text[start:])
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            return found
-    return None
 
 
 def _is_address(text: str) -> bool:

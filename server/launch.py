@@ -6,16 +6,16 @@ The truth is in the run's folder (its ending and its rounds) and in Flower's lis
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.bundle import APP_NAME, REGISTRY_DIR, RUN_DIR, build_bundle
+from common.bundle import REGISTRY_DIR, RUN_DIR, bundle_data
 from common.config import Plan, read_plan
 from server.aggregation import check_aggregation
+from server.control import control
 from server.deployment import Deployment, NotRunningError, open_locked
 from server.nodes import FlowerRun, flower_runs
 from server.privacy_record import privacy_record
@@ -166,11 +166,9 @@ def _submit(server: Deployment, run: RunFolder) -> tuple[int, bool]:
     if active is not None and active.active:
         return active.run_id, False
     run.ending_file.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fedtide-") as aside:
-        bundle = build_bundle(Path(aside) / APP_NAME)
-        config = f'{RUN_DIR}="{run.path}" {REGISTRY_DIR}="{server.registry}"'
-        said = server.flower("run", str(bundle.path), options=("--run-config", config))
-    return int(said["run-id"]), True
+    with control(server) as asked:
+        config = {RUN_DIR: str(run.path), REGISTRY_DIR: str(server.registry)}
+        return asked.start(bundle_data(), config), True
 
 
 def stop(server: Deployment, run: RunFolder) -> bool:
@@ -178,7 +176,8 @@ def stop(server: Deployment, run: RunFolder) -> bool:
     active = flower_run(server, run)
     if active is None or not active.active:
         return False
-    server.flower("stop", str(active.run_id))
+    with control(server) as asked:
+        asked.stop(active.run_id)
     return True
 
 
@@ -212,7 +211,8 @@ def follow(server: Deployment, run: RunFolder, flower_id: int, watcher: Watcher)
 
 def _flower_says(server: Deployment, flower_id: int) -> tuple[str, str]:
     try:
-        (found,) = server.flower("ls", options=("--run-id", str(flower_id)))["runs"]
+        with control(server) as asked:
+            return asked.run_says(flower_id)
     except NotRunningError as error:
         if server.running():  # SuperLink is being restarted
             return "unknown", ""
@@ -220,7 +220,6 @@ def _flower_says(server: Deployment, flower_id: int) -> tuple[str, str]:
             f"the server went down; start it with `fedtide server up {server.folder}`, and run the same command again: "
             "the run goes on where it stopped"
         ) from error
-    return str(found["status"]), str(found["status-details"])
 
 
 def conclude(server: Deployment, run: RunFolder, flower: str) -> RunFolder:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIServer
@@ -65,6 +66,18 @@ class ServerCollector(Collector):
         yield _labelled(
             "fedtide_refusals", "Answers left out.", "reason", [run.refusals for run in found.runs]
         )
+        ends = GaugeMetricFamily(
+            "fedtide_certificate_end_seconds",
+            "Until when the server's certificate and its authority are valid, Unix time.",
+            labels=["certificate"],
+        )
+        for name, moment in (
+            ("server", found.certificates.server),
+            ("authority", found.certificates.authority),
+        ):
+            if moment is not None:
+                ends.add_metric([name], datetime.fromisoformat(moment).timestamp())
+        yield ends
         moved = CounterMetricFamily("fedtide_bytes", "Bytes to and from sites.", labels=["direction"])
         moved.add_metric(["down"], sum(run.bytes_down for run in found.runs))
         moved.add_metric(["up"], sum(run.bytes_up for run in found.runs))

@@ -172,19 +172,22 @@ def register_nodes(server: Deployment) -> list[str]:
         NotRunningError: the server is not up; what is pending stays so.
         DeploymentError: SuperLink refuses.
     """
+    from server.control import control
+
     missing, extra = pending_changes(server)
-    for node in extra:
-        server.flower("supernode", "unregister", str(node.node_id))
-        _log.info("node %d is no site's any more: it was taken out", node.node_id)
-    for name in missing:
-        try:
-            server.flower(
-                "supernode", "register", str(server.nodes / f"{name}.pub"), options=("--name", name)
-            )
-        except NotRunningError:
-            raise
-        except DeploymentError:
-            if name in pending_changes(server)[0]:  # else another process was quicker
+    if not missing and not extra:
+        return []
+    with control(server) as asked:
+        for node in extra:
+            asked.unregister(node.node_id)
+            _log.info("node %d is no site's any more: it was taken out", node.node_id)
+        for name, key in missing.items():
+            try:
+                asked.register(name, key)
+            except NotRunningError:
                 raise
-        _log.info("site %s: its node is registered", name)
+            except DeploymentError:
+                if name in pending_changes(server)[0]:  # else another process was quicker
+                    raise
+            _log.info("site %s: its node is registered", name)
     return list(missing)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from common.supervision import Supervised, wait_until
 from server.bundle_guard import write_commands
-from server.certificates import check_certificates
+from server.certificates import CertificateWatch, check_certificates
 from server.deployment import Deployment, DeploymentError, open_locked
 from server.monitoring import serve_metrics
 from server.nodes import pending_changes, register_nodes
@@ -33,7 +33,7 @@ def check_startable(server: Deployment) -> None:
         DeploymentError: something is wrong; the message says what to do.
     """
     server.check_private()
-    for warning in check_certificates(server.authority, server.certificate, server.key, server.host):
+    for warning in check_certificates(server):
         _log.warning("%s", warning)
     for name, port in server.ports().items():
         _check_free(server, name, port)
@@ -64,7 +64,6 @@ def operate(server: Deployment, *, on_ready: Callable[[], None] = lambda: None) 
         if not mine:
             raise DeploymentError(f"{server.folder} is up already: `fedtide server status` shows it")
         check_startable(server)
-        server.write_connection()
         end = threading.Event()
         before = {each: signal.signal(each, lambda *_: end.set()) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -120,9 +119,10 @@ def _wait(process: Supervised, ready: Callable[[], bool], end: threading.Event) 
 
 
 def _tend(server: Deployment, superlink: Supervised, superexec: Supervised, end: threading.Event) -> None:
-    """Restarts what dies and registers what was enrolled, until the end."""
-    look = 0.0
+    """Restarts what dies, registers what was enrolled and says what certificates end soon, until the end."""
+    look, certificates = 0.0, CertificateWatch(server)
     while not end.wait(_TEND_SECONDS):
+        certificates.look()
         for each in (superlink, superexec):
             if each.tend():
                 _log.info("%s is started again", each.name)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from server.certificates import certificate_ends
 from server.deployment import Deployment
 from server.nodes import enrolled_keys, flower_runs, known_nodes
 from server.registry import RegistryReader
@@ -59,12 +60,28 @@ class RunLine:
 
 
 @dataclass(frozen=True)
+class CertificateLines:
+    """The server's certificates.
+
+    Attributes:
+        server, authority: until when the server's own and the authority that signed it are valid, ISO 8601; None where
+            that cannot be read.
+        warnings: what is wrong with them or ends soon, with the way out.
+    """
+
+    server: str | None
+    authority: str | None
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
 class Overview:
     """A server at one moment."""
 
     up: bool
     sites: list[SiteLine]
     runs: list[RunLine]
+    certificates: CertificateLines
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
@@ -77,7 +94,16 @@ def overview(server: Deployment) -> Overview:
     Raises:
         DeploymentError, RegistryError: a file cannot be read.
     """
-    return Overview(server.running(), site_lines(server), run_lines(server))
+    return Overview(server.running(), site_lines(server), run_lines(server), certificate_lines(server))
+
+
+def certificate_lines(server: Deployment) -> CertificateLines:
+    """Until when the server's certificates are valid, and what is to be said of that."""
+    found = certificate_ends(server)
+    server_end, authority_end = (
+        None if end is None else end.isoformat(timespec="seconds") for end in (found.server, found.authority)
+    )
+    return CertificateLines(server_end, authority_end, found.warnings)
 
 
 def site_lines(server: Deployment) -> list[SiteLine]:

@@ -45,19 +45,6 @@ def make_server(server: Deployment) -> None:
         raise
 
 
-def renew_certificate(server: Deployment) -> None:
-    """A new server certificate and key under the same authority: sites notice nothing."""
-    server.check_private()
-    certificate, key = new_server_certificate(
-        server.authority.read_bytes(), server.authority_key.read_bytes(), server.host
-    )
-    for path, data in ((server.key, key), (server.certificate, certificate)):
-        aside = path.with_name(f".{path.name}.new")
-        aside.unlink(missing_ok=True)
-        _write(aside, data, 0o600 if path == server.key else 0o644)
-        aside.replace(path)
-
-
 def _ports(server: Deployment) -> dict[str, int]:
     return {f"{name}_port": port for name, port in server.ports().items()}
 
@@ -74,7 +61,6 @@ def _fill(made: Deployment, final: Deployment) -> None:
     _write(made.key, key, 0o600)
     # Flower reads the file as raw bytes: no line end.
     _write(made.secret, secrets.token_hex(_SECRET_BYTES).encode(), 0o600)
-    made.write_connection(final.folder)
     Registry(made.registry)
     for name, text in unit_files(final, str(Path(sys.executable).parent / "fedtide")).items():
         _write(made.units / name, text.encode(), 0o644)

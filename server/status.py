@@ -14,6 +14,8 @@ from server.overview import Overview, RunLine
 def print_overview(console: Console, found: Overview) -> None:
     """Prints what `overview` found."""
     console.print("The server is [bold]up[/bold]." if found.up else "The server is [bold]down[/bold].")
+    for warning in found.certificates.warnings:
+        console.print(f"Certificates: {warning}.", highlight=False, markup=False, soft_wrap=True)
     sites = Table(title="sites", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("site", "key", "node", "last heartbeat", ""):
         sites.add_column(column)

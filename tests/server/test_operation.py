@@ -23,8 +23,10 @@ from client.ledger import Ledger
 from common.privacy.enrolment import enrolment_to_bytes
 from common.privacy.entries import Entry
 from common.privacy.mechanisms import GaussianSum
+from server import nodes as server_nodes
 from server.certificates import new_server_certificate
 from server.cli import app
+from server.control import control
 from server.deployment import Deployment, DeploymentError, NotRunningError, open_locked
 from server.nodes import enrolled_keys, keep_node_key, known_nodes, pending_changes, site_names
 from server.operation import check_startable
@@ -212,11 +214,52 @@ def test_a_superlink_that_ends_at_once_is_said_with_its_log(server: Deployment) 
 
 
 def test_a_superlink_that_is_down_in_a_server_that_is_up_is_to_be_waited_for(server: Deployment) -> None:
-    server.write_connection()
-    with open_locked(server.folder / "up.lock") as mine:
-        assert mine
-        with pytest.raises(NotRunningError, match="wait a minute"):
-            server.flower("ls")
+    with control(server) as asked:
+        with pytest.raises(NotRunningError, match="start it with"):
+            asked.run_says(1)
+        with open_locked(server.folder / "up.lock") as mine:
+            assert mine
+            with pytest.raises(NotRunningError, match="wait a minute"):
+                asked.run_says(1)
+
+
+def test_nodes_are_registered_in_one_process_past_any_proxy_and_flowers_words_are_told(
+    server: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as dead:
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{dead.getsockname()[1]}")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        first = {f"early-{number}": node_key() for number in range(30)}
+        for name, key in first.items():
+            keep_node_key(server, name, key)
+        log = tmp_path / "up.log"
+        with up(server, log) as process:
+            until(lambda: any("up: sites reach" in line for line in said(log)), log)
+            until(lambda: not any(pending_changes(server)), log)
+            with control(server) as asked:
+                with pytest.raises(DeploymentError, match="Flower refused to register a node"):
+                    asked.register("again", first["early-0"])
+                with pytest.raises(DeploymentError, match="Flower refused to take a node out"):
+                    asked.unregister(1)
+                with pytest.raises(DeploymentError, match="run"):
+                    asked.run_says(1)
+                with pytest.raises(DeploymentError, match="run"):
+                    asked.stop(1)
+
+            def refused(*_: object, **__: object) -> None:
+                raise AssertionError("a process was started")
+
+            monkeypatch.setattr(subprocess, "Popen", refused)
+            later = {f"late-{number}": node_key() for number in range(30)}
+            with monkeypatch.context() as patched:
+                patched.setattr(server_nodes, "pending_changes", lambda _: (later, []))
+                assert sorted(server_nodes.register_nodes(server)) == sorted(later)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        known = {node.key for node in known_nodes(server)}
+        assert {*first.values(), *later.values()} <= known
 
 
 def test_two_sites_cannot_share_a_node_key_and_a_failed_enrolment_leaves_nothing(

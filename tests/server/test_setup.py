@@ -11,7 +11,6 @@ import ssl
 import stat
 import subprocess
 import threading
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
-from server.certificates import check_certificates, new_authority, new_server_certificate
+from server.certificates import check_certificates
 from server.cli import app
 from server.deployment import Deployment, DeploymentError
-from server.setup import make_server, renew_certificate
+from server.setup import make_server
 
 
 def made(folder: Path, host: str = "fedtide.example.org", **ports: int) -> Deployment:
@@ -32,7 +31,7 @@ def made(folder: Path, host: str = "fedtide.example.org", **ports: int) -> Deplo
 
 
 def check(server: Deployment) -> list[str]:
-    return check_certificates(server.authority, server.certificate, server.key, server.host)
+    return check_certificates(server)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +52,6 @@ def test_everything_secret_is_the_owners_alone(kept: Deployment) -> None:
         mode = stat.S_IMODE(path.stat().st_mode)
         if path.is_dir() or path.suffix not in (".crt", ".service", ".yaml"):
             assert not mode & 0o077, path
-    config = tomllib.loads((kept.flower_home / "config.toml").read_text())
-    assert config["superlink"]["fedtide"] == {
-        "address": "127.0.0.1:9093",
-        "root-certificates": str(kept.authority),
-    }
     assert len(kept.secret.read_bytes()) >= 32
     assert not kept.secret.read_bytes().endswith(b"\n")
 
@@ -112,42 +106,6 @@ def test_a_host_that_is_an_address_stands_as_one(tmp_path: Path) -> None:
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert ipaddress.ip_address("2001:db8::7") in names.get_values_for_type(x509.IPAddress)
     assert check(server) == []
-
-
-def test_a_new_certificate_keeps_the_authority(server: Deployment) -> None:
-    before, authority = server.certificate.read_bytes(), server.authority.read_bytes()
-    renew_certificate(server)
-    assert server.certificate.read_bytes() != before
-    assert server.authority.read_bytes() == authority
-    assert check(server) == []
-    server.check_private()
-
-
-def test_expired_foreign_misnamed_and_mismatched_certificates_are_told_apart(server: Deployment) -> None:
-    authority, key = server.authority.read_bytes(), server.authority_key.read_bytes()
-    own_key = server.key.read_bytes()
-
-    def put(certificate: bytes, its_key: bytes) -> None:
-        server.certificate.write_bytes(certificate)
-        server.key.write_bytes(its_key)
-
-    put(*new_server_certificate(authority, key, server.host, days=-1))
-    with pytest.raises(DeploymentError, match=r"is valid from .*fedtide server renew"):
-        check(server)
-    put(*new_server_certificate(*new_authority(), server.host))
-    with pytest.raises(DeploymentError, match=r"was not signed by ca\.crt"):
-        check(server)
-    put(*new_server_certificate(authority, key, "other.example.org"))
-    with pytest.raises(DeploymentError, match=r"is not for fedtide\.example\.org"):
-        check(server)
-    put(new_server_certificate(authority, key, server.host)[0], own_key)
-    with pytest.raises(DeploymentError, match=r"is not the key of server\.crt"):
-        check(server)
-    put(*new_server_certificate(authority, key, server.host, days=10))
-    assert "expires in" in check(server)[0]
-    server.certificate.write_text("nothing")
-    with pytest.raises(DeploymentError, match="holds no certificate that can be read"):
-        check(server)
 
 
 @pytest.mark.parametrize("name", ["tls/server.key", "tls/ca.key", "superexec.secret", "."])
