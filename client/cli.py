@@ -254,7 +254,7 @@ def status(
     """Say how much of the budget is spent, and draw how it burnt down."""
     from client.burn_down import draw, facts, show
     from client.ledger import Ledger
-    from client.site import Site
+    from client.site_folder import Site
 
     site = Site.load(folder)
     with Ledger.open(site.ledger_folder) as ledger:
@@ -311,7 +311,7 @@ def budget(
 ) -> None:
     """Say what is left of the budget, and how many more rounds like the last one fit in it."""
     from client.budget import facts, show, watch_budget
-    from client.site import Site
+    from client.site_folder import Site
 
     site = Site.load(folder)
     if watch:
@@ -349,7 +349,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
     from client.ledger_errors import LedgerBehindError, LedgerDamagedError, MarkLostError
     from client.long_work import long_work
     from client.making import data_unchanged
-    from client.site import Site
+    from client.site_folder import Site
     from common.privacy.faults import ReceiptError
 
     site = Site.load(folder)
@@ -448,7 +448,7 @@ def renew_mark(
     void; a server that countersigned the newer ledger refuses it.
     """
     from client.ledger import Ledger
-    from client.site import Site
+    from client.site_folder import Site
     from common.cli import UserError
 
     site = Site.load(folder)
@@ -475,7 +475,7 @@ def withdraw(
     """
     from client.ledger import Ledger
     from client.making import CERTIFICATE
-    from client.site import Site
+    from client.site_folder import Site
     from common.cli import UserError
 
     site = Site.load(folder)

@@ -23,7 +23,7 @@ from client.check import Finding, check_site
 from client.connection import Connection
 from client.ledger import Ledger
 from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, reach
-from client.site import Site
+from client.site_folder import Site
 from common.events.catalog import Catalog
 from common.supervision import Supervised
 from tests.client.test_connection import authority, init
