@@ -28,7 +28,7 @@ from client.authority import authority_warning
 from client.bundle_guard import allowed_bundles, write_commands
 from client.connection import Connection, own_network
 from client.private_files import FOLDER_MODE, check_private, write_private
-from client.site import Site
+from client.site_folder import Site
 from client.worker import SOCKET
 from common.logs import set_up_logs
 from common.supervision import Supervised

@@ -52,7 +52,8 @@ def answered(
         note: told of the request, where it was one, and of the answer; for the site's own metrics.
         until: when the message expires, in seconds since 1970.
     """
-    from client.site import Site, answer, refusal_of
+    from client.site import answer, refusal_of
+    from client.site_folder import Site
     from common.wire import answer_to_records, request_from_records
 
     reply: Update | Refusal

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from client.ledger_reading import LedgerStatus
-    from client.site import Site
+    from client.site_folder import Site
 
 _BAR, _LINES = 40, 12
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from client.connection import Connection
-    from client.site import Site
+    from client.site_folder import Site
     from common.events.cleaning import Progress
 
 _CLOCK_AHEAD, _CLOCK_BEHIND = 5, 300
@@ -57,7 +57,7 @@ def check_site(folder: Path, progress: Progress | None = None) -> Iterator[Findi
     """
     from client.authority import authority_end, authority_warning
     from client.connection import Connection
-    from client.site import Site
+    from client.site_folder import Site
 
     sites: list[Site] = []
     connections: list[Connection] = []

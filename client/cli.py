@@ -258,7 +258,7 @@ def status(
     from client.authority import authority_warning
     from client.burn_down import draw, facts, show
     from client.ledger import Ledger
-    from client.site import Site
+    from client.site_folder import Site
 
     site = Site.load(folder)
     with Ledger.open(site.ledger_folder) as ledger:
@@ -318,7 +318,7 @@ def budget(
 ) -> None:
     """Say what is left of the budget, and how many more rounds like the last one fit in it."""
     from client.budget import facts, show, watch_budget
-    from client.site import Site
+    from client.site_folder import Site
 
     site = Site.load(folder)
     if watch:
@@ -356,7 +356,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
     from client.ledger_errors import LedgerBehindError, LedgerDamagedError, MarkLostError
     from client.long_work import long_work
     from client.making import data_unchanged
-    from client.site import Site
+    from client.site_folder import Site
     from common.privacy.faults import ReceiptError
 
     site = Site.load(folder)
@@ -459,7 +459,7 @@ def withdraw(
     """
     from client.ledger import Ledger
     from client.making import CERTIFICATE
-    from client.site import Site
+    from client.site_folder import Site
     from common.cli import UserError
 
     site = Site.load(folder)

@@ -29,7 +29,7 @@ Offline = Annotated[bool, typer.Option(help="Fetch nothing.")]
 
 def _opened(site_folder: Path, run: Path, offline: bool) -> tuple[FinishedModel, Histories]:
     from client.interests import InterestsError
-    from client.site import Site
+    from client.site_folder import Site
     from common.events.catalog import Catalog
     from common.events.histories import Histories
     from common.finished import load_finished

@@ -23,7 +23,7 @@ from client.connection import Connection, make_connection
 from client.ledger import Ledger
 from client.policy import Limits, Performance
 from client.private_files import FOLDER_MODE, sync_folder
-from client.site import Site, SiteError
+from client.site_folder import Site, SiteError
 from client.units import UNITS, write_units
 from common.assets import DEFAULT_LANGUAGE_MODEL
 from common.events.catalog import read_catalog

@@ -1,4 +1,4 @@
-"""A data site: its folder with logs, keys, ledger and policy, and how it answers one request.
+"""A data site: how it answers one request.
 
 The order is the contract's: check the plan against the site's policy, build the model and have it show that its rows
 are users, reserve the cost, look at the data, train or sum, commit release and receipt together, answer. Whatever goes
@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,9 @@ from client.ledger_errors import (
 from client.ledger_reading import Reservation
 from client.lower_states import LOWER_STATES, prepare_kept
 from client.plan_check import check_memory, check_plan
-from client.policy import (
-    POLICY,
-    Limits,
-    Performance,
-    Policy,
-    policy_text,
-    read_policy,
-)
+from client.policy import Performance
 from client.self_test import rows_of_scores, rows_of_units
+from client.site_folder import Site
 from client.statistics import release_metrics, release_statistics
 from client.training import StepSettings, train_round
 from common.config import Plan, PlanError, make_plan
@@ -63,97 +56,6 @@ from common.sums import POPULARITY, PairLayout
 from common.wire import Reason, Refusal, Request, Update, WireError, state_to_bytes
 
 _log = logging.getLogger("fedtide.site")
-
-
-class SiteError(ValueError):
-    """A site's folder is not in order; the message says what is wrong and what to do."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a site keeps what.
-
-    Attributes:
-        folder: of the site, mode 0700.
-        name: for its own logs.
-        catalog: the public catalog's file.
-        users_at_least: the public lower bound of users that the site has agreed to.
-        families: names of the model families that may be trained here.
-        offline: whether a language model may be fetched.
-        metrics: whether metrics may be released from here, when a plan asks for them and the budget allows.
-        limits: what else its policy bounds.
-        performance: how it computes.
-    """
-
-    folder: Path
-    name: str
-    catalog: Path
-    users_at_least: int
-    families: tuple[str, ...] = ("recommend",)
-    offline: bool = True
-    metrics: bool = False
-    limits: Limits = field(default_factory=Limits)
-    performance: Performance = field(default_factory=Performance)
-
-    @classmethod
-    def load(cls, folder: Path) -> Site:
-        """The site whose folder this is; `policy.toml` in it says what is allowed.
-
-        Raises:
-            SiteError: it is not in order.
-            PolicyError: the policy is not.
-        """
-        try:
-            fields = json.loads((folder / "site.json").read_text(encoding="utf-8"))
-            name, catalog = str(fields["name"]), Path(os.path.normpath(folder / str(fields["catalog"])))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise SiteError(
-                f"{folder} holds no site that can be read: make one with `fedtide site init`"
-            ) from error
-        policy = read_policy(folder / POLICY)
-        return cls(
-            folder=folder,
-            name=name,
-            catalog=catalog,
-            users_at_least=policy.users_at_least,
-            families=policy.families,
-            offline=policy.offline,
-            metrics=policy.metrics,
-            limits=policy.limits,
-            performance=policy.performance,
-        )
-
-    def save(self) -> None:
-        """Writes `site.json` and `policy.toml`. A catalog that stands beside the site moves with it."""
-        beside = self.catalog.parent == self.folder.parent
-        fields = {
-            "name": self.name,
-            "catalog": f"../{self.catalog.name}" if beside else str(self.catalog.absolute()),
-        }
-        (self.folder / "site.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        policy = Policy(
-            users_at_least=self.users_at_least,
-            families=self.families,
-            metrics=self.metrics,
-            offline=self.offline,
-            performance=self.performance,
-            **dict(self.limits),
-        )
-        (self.folder / POLICY).write_text(policy_text(policy), encoding="utf-8")
-
-    @property
-    def histories_folder(self) -> Path:
-        """Cleaned histories, mode 0600."""
-        return self.folder / "histories"
-
-    @property
-    def ledger_folder(self) -> Path:
-        """The privacy ledger."""
-        return self.folder / "ledger"
-
-    def note_progress(self, request_round: int, step: int, steps: int) -> None:
-        """Leaves a line for this site's own console: round, step, steps. Nothing of it is sent."""
-        (self.folder / "progress").write_text(f"{request_round} {step} {steps}", encoding="ascii")
 
 
 @dataclass(frozen=True)

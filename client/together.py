@@ -17,7 +17,8 @@ from torch import Tensor
 
 from client import kept_ledgers
 from client.generators import SECURE, Generators
-from client.site import Charged, Site, charge, refusal_of, release_of, training_batch
+from client.site import Charged, charge, refusal_of, release_of, training_batch
+from client.site_folder import Site
 from client.training import StepSettings
 from client.training_together import NotTogetherError, check_sites_apart, train_together
 from common.models.batches import HistoryBatch, even_events

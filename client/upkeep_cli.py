@@ -23,7 +23,7 @@ def renew_mark(
     void; a server that countersigned the newer ledger refuses it.
     """
     from client.ledger import Ledger
-    from client.site import Site
+    from client.site_folder import Site
     from common.cli import UserError
 
     site = Site.load(folder)

@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from client.app import answered, content_to_bytes, question_from_bytes
     from client.metrics import SiteMetrics
-    from client.site import Site
+    from client.site_folder import Site
     from common.bundle import installed_code
     from common.logs import set_up_logs
 

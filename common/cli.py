@@ -94,7 +94,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
         "client.interests": ("InterestsError",),
         "client.policy": ("PolicyError",),
         "client.private_files": ("LoosePermissionsError",),
-        "client.site": ("SiteError",),
+        "client.site_folder": ("SiteError",),
         "server.deployment": ("DeploymentError",),
         "server.launch": ("LaunchError",),
         "server.registry": ("RegistryError",),

@@ -15,7 +15,7 @@ from typing import Literal
 
 from client.app import SITES_FOLDER
 from client.policy import Performance
-from client.site import SiteError
+from client.site_folder import SiteError
 from common.assets import home, language_model
 from common.config import Plan
 from common.events.catalog import Catalog

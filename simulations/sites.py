@@ -17,7 +17,7 @@ import polars as pl
 
 from client.ledger import Ledger
 from client.policy import ANY_PLAN, Performance
-from client.site import Site, SiteError
+from client.site_folder import Site, SiteError
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
 from common.events.deidentify import pseudonym

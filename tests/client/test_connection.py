@@ -22,7 +22,7 @@ from client.agent import AgentError, alone
 from client.cli import app
 from client.connection import Connection, ConnectionSetupError, own_network, parse_server
 from client.private_files import LoosePermissionsError
-from client.site import Site
+from client.site_folder import Site
 from common.cli import known_errors
 from common.privacy.enrolment import enrolment_from_bytes, enrolment_node_key, node_fingerprint
 from tests.tiny import tiny_files, tiny_language_model, tiny_plan

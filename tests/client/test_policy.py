@@ -20,7 +20,7 @@ from client.policy import (
     policy_text,
     read_policy,
 )
-from client.site import Site
+from client.site_folder import Site
 from client.unit_memory import unit_memory
 from common.config import Plan, PlanError, make_plan
 from common.models.names import FAMILIES

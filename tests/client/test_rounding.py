@@ -14,7 +14,8 @@ from torch import Tensor
 from client import site as site_module
 from client.generators import Generators
 from client.ledger import Ledger
-from client.site import Site, answer
+from client.site import answer
+from client.site_folder import Site
 from client.training import train_round
 from common.config import Plan, Precision, WirePlan
 from common.phases import Phase

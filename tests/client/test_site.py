@@ -22,7 +22,8 @@ from client.kept import device_of, take_threads
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
 from client.policy import Limits, Performance
-from client.site import Site, SiteError, answer
+from client.site import answer
+from client.site_folder import Site, SiteError
 from client.training import StepSettings, train_round
 from client.unit_memory import unit_memory
 from common.config import Plan, make_plan

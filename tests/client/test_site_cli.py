@@ -19,7 +19,7 @@ from client.cli import _runs_admitted
 from client.cli import app as site_app
 from client.ledger import Ledger
 from client.policy import Performance
-from client.site import Site
+from client.site_folder import Site
 from common.cli import known_errors
 from common.privacy.certificates import ClosingCertificate
 from common.privacy.entries import Reserve

@@ -24,7 +24,7 @@ from client.connection import Connection
 from client.ledger import Ledger
 from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, reach
 from client.remains import LOOK, remains
-from client.site import Site
+from client.site_folder import Site
 from common.events.catalog import Catalog
 from common.supervision import Supervised
 from tests.client.test_connection import authority, init

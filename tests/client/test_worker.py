@@ -30,7 +30,7 @@ from client.kept import kept_histories
 from client.ledger import Ledger
 from client.metrics import SiteMetrics, coarse
 from client.policy import Limits
-from client.site import Site
+from client.site_folder import Site
 from client.worker import SOCKET, WorkerError, ask, listen, serve_one
 from common.events.histories import Histories
 from common.wire import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common import supervision
+from common import kept_log, supervision
 from common.supervision import Supervised, wait_until
 
 LOG = logging.getLogger("fedtide.server")
@@ -34,10 +35,10 @@ def until(so: Callable[[], bool]) -> None:
 def process(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
     made = []
 
-    def make(script: str) -> Supervised:
+    def make(script: str, silence: float | None = None) -> Supervised:
         one = Supervised(
             "worker", ["sh", "-c", script], environment={**os.environ, "PLACE": str(tmp_path)}, folder=tmp_path,
-            log=tmp_path / "log", logger=LOG,
+            log=tmp_path / "log", logger=LOG, silence=silence,
         )  # fmt: skip
         made.append(one)
         return one
@@ -101,7 +102,7 @@ def test_what_a_dead_process_had_started_does_not_outlive_it(
 def test_a_log_that_grew_long_is_emptied_and_kept_once(
     process: Callable[..., Supervised], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "_LOG_KEPT", 1000)
+    monkeypatch.setattr(kept_log, "_LOG_KEPT", 1000)
     one = process("while :; do echo a line of some length; sleep 0.01; done")
     one.start()
     until(lambda: (tmp_path / "log").stat().st_size > 1000)
@@ -109,6 +110,126 @@ def test_a_log_that_grew_long_is_emptied_and_kept_once(
     assert (tmp_path / "log.1").stat().st_size >= 1000
     assert (tmp_path / "log").stat().st_size < 1000
     until(lambda: (tmp_path / "log").stat().st_size > 0)  # the process goes on writing to it
+
+
+LINES = "n=0; while :; do n=$((n+1)); echo line $n; sleep 0.01; done"
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "its folder deleted"])
+def test_a_log_that_is_gone_is_made_anew_and_nothing_ends(
+    process: Callable[..., Supervised], tmp_path: Path, how: str
+) -> None:
+    one = process(LINES)
+    one.log = tmp_path / "logs" / "log"
+    one._kept = kept_log.KeptLog(one.log, "worker", LOG)
+    one.log.parent.mkdir()
+    one.start()
+    until(lambda: one.log.stat().st_size > 100)
+    pid = one.pid
+    one.tend()
+    if how == "moved":
+        one.log.rename(tmp_path / "log.of.yesterday")
+    else:
+        one.log.unlink()
+    if how == "its folder deleted":
+        one.log.parent.rmdir()
+        assert not one.tend()
+        one.log.parent.mkdir()
+    until(lambda: bool(one.tend() or one.log.exists()) and len(one.log.read_text().splitlines()) > 20)
+    numbers = [int(line.split()[1]) for line in one.log.read_text().splitlines()[:20]]
+    assert numbers == list(range(numbers[0], numbers[0] + 20))  # what is printed stands there, line by line
+    assert one.pid == pid
+
+
+def test_a_log_that_cannot_be_kept_is_said_once_and_ends_nothing(
+    process: Callable[..., Supervised],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(kept_log, "_LOG_KEPT", 100)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kept_log.shutil, "copy", full)
+    one = process("while :; do echo a line of some length; sleep 0.001; done")
+    one.start()
+    pid = one.pid
+    LOG.propagate = True
+    with caplog.at_level(logging.WARNING, LOG.name):
+        until(lambda: (tmp_path / "log").stat().st_size > 100)
+        one.tend()
+        assert (tmp_path / "log").stat().st_size < 1000  # cut all the same
+    assert "No space left on device" in caplog.text
+    monkeypatch.undo()
+    one.tend()  # it goes well again
+    (tmp_path / "log").unlink()
+    (tmp_path / "log").mkdir()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, LOG.name):
+        for _ in range(3):
+            one.tend()
+    assert len(caplog.records) == 1
+    assert one.pid == pid
+    one.stop()
+    one.start()  # without a log, but it starts
+    assert one.pid is not None
+
+
+def test_a_process_that_falls_silent_is_killed_and_started_again(
+    process: Callable[..., Supervised], caplog: pytest.LogCaptureFixture
+) -> None:
+    shows = "while :; do printf . >/proc/self/fd/$FEDTIDE_PULSE; sleep 0.05; done"
+    one = process(shows, silence=1.0)
+    one.start()
+    LOG.propagate = True
+
+    def tended() -> bool:
+        one.tend()
+        return one._shown
+
+    until(tended)
+    assert one.unanswered is None  # alive, but what it asks has not answered it
+    pid = one.pid
+    assert pid is not None
+    with caplog.at_level(logging.WARNING, LOG.name):
+        os.kill(pid, signal.SIGSTOP)
+        until(one.tend)
+    assert "gave no sign of life" in caplog.text
+    assert not alive(pid)
+    until(tended)
+
+
+def test_a_watcher_that_stood_still_itself_takes_nobody_for_silent(
+    process: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = process("printf . >/proc/self/fd/$FEDTIDE_PULSE; sleep 60", silence=50.0)
+    one.start()
+    until(lambda: bool(one.tend() or one._shown))
+    pid, clock = one.pid, time.monotonic
+    for later in (100.0, 140.0):
+        monkeypatch.setattr(supervision.time, "monotonic", lambda later=later: clock() + later)
+        one.tend()
+        assert one._killed == ""
+    for later in range(140, 200, 5):  # but a silence that it saw itself counts
+        monkeypatch.setattr(supervision.time, "monotonic", lambda later=later: clock() + later)
+        one.tend()
+    monkeypatch.undo()
+    until(lambda: one.pid != pid)
+
+
+def test_signs_of_life_are_not_inherited_by_what_a_process_starts(process: Callable[..., Supervised]) -> None:
+    script = (
+        "import os, subprocess, time; from common.supervision import ANSWERED, Pulse; Pulse().show(ANSWERED); "
+        "assert 'FEDTIDE_PULSE' not in os.environ; "
+        "done = subprocess.run(['ls', '-l', '/proc/self/fd'], capture_output=True, text=True); "
+        "print(done.stdout.count('pipe'), flush=True); time.sleep(60)"
+    )
+    one = process(f'exec {sys.executable} -c "{script}"', silence=60.0)
+    one.start()
+    until(lambda: bool(one.tend() or one.unanswered is not None))
+    until(lambda: one.log.read_text().strip() == "2")  # its own two
 
 
 def test_a_killed_supervisor_takes_its_processes_along(tmp_path: Path) -> None:

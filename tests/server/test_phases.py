@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from client.ledger import Ledger
-from client.site import Site, answer
+from client.site import answer
+from client.site_folder import Site
 from common.config import Plan, PlanError, make_plan
 from common.events.histories import Histories
 from common.phases import Phase

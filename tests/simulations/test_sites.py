@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from client.ledger import Ledger
 from client.policy import ANY_PLAN, Performance, PolicyError
-from client.site import Site
+from client.site_folder import Site
 from common.config import PlanError
 from common.events.catalog import Catalog
 from common.events.cleaning import CleaningPolicy, clean

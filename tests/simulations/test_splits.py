@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import SiteError
+from client.site_folder import SiteError
 from common.events.cleaning import CleaningPolicy
 from common.events.histories import Histories
 from simulations import federation

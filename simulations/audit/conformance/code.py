@@ -15,7 +15,8 @@ from torch import Tensor
 from client.generators import SECURE, Generators
 from client.policy import Performance
 from client.self_test import Engine
-from client.site import Site, answer
+from client.site import answer
+from client.site_folder import Site
 from client.statistics import release_metrics, release_statistics
 from client.together import Question, answered_together
 from client.training import StepSettings, train_round

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from client.site import Site
+from client.site_folder import Site
 from client.training import StepSettings
 from common.config import Plan
 from common.events.histories import Histories

@@ -25,7 +25,7 @@ from torch import Tensor
 from client.generators import SECURE, Generators
 from client.ledger import Ledger
 from client.policy import ANY_PLAN, Performance
-from client.site import Site
+from client.site_folder import Site
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
 from common.events.histories import Histories

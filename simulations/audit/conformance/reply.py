@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client.ledger import Ledger
 from client.policy import Performance
-from client.site import Site
+from client.site_folder import Site
 from common.config import Plan, make_plan
 from common.events.catalog import Catalog
 from common.models.build import build_model, item_texts

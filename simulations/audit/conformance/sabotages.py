@@ -22,7 +22,8 @@ from torch import Tensor
 import client.site
 import client.together
 from client.ledger import Ledger
-from client.site import Charged, Site
+from client.site import Charged
+from client.site_folder import Site
 from client.statistics import release_metrics
 from client.training import StepSettings, train_round
 from common.events.histories import Histories

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from client.opacus_gradients import clipped_sum, per_user_gradients
-from client.site import Site
+from client.site_folder import Site
 from client.statistics import release_metrics
 from client.training import StepSettings, train_round
 from common.config import Plan

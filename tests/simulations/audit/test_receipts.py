@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from client.ledger import Ledger
-from client.site import Site
+from client.site_folder import Site
 from common.config import Plan
 from common.privacy.mechanisms import PoissonSubsampledGaussian
 from common.wire import state_from_bytes, state_to_bytes

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import common.privacy.chain
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
-from client.site import Site
+from client.site_folder import Site
 from common.cli import main
 from common.privacy.entries import Genesis, Reserve
 from common.privacy.mechanisms import GaussianSum, PoissonSubsampledGaussian

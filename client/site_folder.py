@@ -1,0 +1,101 @@
+"""A site's folder: what it is called, where what lies in it, and what its policy allows. How it answers: `site.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from client.policy import POLICY, Limits, Performance, Policy, policy_text, read_policy
+
+
+class SiteError(ValueError):
+    """A site's folder is not in order; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a site keeps what.
+
+    Attributes:
+        folder: of the site, mode 0700.
+        name: for its own logs.
+        catalog: the public catalog's file.
+        users_at_least: the public lower bound of users that the site has agreed to.
+        families: names of the model families that may be trained here.
+        offline: whether a language model may be fetched.
+        metrics: whether metrics may be released from here, when a plan asks for them and the budget allows.
+        limits: what else its policy bounds.
+        performance: how it computes.
+    """
+
+    folder: Path
+    name: str
+    catalog: Path
+    users_at_least: int
+    families: tuple[str, ...] = ("recommend",)
+    offline: bool = True
+    metrics: bool = False
+    limits: Limits = field(default_factory=Limits)
+    performance: Performance = field(default_factory=Performance)
+
+    @classmethod
+    def load(cls, folder: Path) -> Site:
+        """The site whose folder this is; `policy.toml` in it says what is allowed.
+
+        Raises:
+            SiteError: it is not in order.
+            PolicyError: the policy is not.
+        """
+        try:
+            fields = json.loads((folder / "site.json").read_text(encoding="utf-8"))
+            name, catalog = str(fields["name"]), Path(os.path.normpath(folder / str(fields["catalog"])))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise SiteError(
+                f"{folder} holds no site that can be read: make one with `fedtide site init`"
+            ) from error
+        policy = read_policy(folder / POLICY)
+        return cls(
+            folder=folder,
+            name=name,
+            catalog=catalog,
+            users_at_least=policy.users_at_least,
+            families=policy.families,
+            offline=policy.offline,
+            metrics=policy.metrics,
+            limits=policy.limits,
+            performance=policy.performance,
+        )
+
+    def save(self) -> None:
+        """Writes `site.json` and `policy.toml`. A catalog that stands beside the site moves with it."""
+        beside = self.catalog.parent == self.folder.parent
+        fields = {
+            "name": self.name,
+            "catalog": f"../{self.catalog.name}" if beside else str(self.catalog.absolute()),
+        }
+        (self.folder / "site.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        policy = Policy(
+            users_at_least=self.users_at_least,
+            families=self.families,
+            metrics=self.metrics,
+            offline=self.offline,
+            performance=self.performance,
+            **dict(self.limits),
+        )
+        (self.folder / POLICY).write_text(policy_text(policy), encoding="utf-8")
+
+    @property
+    def histories_folder(self) -> Path:
+        """Cleaned histories, mode 0600."""
+        return self.folder / "histories"
+
+    @property
+    def ledger_folder(self) -> Path:
+        """The privacy ledger."""
+        return self.folder / "ledger"
+
+    def note_progress(self, request_round: int, step: int, steps: int) -> None:
+        """Leaves a line for this site's own console: round, step, steps. Nothing of it is sent."""
+        (self.folder / "progress").write_text(f"{request_round} {step} {steps}", encoding="ascii")
