@@ -1,6 +1,7 @@
 """One exchange with the sites: send a request to each, admit what comes back until the deadline.
 
-Flower's own strategies end a run on one malformed reply and wait for nodes without an end; this does neither.
+Flower's own strategies end a run on one malformed reply and wait for nodes without an end; this does neither, and what
+one site sends, or holds back, concerns that site alone (`replies.py`).
 What is made of the admitted releases is `rounds.py`'s business.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +31,7 @@ from common.wire import MESSAGE_TYPES, Reason, Request, payload_bytes, request_t
 from common.witness import witness_name
 from server.admission import Admitted, Expectation, LeftOut, admit
 from server.registry import Extension, Registry, RegistryError
+from server.replies import NOT_WHOLE, Reply, replies_to
 from server.runs import RunError, RunFolder, append_lines
 
 _log = logging.getLogger("fedtide.server")
@@ -37,9 +39,13 @@ _log = logging.getLogger("fedtide.server")
 _SHORTEST_POLL, _LONGEST_POLL = 0.01, 0.2
 """Seconds between two looks for replies: quick within a process, and easy on a server that sites are far from."""
 
+_PUSH_PAUSES = (1.0, 4.0)
+"""Seconds before the messages of a round are sent once more, where SuperLink failed."""
+
+_AWAY = 5
 _NODE_ERRORS = {
     2: "its ClientApp refused the bundle or failed: logs/site.log there says why",
-    5: "it is not connected: its administrator runs `fedtide site up`, and `fedtide site check` where that fails",
+    _AWAY: "it is not connected: its administrator runs `fedtide site up`, and `fedtide site check` where that fails",
     8: "its ClientApp was killed: its administrator looks whether memory ran out, and runs `fedtide site check`",
 }
 _OTHER_NODE_ERROR = "its administrator runs `fedtide site check`, and reads logs/supernode.log"
@@ -160,9 +166,9 @@ def ask_sites(
                 group_id=str(request.round),
             )
         )
-    asked = dict(zip(grid.push_messages(messages), requests.items(), strict=True)) if messages else {}
+    asked = _sent(grid, messages, requests, record, names)
     expected = _expectation(plan, any_request, exchange, catalog)
-    pause = _SHORTEST_POLL
+    replies, pause = replies_to(grid, asked), _SHORTEST_POLL
 
     def leave_out(verdict: LeftOut, node: int) -> None:
         record.left_out.append({"node": str(node), **asdict(verdict)})
@@ -171,37 +177,28 @@ def ask_sites(
             exchange.round,
             verdict.site or names[node],
             verdict.reason,
-            _AT_SITE if verdict.reason in set(Reason) else "",
+            _words_after(verdict),
         )
 
     while asked and time.monotonic() < end:
         if quorum is not None and len(admitted) >= quorum:
             end, quorum = min(end, time.monotonic() + plan.server.grace), None
-        replies = list(grid.pull_messages(list(asked)))
+        came = replies.look()
         fit: list[tuple[Admitted, int]] = []
-        for reply in replies:
-            # An error made by the server's own link has no sender, so the node is told by what it replies to.
-            found = asked.pop(reply.metadata.reply_to_message_id, None)
-            if found is None:  # answers nothing that was asked in this round
-                continue
-            node, request = found
-            if reply.has_error():
-                record.left_out.append({"node": str(node), "reason": "node_error", "code": reply.error.code})
+        for reply in came:
+            node, request = asked.pop(reply.asked)
+            if reply.error is not None:
+                record.left_out.append({"node": str(node), "reason": "node_error", "code": reply.error})
                 _log.warning(
                     "round %d: %s is left out: node_error %d: %s",
                     exchange.round,
                     names[node],
-                    reply.error.code,
-                    _NODE_ERRORS.get(reply.error.code, _OTHER_NODE_ERROR),
+                    reply.error,
+                    _NODE_ERRORS.get(reply.error, _OTHER_NODE_ERROR),
                 )
                 continue
-            record.bytes_up += payload_bytes(reply.content)
-            verdict = admit(
-                reply.content,
-                expected.of(request.nonce),
-                registry,
-                {each.key_id for each in admitted} | {each.key_id for each, _ in fit},
-            )
+            taken_keys = {each.key_id for each in admitted} | {each.key_id for each, _ in fit}
+            verdict = _verdict(reply, expected.of(request.nonce), registry, taken_keys, record)
             if isinstance(verdict, Admitted):
                 fit.append((verdict, node))
             else:
@@ -214,15 +211,77 @@ def ask_sites(
             admitted.append(outcome)
             record.admitted.append(outcome.site)
             _log.info("round %d: %s is admitted", exchange.round, outcome.site)
-        if replies:
+        if came:
             pause = _SHORTEST_POLL
         elif asked:
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
             pause = min(2 * pause, _LONGEST_POLL)
+    for message in replies.announced():
+        leave_out(LeftOut("malformed", NOT_WHOLE), asked.pop(message)[0])
     record.missing = len(asked)
     for node, _ in asked.values():
         _log.warning("round %d: %s is left out: missing: %s", exchange.round, names[node], _MISSING)
     return admitted
+
+
+def _sent(
+    grid: Grid,
+    messages: list[Message],
+    requests: Mapping[int, Request],
+    record: RoundRecord,
+    names: Mapping[int, str],
+) -> dict[str, tuple[int, Request]]:
+    """Id of each message that the grid took -> whom it asks what; a node that is gone by now is left out.
+
+    Raises:
+        RunError: the grid failed several times.
+    """
+    ids: list[str | None] = []
+    for pause in (*_PUSH_PAUSES, None):
+        try:
+            ids = list(grid.push_messages(messages)) if messages else []
+            break
+        except Exception as error:  # the same messages again: what has come through is not sent twice
+            if pause is None:
+                raise RunError(
+                    f"the server failed to send round {record.round} ({type(error).__name__}): see logs/superlink.log"
+                ) from error
+            _log.warning(
+                "round %d: sending failed (%s): once more in %g s", record.round, type(error).__name__, pause
+            )
+            time.sleep(pause)
+    if len(ids) != len(messages):
+        raise RunError(
+            f"the server took {len(ids)} of {len(messages)} messages of round {record.round}: see logs/superlink.log"
+        )
+    asked = {}
+    for message, (node, request) in zip(ids, requests.items(), strict=True):
+        if message:
+            asked[message] = node, request
+        else:
+            record.left_out.append({"node": str(node), "reason": "node_error", "code": _AWAY})
+            _log.warning("round %d: %s is left out: it is not known any more", record.round, names[node])
+    return asked
+
+
+def _verdict(
+    reply: Reply, expected: Expectation, registry: Registry, taken: Collection[str], record: RoundRecord
+) -> Admitted | LeftOut:
+    """What is made of one reply; nothing in it ends a round."""
+    if reply.content is None:
+        return LeftOut("malformed", reply.fault)
+    try:
+        record.bytes_up += payload_bytes(reply.content)
+    except Exception as error:  # records whose values are none that Fedtide sends
+        return LeftOut("malformed", f"its content cannot be weighed ({type(error).__name__})")
+    return admit(reply.content, expected, registry, taken)
+
+
+def _words_after(verdict: LeftOut) -> str:
+    """Where a person looks next."""
+    if verdict.reason in set(Reason):
+        return _AT_SITE
+    return f": {verdict.explanation}" if verdict.reason == "malformed" else ""
 
 
 def _taken_in(
