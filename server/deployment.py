@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,10 +173,12 @@ class Deployment:
             "no_proxy": local,
         }
 
-    def superlink_command(self, program: str = "flower-superlink") -> list[str]:
-        """What starts SuperLink: the Fleet API for all, everything else on loopback."""
+    def superlink_command(
+        self, program: Sequence[str] = (sys.executable, "-m", "server.superlink")
+    ) -> list[str]:
+        """What starts SuperLink behind its guard: the Fleet API for all, everything else on loopback."""
         return [
-            program, "--host", "127.0.0.1", "--port", str(self.control_port),
+            *program, "--host", "127.0.0.1", "--port", str(self.control_port),
             "--fleet-api-address", f"0.0.0.0:{self.fleet_port}",
             "--ssl-ca-certfile", str(self.authority), "--ssl-certfile", str(self.certificate),
             "--ssl-keyfile", str(self.key),

@@ -78,7 +78,7 @@ def superlink_killed(place: Place) -> Shown:
     """The server's link to all sites; `server up` starts it again."""
     server = place.up["server"]
     run, before = _in_training(place, "superlink-killed")
-    os.kill(server.part("flower-superlink"), signal.SIGKILL)
+    os.kill(server.part("server.superlink"), signal.SIGKILL)
     said = wait_for(place, server, "superlink ended with code -9.*started again")
     ended_well(place, run)
     return Shown("superlink-killed", before, [f"`server up`: {said}" if said else ""], SITES)

@@ -116,7 +116,9 @@ def children(pid: int) -> dict[str, int]:
                 if parent == pid:
                     command = (entry / "cmdline").read_bytes().split(b"\0")
                     found[
-                        next(part.decode() for part in command if b"flower-" in part).rpartition("/")[2]
+                        next(
+                            part.decode() for part in command if b"flower-" in part or b"server." in part
+                        ).rpartition("/")[2]
                     ] = int(entry.name)
             except (OSError, StopIteration):
                 continue
@@ -153,7 +155,7 @@ def test_a_server_lives_through_kills_learns_of_sites_and_ends_with_nothing_left
         assert "is up already" in str(again.exception)
 
         pids = children(process.pid)
-        for program in ("flower-superlink", "flower-superexec"):
+        for program in ("server.superlink", "flower-superexec"):
             os.kill(pids[program], signal.SIGKILL)
         until(lambda: len(children(process.pid)) == 2 and server.answers(), log)
         assert not set(pids.values()) & set(children(process.pid).values())
