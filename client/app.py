@@ -52,15 +52,17 @@ def answered(
         note: told of the request, where it was one, and of the answer; for the site's own metrics.
         until: when the message expires, in seconds since 1970.
     """
+    from client.origin import heard
     from client.site import answer, refusal_of
     from client.site_folder import Site
-    from common.wire import answer_to_records, request_from_records
+    from common.wire import answer_to_records
 
     reply: Update | Refusal
     request: Request | None = None
     try:
-        site, request = Site.load(folder()), request_from_records(content)
-        reply = answer(site, request, until=until)
+        asked = heard(folder(), content, until)
+        site, request = Site.load(asked.folder), asked.request
+        reply = answer(site, asked)
     except Exception as error:
         reply = refusal_of(error)
     note(request, reply)

@@ -1,15 +1,15 @@
 """A data site: how it answers one request.
 
-The order is the contract's: check the plan against the site's policy, build the model and have it show that its rows
-are users, reserve the cost, look at the data, train or sum, commit release and receipt together, answer. Whatever goes
-wrong after the reservation, it stays charged, and the server learns one word.
+The order is the contract's: see that it is the server who asks (`origin.py`), check the plan against the site's policy,
+build the model and have it show that its rows are users, reserve the cost, look at the data, train or sum, commit
+release and receipt together, answer. Whatever goes wrong after the reservation, it stays charged, and the server learns
+one word.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -33,9 +33,11 @@ from client.ledger_errors import (
 )
 from client.ledger_reading import Reservation
 from client.lower_states import LOWER_STATES, prepare_kept
+from client.origin import Asked, OriginError, say_seldom
 from client.plan_check import check_memory, check_plan
 from client.policy import Performance
 from client.self_test import rows_of_scores, rows_of_units
+from client.server_key import NoServerKeyError
 from client.site_folder import Site
 from client.statistics import release_metrics, release_statistics
 from client.training import StepSettings, train_round
@@ -103,16 +105,14 @@ class Charged:
         return Refusal(Reason.FAILED)
 
 
-def answer(
-    site: Site, request: Request, *, until: float = math.inf, generators: Generators = SECURE
-) -> Update | Refusal:
+def answer(site: Site, asked: Asked, *, generators: Generators = SECURE) -> Update | Refusal:
     """One exchange at a site: reserve, compute, commit, answer. Never raises for what a request or the data do.
 
     Args:
-        until: when the request expires, in seconds since 1970: nothing is spent for an answer that nobody awaits.
+        asked: of this site.
         generators: for audits and tests; a site that answers a server leaves them out.
     """
-    charged = charge(site, request, until=until)
+    charged = charge(site, asked)
     if not isinstance(charged, Charged):
         return charged
     with charged.ledger:
@@ -124,22 +124,22 @@ def answer(
 
 
 def charge(
-    site: Site,
-    request: Request,
-    *,
-    until: float = math.inf,
-    opened: Callable[[Path], Ledger] | None = None,
+    site: Site, asked: Asked, *, opened: Callable[[Path], Ledger] | None = None
 ) -> Charged | Update | Refusal:
     """The first half of an exchange: everything up to the reservation. Looks at no user's data.
 
     Args:
+        asked: of this site; where it expires meanwhile, nothing is spent for an answer that nobody awaits.
         opened: gives the ledger in a folder; None: opens it.
 
     Returns:
         The reservation, with the ledger open; or the answer, where there is one without it.
     """
     try:
+        request = asked.request
         plan, event = _accepted_plan(site, request)
+    except WireError as error:
+        return refusal_of(error)
     except PlanError as error:
         _log.warning("site %s refuses a plan: %s", site.name, error)
         return Refusal(Reason.PLAN)
@@ -149,7 +149,7 @@ def charge(
     ledger = (opened or Ledger.open)(site.ledger_folder)
     charged: Charged | Update | Refusal | None = None
     try:
-        charged = _charge(site, request, plan, event, ledger, until)
+        charged = _charge(site, request, plan, event, ledger, asked.until)
     finally:
         if not isinstance(charged, Charged):
             ledger.disconnect()
@@ -159,6 +159,8 @@ def charge(
 def _charge(
     site: Site, request: Request, plan: Plan, event: Event, ledger: Ledger, until: float
 ) -> Charged | Update | Refusal:
+    if request.site != ledger.key_id:  # the folder's ledger was replaced since the request was heard
+        return refusal_of(OriginError("it is for another site"))
     kept = ledger.outbox(request.run, request.round, nonce=request.nonce)
     if kept is not None:  # a retry sends the same bytes
         update, receipt = kept
@@ -247,6 +249,9 @@ def _reserved(
 
 def refusal_of(error: Exception) -> Refusal:
     """What a server learns of an exception: one word. Flower would send its text, and texts may depend on the data."""
+    if isinstance(error, OriginError | NoServerKeyError):
+        say_seldom(error)
+        return Refusal(error.reason if isinstance(error, OriginError) else Reason.ORIGIN)
     if isinstance(error, WireError):
         return Refusal(Reason.POLICY)
     if isinstance(error, LedgerDiskError | LedgerBehindError | MarkLostError):

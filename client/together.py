@@ -17,6 +17,7 @@ from torch import Tensor
 
 from client import kept_ledgers
 from client.generators import SECURE, Generators
+from client.origin import heard
 from client.site import Charged, charge, refusal_of, release_of, training_batch
 from client.site_folder import Site
 from client.training import StepSettings
@@ -24,7 +25,7 @@ from client.training_together import NotTogetherError, check_sites_apart, train_
 from common.models.batches import HistoryBatch, even_events
 from common.models.interface import InterestModel
 from common.phases import Phase
-from common.wire import Refusal, Update, answer_to_records, request_from_records
+from common.wire import Refusal, Update, answer_to_records
 
 _log = logging.getLogger("fedtide.site")
 
@@ -76,13 +77,8 @@ def _answered(questions: Sequence[Question], generators: Generators) -> list[Upd
 
 def _charged(question: Question) -> Charged | Update | Refusal:
     try:
-        site = Site.load(question.folder)
-        return charge(
-            site,
-            request_from_records(question.content),
-            until=question.until,
-            opened=kept_ledgers.opened,
-        )
+        asked = heard(question.folder, question.content, question.until)
+        return charge(Site.load(asked.folder), asked, opened=kept_ledgers.opened)
     except Exception as error:
         return refusal_of(error)
 

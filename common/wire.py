@@ -1,7 +1,8 @@
 """Requests, updates, receipts and refusals as Flower records: the only module that knows the message format.
 
-A reply carries an update with its receipt, or a refusal with a reason from a fixed list; nothing else has a
-place in it. What arrives is checked against this schema before anything looks at it.
+A request travels with the server's signed statement of it (`requests.py`), and the tensors in it are not looked at
+before that was verified. A reply carries an update with its receipt, or a refusal with a reason from a fixed list;
+nothing else has a place in it. What arrives is checked against this schema before anything looks at it.
 
 Tensors travel as one array of bytes, which are those that receipts quote: Flower carries each array, and each chunk
 of it, by calls of its own from process to process, and calls are most of what a round costs.
@@ -16,6 +17,7 @@ from enum import StrEnum
 from functools import cached_property
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load as load_tensors
@@ -23,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from common.phases import Phase
+from common.requests import LONGEST_STATEMENT, Statement
 
 MESSAGE_TYPES = {
     Phase.POPULARITY: "query",
@@ -56,6 +59,7 @@ class Reason(StrEnum):
     MODEL = "model"
     FAILED = "failed"
     EXPIRED = "expired"
+    ORIGIN = "origin"
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,14 @@ class Request:
     Attributes:
         run: the run's name, a public word.
         round, attempt: counted from 1.
-        nonce: hex, fresh for each round: binds a receipt to this federation.
+        nonce: hex, another for each run, round, attempt and site: binds a receipt to this federation.
         plan: the calibrated plan as JSON.
         anchor: the server's countersignature over the head of the site's chain that it holds, as canonical
             bytes, or None before the first.
         state: the broadcast trainable parameters; empty where statistics are asked for.
         phase: what is asked for.
         released: what statistics were released before, by the names of `common.sums`, summed over sites.
+        site: the id of the ledger key of the site that is asked; empty where nobody is asked yet.
     """
 
     run: str
@@ -83,11 +88,105 @@ class Request:
     anchor: bytes | None = None
     phase: Phase = Phase.UPDATE
     released: State = field(default_factory=dict)
+    site: str = ""
 
     @cached_property
     def model_digest(self) -> str:
         """sha256 of all that is broadcast: the parameters, and beside them what was released before."""
         return _model_digest(self.state, self.released)
+
+
+@dataclass(frozen=True)
+class SignedRequest:
+    """A request as it travels: what the server says of it and signs, and what that is about. Nothing is believed yet.
+
+    Attributes:
+        statement: the bytes of a `Statement`.
+        signature: the server's over them.
+        plan, anchor: as in `Request`.
+        broadcast: the parameters and released statistics, as bytes.
+    """
+
+    statement: bytes
+    signature: bytes
+    plan: str
+    anchor: bytes | None
+    broadcast: bytes
+
+    @classmethod
+    def of(
+        cls, request: Request, key: Ed25519PrivateKey, *, expires: int, like: SignedRequest | None = None
+    ) -> SignedRequest:
+        """The server's word for a request.
+
+        Args:
+            expires: whole seconds since 1970.
+            like: another one with the same parameters and released statistics, whose bytes and digests are used again.
+
+        Raises:
+            ReceiptError: a field of the request is out of bounds, or it names no site.
+        """
+        if like is None:
+            broadcast = state_to_bytes(_together(_halves(request.state), request.released))
+            digests = _sha256(broadcast), request.model_digest, state_digest(request.released)
+        else:
+            broadcast, said = like.broadcast, like.said
+            digests = said.broadcast, said.model, said.released
+        statement = Statement(
+            site=request.site,
+            expires=expires,
+            run=request.run,
+            round=request.round,
+            attempt=request.attempt,
+            nonce=request.nonce,
+            phase=request.phase.value,
+            plan=_sha256(request.plan.encode()),
+            anchor=None if request.anchor is None else _sha256(request.anchor),
+            broadcast=digests[0],
+            model=digests[1],
+            released=digests[2],
+        ).to_bytes()
+        return cls(statement, key.sign(statement), request.plan, request.anchor, broadcast)
+
+    @cached_property
+    def said(self) -> Statement:
+        """The statement.
+
+        Raises:
+            ReceiptError: it is none.
+        """
+        return Statement.from_bytes(self.statement)
+
+    def fits(self) -> bool:
+        """Whether plan, anchor and broadcast are those that the statement is about; looks into none of them."""
+        anchor = None if self.anchor is None else _sha256(self.anchor)
+        found = _sha256(self.plan.encode()), anchor, _sha256(self.broadcast)
+        return found == (self.said.plan, self.said.anchor, self.said.broadcast)
+
+    def request(self) -> Request:
+        """What is asked, with its tensors, into which nobody may write.
+
+        Raises:
+            WireError: the broadcast cannot be read, or is another than the statement says.
+            ReceiptError: the statement is none.
+        """
+        said, broadcast = self.said, _broadcast(self.broadcast)
+        if (broadcast.digest, broadcast.released_digest) != (said.model, said.released):
+            raise WireError("the broadcast is not what the statement says")
+        request = Request(
+            run=said.run,
+            round=said.round,
+            attempt=said.attempt,
+            nonce=said.nonce,
+            plan=self.plan,
+            state=broadcast.state,
+            anchor=self.anchor,
+            phase=Phase(said.phase),
+            released=broadcast.released,
+            site=said.site,
+        )
+        vars(request)["model_digest"] = broadcast.digest  # of these very tensors
+        return request
 
 
 @dataclass(frozen=True)
@@ -138,7 +237,11 @@ def state_from_bytes(data: bytes) -> dict[str, Tensor]:
 
 def state_digest(state: State) -> str:
     """sha256 of `state_to_bytes`, hex."""
-    return hashlib.sha256(state_to_bytes(state)).hexdigest()
+    return _sha256(state_to_bytes(state))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _together(state: State, released: State) -> dict[str, Tensor]:
@@ -207,6 +310,7 @@ class _Broadcast:
     state: dict[str, Tensor]
     released: dict[str, Tensor]
     digest: str
+    released_digest: str
 
 
 _last_broadcast: list[_Broadcast] = []
@@ -229,42 +333,30 @@ def _broadcast(data: bytes) -> _Broadcast:
             released[name.removeprefix(_RELEASED)] = tensor
         else:
             raise WireError("a released statistic is not float32")
-    found = _Broadcast(data, state, released, _model_digest(state, released))
+    found = _Broadcast(data, state, released, _model_digest(state, released), state_digest(released))
     _last_broadcast[:] = [found]
     return found
 
 
-def request_to_records(request: Request, like: RecordDict | None = None) -> RecordDict:
+def request_to_records(signed: SignedRequest, like: RecordDict | None = None) -> RecordDict:
     """The content of a request message.
 
     Args:
-        like: of another request with the same parameters and released statistics, whose bytes are used again.
+        like: of another request with the same broadcast, whose record is used again.
     """
-    if like is None:
-        broadcast = _record(state_to_bytes(_together(_halves(request.state), request.released)))
-    else:
-        broadcast = like["broadcast"]
-    return RecordDict(
-        {
-            "broadcast": broadcast,
-            "round": ConfigRecord(
-                {
-                    "run": request.run,
-                    "round": request.round,
-                    "attempt": request.attempt,
-                    "nonce": request.nonce,
-                    "plan": request.plan,
-                    "phase": request.phase.value,
-                    # Flower's byte counter fails on empty strings, so "none" stands for none.
-                    "anchor": "none" if request.anchor is None else request.anchor.hex(),
-                }
-            ),
-        }
-    )
+    said = {
+        "statement": signed.statement,
+        "signature": signed.signature,
+        "plan": signed.plan,
+        # Flower's byte counter fails on empty strings, so "none" stands for none.
+        "anchor": "none" if signed.anchor is None else signed.anchor.hex(),
+    }
+    broadcast = _record(signed.broadcast) if like is None else like["broadcast"]
+    return RecordDict({"broadcast": broadcast, "round": ConfigRecord(said)})
 
 
-def request_from_records(content: RecordDict) -> Request:
-    """The request in a message.
+def request_from_records(content: RecordDict) -> SignedRequest:
+    """The request in a message, of which nothing is known yet but its form: the signature is not verified here.
 
     Raises:
         WireError: it has another form.
@@ -274,34 +366,23 @@ def request_from_records(content: RecordDict) -> Request:
     fields = content["round"]
     if not isinstance(fields, ConfigRecord):
         raise WireError("a request carries records of the wrong type")
-    if set(fields) != {"run", "round", "attempt", "nonce", "plan", "phase", "anchor"}:
+    if set(fields) != {"statement", "signature", "plan", "anchor"}:
         raise WireError("a request has missing or unknown fields")
-    texts = {name: fields[name] for name in ("run", "nonce", "plan", "phase", "anchor")}
-    numbers = {name: fields[name] for name in ("round", "attempt")}
-    if not all(isinstance(value, str) for value in texts.values()):
-        raise WireError("run, nonce, plan, phase and anchor must be text")
-    if texts["phase"] not in set(Phase):
-        raise WireError("a request asks for an unknown phase")
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in numbers.values()):
-        raise WireError("round and attempt must be whole numbers")
-    try:
-        anchor = None if texts["anchor"] == "none" else bytes.fromhex(str(texts["anchor"]))
-    except ValueError as error:
-        raise WireError("an anchor must be hex") from error
-    broadcast = _broadcast(_data(content["broadcast"]))
-    request = Request(
-        anchor=anchor,
-        run=str(texts["run"]),
-        nonce=str(texts["nonce"]),
-        plan=str(texts["plan"]),
-        round=int(str(numbers["round"])),
-        attempt=int(str(numbers["attempt"])),
-        phase=Phase(str(texts["phase"])),
-        state=broadcast.state,
-        released=broadcast.released,
+    statement, signature, plan, anchor = (
+        fields[name] for name in ("statement", "signature", "plan", "anchor")
     )
-    vars(request)["model_digest"] = broadcast.digest  # of these very tensors
-    return request
+    if not isinstance(statement, bytes) or not isinstance(signature, bytes):
+        raise WireError("statement and signature must be bytes")
+    if not isinstance(plan, str) or not isinstance(anchor, str):
+        raise WireError("plan and anchor must be text")
+    if len(statement) > LONGEST_STATEMENT:
+        raise WireError("a statement is too long")
+    try:
+        seen = None if anchor == "none" else bytes.fromhex(anchor)
+        plan.encode()
+    except ValueError as error:
+        raise WireError("an anchor must be hex, and a plan text that has an encoding") from error
+    return SignedRequest(statement, signature, plan, seen, _data(content["broadcast"]))
 
 
 def answer_to_records(answer: Update | Refusal) -> RecordDict:

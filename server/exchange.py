@@ -8,6 +8,7 @@ What is made of the admitted releases is `rounds.py`'s business.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,9 +28,18 @@ from common.privacy.mechanisms import event_to_fields
 from common.privacy.receipts import Receipt, check_receipt
 from common.privacy.receipts import Request as Asked
 from common.sums import METRICS, POPULARITY, TRANSITIONS, PairLayout
-from common.wire import MESSAGE_TYPES, Reason, Request, payload_bytes, request_to_records, state_from_bytes
+from common.wire import (
+    MESSAGE_TYPES,
+    Reason,
+    Request,
+    SignedRequest,
+    payload_bytes,
+    request_to_records,
+    state_from_bytes,
+)
 from common.witness import witness_name
 from server.admission import Admitted, Expectation, LeftOut, admit
+from server.asking import nonce_of
 from server.registry import Extension, Registry, RegistryError
 from server.replies import NOT_WHOLE, Reply, replies_to
 from server.runs import RunError, RunFolder, append_lines
@@ -140,7 +150,9 @@ def ask_sites(
     """
     deadline, quorum = plan.server.round_deadline, plan.server.quorum
     lines = {str(line["key_id"]): line for line in kept}
-    any_request = next(iter(requests.values()))
+    any_request = next(iter(requests.values()), None)
+    if any_request is None:
+        return []
     admitted = [
         _admitted_before(line, any_request, plan, registry, run) for line in kept if _is_whole(line, run)
     ]
@@ -153,16 +165,19 @@ def ask_sites(
     _log.info("round %d (%s) begins: %d sites are asked", exchange.round, exchange.phase, len(requests))
     end = time.monotonic() + deadline
     messages: list[Message] = []
+    signed: SignedRequest | None = None
     for node, request in requests.items():  # of one round: all carry the same arrays
-        content = request_to_records(request, messages[0].content if messages else None)
-        record.bytes_down += payload_bytes(content)
         # A request that outlives its round must not be answered: it would spend budget for nothing.
+        ttl = max(0.1, end - time.monotonic())
+        signed = registry.signed(request, expires=math.ceil(time.time() + ttl), like=signed)
+        content = request_to_records(signed, messages[0].content if messages else None)
+        record.bytes_down += payload_bytes(content)
         messages.append(
             Message(
                 content,
                 dst_node_id=node,
                 message_type=MESSAGE_TYPES[request.phase],
-                ttl=max(0.1, end - time.monotonic()),
+                ttl=ttl,
                 group_id=str(request.round),
             )
         )
@@ -348,16 +363,15 @@ def _admitted_before(
     Raises:
         RunError: the receipt does not belong to this run, or the registry is older than the run.
     """
-    nodes = {nonce: node for node, nonce in run.nonces(request.round).items()}
     try:
         receipt = Receipt.from_bytes(str(line["receipt"]).encode())
         key_id, nonce = receipt.genesis.key_id, receipt.reserve.nonce
         update = run.update_file(request.round, key_id).read_bytes()
         site = registry.site(key_id)
-        if site is None or nonce not in nodes:
+        if site is None or nonce != nonce_of(registry, request.run, request.round, key_id):
             raise RegistryError("its key is not enrolled, or it was not asked for")
         chain = check_receipt(receipt, update, _asked(plan, request, nonce), registry.chain(key_id))
-        registry.accept(chain, seq=receipt.entries[-1].seq, node=nodes[nonce])
+        registry.accept(chain, seq=receipt.entries[-1].seq)
     except (ReceiptError, RegistryError, OSError) as error:
         raise RunError(
             f"a receipt of round {request.round} in {run.receipts_file} does not fit run or registry ({error}): "

@@ -6,11 +6,12 @@ it a site could rewrite its own history.
 
 from __future__ import annotations
 
+import hmac
 import os
 import re
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,11 +20,13 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.privacy.anchors import Countersignature
+from common.privacy.canonical import encode
 from common.privacy.chain import Chain, verified_chain
 from common.privacy.entries import Entry
 from common.privacy.equivocation import EquivocationProof
 from common.privacy.faults import ReceiptError
 from common.privacy.rules import check_genesis
+from common.wire import Request, SignedRequest
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sites (key_id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE,
@@ -38,6 +41,8 @@ CREATE TABLE IF NOT EXISTS proofs (id INTEGER PRIMARY KEY, key_id TEXT NOT NULL,
 
 
 _CHAINS_KEPT = 512
+_CHOICES = b"fedtide/choices/1"
+"""Sets what is derived from the server's key apart from all that it signs."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -165,6 +170,7 @@ class Registry(RegistryReader):
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._key = _load_or_make_key(folder / "server.key")
+        self._choices = hmac.digest(self._key.private_bytes_raw(), _CHOICES, "sha256")
         file = folder / "registry.sqlite"
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
         super().__init__(folder)
@@ -193,6 +199,14 @@ class Registry(RegistryReader):
     def server_key(self) -> str:
         """The server's public key, hex."""
         return self._key.public_key().public_bytes_raw().hex()
+
+    def signed(self, request: Request, *, expires: int, like: SignedRequest | None = None) -> SignedRequest:
+        """The server's word for a request: see `SignedRequest.of`."""
+        return SignedRequest.of(request, self._key, expires=expires, like=like)
+
+    def derived(self, *words: str) -> bytes:
+        """32 bytes that these words and the server's key give, the same whenever asked; they do not tell the key."""
+        return hmac.digest(self._choices, encode(list(words)), "sha256")
 
     def enroll(self, name: str, genesis: Entry) -> EnrolledSite:
         """Takes a site's ledger in, by its genesis.
@@ -274,6 +288,12 @@ class Registry(RegistryReader):
         if extension.node is not None:
             db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (str(extension.node), chain.key_id))
         return anchor, whole
+
+    def place(self, nodes: Mapping[int, str]) -> None:
+        """Says which site answers from a node: node -> key id. A simulation knows it; a server, from node keys."""
+        rows = [(str(node), key_id) for node, key_id in nodes.items()]
+        with self._transaction() as db:
+            db.executemany("INSERT OR REPLACE INTO nodes VALUES (?, ?)", rows)
 
     def sites_by_node(self) -> dict[int, EnrolledSite]:
         """Node -> the site that last answered from it."""

@@ -7,7 +7,6 @@ is there if the plan has it. All that the server does with releases is post-proc
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,12 +16,12 @@ from flwr.serverapp import Grid
 
 from common.config import Plan
 from common.phases import Exchange, Phase
-from common.precision import broadcast
 from common.sums import METRICS, POPULARITY, SITES
-from common.wire import Request, State
+from common.wire import State
 from common.witness import without_witness
 from server.admission import Admitted
 from server.aggregation import aggregation, check_aggregation, fewest_updates
+from server.asking import requests_of
 from server.exchange import RoundRecord, ask_sites, wait_for_nodes
 from server.metrics import estimate
 from server.progress import Progress, stepped
@@ -56,7 +55,7 @@ def run_rounds(
         start: the seeded start of the model's trainable parameters.
         nodes_expected: how many sites to wait for at the beginning; the plan's quorum or minimum where None.
         pretrain: called once, after the statistics and before the first round of private fine-tuning.
-        names: node -> site, where known, for what is said of a site that never answered.
+        names: node -> its site, as enrolled; of others the registry says who answers from them.
 
     Returns:
         The final parameters: the mean over the last rounds, as the plan says.
@@ -88,11 +87,11 @@ def run_rounds(
         if exchange.phase is Phase.METRICS:
             progress.state = final = progress.final(plan)
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
-            kept = run.receipts(exchange.round) if run.nonces(exchange.round) else []
+            kept, known = run.receipts(exchange.round) if run.asked(exchange.round) else [], names()
             with registry.kept_open():
-                requests = _requests(plan, run, exchange, progress, nodes, registry)
+                requests = requests_of(plan, run, exchange, progress, nodes, registry, known)
                 admitted = ask_sites(
-                    grid, requests, plan, exchange, registry, record, run, catalog, kept, names()
+                    grid, requests, plan, exchange, registry, record, run, catalog, kept, known
                 )
             if len(admitted) >= fewest_updates(plan.server):
                 _aggregate(plan, run, exchange, progress, admitted, record)
@@ -111,42 +110,6 @@ def run_rounds(
     _publish_metrics(plan, run)
     run.save_model(final)
     return final
-
-
-def _requests(
-    plan: Plan, run: RunFolder, exchange: Exchange, progress: Progress, nodes: list[int], registry: Registry
-) -> dict[int, Request]:
-    """Node -> what it is asked, with the nonce that it has in this round for good.
-
-    Where the plan asks a part of the sites, chance chooses them once for each round; it is no part of any promise.
-    """
-    nonces = run.nonces(exchange.round)
-    most = plan.server.sites_per_round
-    if most is not None and nonces:
-        nodes = sorted(nonces)  # those chosen before a crash; who is away by now is missing
-    elif most is not None and most < len(nodes):
-        nodes = sorted(secrets.SystemRandom().sample(nodes, most))
-    if any(node not in nonces for node in nodes):
-        nonces = {node: secrets.token_hex(16) for node in nodes} | nonces
-        run.save_nonces(exchange.round, nonces)
-    plan_text = plan.model_dump_json()
-    statistics = exchange.phase.content == "statistics"
-    requests, sites = {}, registry.sites_by_node()
-    state = {} if statistics else broadcast(progress.state, plan.wire.parameters)
-    for node in nodes:
-        anchor = registry.last_anchor(sites[node].key_id) if node in sites else None
-        requests[node] = Request(
-            run=run.name,
-            round=exchange.round,
-            attempt=1,
-            nonce=nonces[node],
-            plan=plan_text,
-            state=state,
-            anchor=None if anchor is None else anchor.to_bytes(),
-            phase=exchange.phase,
-            released=progress.released,
-        )
-    return requests
 
 
 def _aggregate(

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,19 +291,17 @@ class RunFolder:
     def _velocity_file(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:05d}.velocity.safetensors"
 
-    def save_nonces(self, number: int, nonces: dict[int, str]) -> None:
-        """Node -> its nonce in a round: on the disk before it is sent, and the same after a resume."""
-        said = {str(node): nonce for node, nonce in sorted(nonces.items())}
-        write_whole(self._nonces_file(number), json.dumps(said).encode() + b"\n")
+    def save_asked(self, number: int, key_ids: Collection[str]) -> None:
+        """Which sites are asked in a round, by their keys' ids: on the disk before anything is sent."""
+        write_whole(self._asked_file(number), json.dumps(sorted(key_ids)).encode() + b"\n")
 
-    def nonces(self, number: int) -> dict[int, str]:
-        """What `save_nonces` kept of a round; empty where nothing was asked yet."""
-        file = self._nonces_file(number)
-        said = json.loads(file.read_bytes()) if file.is_file() else {}
-        return {int(node): str(nonce) for node, nonce in said.items()}
+    def asked(self, number: int) -> set[str]:
+        """What `save_asked` kept of a round; empty where nothing was asked yet."""
+        file = self._asked_file(number)
+        return set(json.loads(file.read_bytes())) if file.is_file() else set()
 
-    def _nonces_file(self, number: int) -> Path:
-        return self.path / "rounds" / f"{number:05d}.nonces.json"
+    def _asked_file(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:05d}.asked.json"
 
     def save_released(self, number: int, released: State) -> None:
         """What statistics were released up to a round, summed over sites; also as the run's own."""

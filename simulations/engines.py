@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.app import RUN_FOLDER
+from server.app import REGISTRY_FOLDER, RUN_FOLDER
+from server.registry import Registry
 from server.runs import RunError, RunFolder
-from simulations.sites import SimulatedSite
+from simulations.sites import SimulatedSite, place_sites
 
 
 def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite]) -> None:
@@ -28,6 +29,8 @@ def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite])
 
     with _environment(environment), answering(len(sites)) as together:
         configs = {number + 2: {"partition-id": number} for number in range(len(sites))}
+        registry = Registry(Path(environment[REGISTRY_FOLDER]))
+        place_sites(registry, {node: sites[node - 2].name for node in configs})
         run_inline(server_app, client_app, configs, {"run-dir": environment[RUN_FOLDER]}, together)
 
 

@@ -9,7 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+
+_PATIENCE = 600.0
+"""Seconds that Flower's engine may take to register nodes."""
 
 
 def main() -> int:
@@ -29,12 +39,11 @@ def main() -> int:
     from flwr.simulation import run_simulation
 
     from client.app import app as client_app
-    from server.app import app as server_app
     from server.runs import RunError
 
     try:
         run_simulation(
-            server_app=server_app,
+            server_app=_server_with_places(),
             client_app=client_app,
             num_supernodes=given.sites,
             backend_config={
@@ -46,6 +55,44 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _server_with_places() -> ServerApp:
+    """The ServerApp, which begins when its registry says which site answers from which node.
+
+    Flower gives nodes their numbers as it begins, and tells them to no app: the one thing of its engine that is
+    wrapped here.
+    """
+    from flwr.server.superlink.fleet.vce import vce_api
+    from flwr.serverapp import ServerApp
+
+    from server.app import REGISTRY_FOLDER
+    from server.app import app as server_app
+    from server.registry import Registry
+    from simulations.sites import place_sites, site_name
+
+    placed = threading.Event()
+    register = vce_api._register_nodes
+
+    def register_and_place(*given: Any, **more: Any) -> dict[int, int]:
+        partitions: dict[int, int] = register(*given, **more)
+        registry = Registry(Path(os.environ[REGISTRY_FOLDER]))
+        place_sites(registry, {node: site_name(number) for node, number in partitions.items()})
+        placed.set()
+        return partitions
+
+    vce_api._register_nodes = register_and_place
+    app = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        if not placed.wait(_PATIENCE):
+            raise RuntimeError(
+                "Flower's engine registered no nodes: this Flower is another than the one tested"
+            )
+        server_app(grid, context)
+
+    return app
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ in a folder of their own outlive a run, and so do their budgets.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import polars as pl
 
 from client.ledger import Ledger
 from client.policy import ANY_PLAN, Performance
+from client.server_key import NoServerKeyError, trust, trusted_key
 from client.site_folder import Site, SiteError
 from common.config import Plan
 from common.events.cleaning import CleaningPolicy, CleaningReport, clean
@@ -42,6 +44,11 @@ class SimulatedSite:
     folder: Path
     users: int
     events: int
+
+
+def site_name(number: int) -> str:
+    """What the simulated site of a partition is called."""
+    return f"site-{number}"
 
 
 def registry_folder(sites: Path) -> Path:
@@ -149,10 +156,25 @@ def make_site(
 
 
 def enroll_site(folder: Path, name: str, registry: Registry) -> None:
-    """Hands a site's genesis to the server, where it does not hold it yet."""
+    """Hands a site's genesis to the server, where it does not hold it yet, and the server's key to the site."""
+    trust_once(folder, registry.server_key)
     with Ledger.open(Site.load(folder).ledger_folder) as ledger:
         if registry.site(ledger.key_id) is None:
             registry.enroll(name, ledger.entries(0)[0])
+
+
+def trust_once(folder: Path, server_key: str) -> None:
+    """The site in a folder believes this server, and no other, from now on."""
+    with contextlib.suppress(NoServerKeyError):
+        if trusted_key(folder) == server_key:
+            return
+    trust(folder, server_key)
+
+
+def place_sites(registry: Registry, nodes: Mapping[int, str]) -> None:
+    """Tells the server which enrolled site answers from which node: node -> name. A real one knows it by node keys."""
+    enrolled = {site.name: site.key_id for site in registry.sites()}
+    registry.place({node: enrolled[name] for node, name in nodes.items()})
 
 
 def make_sites(
@@ -205,7 +227,7 @@ def make_sites(
     made = []
     for number in range(count):
         folder = root / f"{number:05d}"
-        name = f"site-{number}"
+        name = site_name(number)
         if budget is not None and not found:
             training = split.training(next(cleaned))
             if len(training) < plan.privacy.users_per_site:

@@ -34,6 +34,7 @@ from simulations.datasets import load_movielens_100k
 from simulations.threads import one_thread
 
 _NONCE = "ab" * 16
+_EXPIRES = 2**31
 _MOST = 0.02
 
 
@@ -63,6 +64,7 @@ def round_bytes(plan: Plan, state: State, folder: Path) -> tuple[int, int]:
                 plan=plan.model_dump_json(),
                 state=broadcast(state, plan.wire.parameters),
                 anchor=None if anchor is None else anchor.to_bytes(),
+                site=ledger.key_id,
             )
             if anchor is not None:
                 ledger.anchor(anchor)
@@ -84,7 +86,7 @@ def round_bytes(plan: Plan, state: State, folder: Path) -> tuple[int, int]:
                 reservation, state_to_bytes(sent), anchored_seq=0 if anchor is None else anchor.seq
             )
             anchor = registry.accept(registry.chain(ledger.key_id).extended(receipt.entries))
-    down = bytes_of(request_to_records(request))
+    down = bytes_of(request_to_records(registry.signed(request, expires=_EXPIRES)))
     return down, bytes_of(answer_to_records(Update.of(sent, receipt.to_bytes())))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from client import site as site_module
 from client.generators import Generators
 from client.ledger import Ledger
-from client.site import answer
 from client.site_folder import Site
 from client.training import train_round
 from common.config import Plan, Precision, WirePlan
@@ -25,6 +24,7 @@ from common.privacy.receipts import Receipt, check_receipt_alone
 from common.wire import Reason, Refusal, Request, Update, state_to_bytes
 from common.witness import WITNESS
 from simulations.audit.trainers import Silence
+from tests.asking import answer
 from tests.client.test_site import (
     Ask,
     ask,

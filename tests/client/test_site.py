@@ -22,7 +22,6 @@ from client.kept import device_of, take_threads
 from client.ledger import Ledger
 from client.ledger_reading import LedgerStatus
 from client.policy import Limits, Performance
-from client.site import answer
 from client.site_folder import Site, SiteError
 from client.training import StepSettings, train_round
 from client.unit_memory import unit_memory
@@ -34,6 +33,7 @@ from common.models.build import build_model, item_texts
 from common.models.interface import InterestModel
 from common.privacy.receipts import Receipt, check_receipt_alone
 from common.wire import Reason, Refusal, Request, Update, state_digest, state_to_bytes
+from tests.asking import answer, answer_anyhow
 from tests.tiny import WORDS, tiny_language_model
 
 USERS, ITEMS, EVENTS = 12, 9, 5
@@ -144,7 +144,7 @@ def test_a_request_that_has_expired_spends_nothing_and_one_that_has_not_is_answe
     assert outcomes(site) == []
     assert isinstance(answer(site, ask(), until=time.time() + 60), Update)
     assert outcomes(site) == ["released"]
-    assert isinstance(answer(site, ask(), until=0.0), Update)  # the same bytes again cost nothing
+    assert answer(site, ask(), until=0.0) == Refusal(Reason.EXPIRED)  # nor are the same bytes sent again
 
 
 def test_a_round_is_charged_and_answered_with_an_update_and_its_receipt(
@@ -293,13 +293,14 @@ def test_a_plan_beyond_what_the_policy_allows_is_refused_before_anything_is_look
 ) -> None:
     replace(site, limits=Limits(cores=("lstm", "decay"))).save()
     site.catalog.unlink()  # whoever looked anything up, opened a ledger or built a model would fail
-    ledger = site.ledger_folder.rename(site.folder / "elsewhere")
+    database = site.ledger_folder / "ledger.sqlite"
+    database.rename(site.folder / "elsewhere")
     request = ask()
     values = json.loads(request.plan)
     values["model"] |= fields
     assert answer(Site.load(site.folder), replace(request, plan=json.dumps(values))) == Refusal(Reason.PLAN)
     assert says in caplog.text
-    ledger.rename(site.ledger_folder)
+    (site.folder / "elsewhere").rename(database)
     assert outcomes(site) == []
 
 
@@ -454,8 +455,9 @@ def test_a_plan_that_the_site_does_not_accept_costs_nothing(
 
 
 def test_a_round_that_the_plan_does_not_have_costs_nothing(site: Site, plan: Plan, ask: Ask) -> None:
-    for round_ in (0, -1, 41):
-        assert answer(site, ask(round=round_)) == Refusal(Reason.PLAN)
+    assert answer(site, ask(round=41)) == Refusal(Reason.PLAN)
+    for round_ in ("0", "-1"):
+        assert answer_anyhow(site, ask(), round=round_) == Refusal(Reason.ORIGIN)
     assert outcomes(site) == []
 
 
@@ -467,22 +469,30 @@ def test_a_family_that_is_not_on_the_sites_list_is_refused(site: Site, plan: Pla
     "fields",
     [
         {"run": ""},
-        {"run": "x" * 10_000},
+        {"run": "x" * 3_000},
         {"run": "../../etc"},
         {"nonce": "no hex"},
         {"nonce": ""},
-        {"attempt": -1},
-        {"anchor": b"no anchor"},
-        {"anchor": b"{}"},
+        {"attempt": "-1"},
+        {"phase": "confession"},
+        {"expires": "soon"},
     ],
-    ids=str,
+    ids=lambda fields: next(iter(fields)),
 )
 def test_a_request_with_fields_out_of_bounds_is_refused_in_one_word(
-    site: Site, plan: Plan, ask: Ask, fields: dict[str, object]
+    site: Site, ask: Ask, fields: dict[str, str]
 ) -> None:
     lose_histories(site)
-    reply = answer(site, replace(ask(), **fields))  # type: ignore[arg-type]
-    assert reply == Refusal(Reason.POLICY)
+    assert answer_anyhow(site, ask(), **fields) == Refusal(Reason.ORIGIN)
+    assert outcomes(site) == []
+
+
+@pytest.mark.parametrize("anchor", [b"no anchor", b"{}", b""])
+def test_an_anchor_that_is_none_is_refused_though_the_server_signed_it(
+    site: Site, ask: Ask, anchor: bytes
+) -> None:
+    lose_histories(site)
+    assert answer(site, replace(ask(), anchor=anchor)) == Refusal(Reason.POLICY)
     assert outcomes(site) == []
 
 

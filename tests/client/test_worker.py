@@ -39,9 +39,9 @@ from common.wire import (
     Request,
     Update,
     answer_from_records,
-    request_to_records,
     state_to_bytes,
 )
+from tests.asking import content_for
 from tests.client.test_site import CATALOG, some_histories
 from tests.tiny import tiny_language_model, tiny_plan
 
@@ -132,9 +132,9 @@ def test_a_real_worker_answers_survives_a_kill_and_sends_the_same_bytes_again(
 ) -> None:
     site, start = running
     first_worker = start()
-    assert replied(site, request_to_records(request_), ttl=1e-6) == Refusal(Reason.EXPIRED)
+    assert replied(site, content_for(site.folder, request_), ttl=1e-6) == Refusal(Reason.EXPIRED)
     assert outcomes(site) == []
-    first = replied(site, request_to_records(request_))
+    first = replied(site, content_for(site.folder, request_))
     assert isinstance(first, Update)
     path = site.folder / SOCKET
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -142,16 +142,16 @@ def test_a_real_worker_answers_survives_a_kill_and_sends_the_same_bytes_again(
     first_worker.send_signal(signal.SIGKILL)
     first_worker.wait()
     start()  # as `fedtide site up` does
-    second = replied(site, request_to_records(request_))
+    second = replied(site, content_for(site.folder, request_))
     assert isinstance(second, Update)
     assert state_to_bytes(second.state) == state_to_bytes(first.state)
     assert second.receipt == first.receipt
     assert outcomes(site) == ["released"]
-    assert replied(site, RecordDict()) == Refusal(Reason.POLICY)
+    assert replied(site, RecordDict()) == Refusal(Reason.ORIGIN)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as rude:  # rubbish ends no worker
         rude.connect(str(path))
         rude.sendall(b"\x00" * 7 + b"\x03abc")
-    assert isinstance(replied(site, request_to_records(request_)), Update)
+    assert isinstance(replied(site, content_for(site.folder, request_)), Update)
 
 
 def test_a_worker_killed_in_a_round_leaves_it_charged_and_one_word(
@@ -165,7 +165,7 @@ def test_a_worker_killed_in_a_round_leaves_it_charged_and_one_word(
     victim = start()
     got: list[Update | Refusal] = []
     asking = threading.Thread(
-        target=lambda: got.append(replied(site, request_to_records(replace(request_, plan=long))))
+        target=lambda: got.append(replied(site, content_for(site.folder, replace(request_, plan=long))))
     )
     asking.start()
     end = time.monotonic() + 120
@@ -175,7 +175,7 @@ def test_a_worker_killed_in_a_round_leaves_it_charged_and_one_word(
     asking.join(60)
     assert got == [Refusal(Reason.FAILED)]
     start()
-    assert isinstance(replied(site, request_to_records(replace(request_, round=2))), Update)
+    assert isinstance(replied(site, content_for(site.folder, replace(request_, round=2))), Update)
     assert outcomes(site) == ["burnt", "released"]
 
 
@@ -204,7 +204,7 @@ def test_what_is_kept_changes_no_result(
             if not keep:
                 kept.forget()
                 kept._MODELS.clear()
-            content = request_to_records(replace(request_, round=number))
+            content = content_for(site.folder, replace(request_, round=number))
             data = content_to_bytes(
                 answered(lambda: site.folder, content_from_bytes(content_to_bytes(content)))
             )
@@ -297,9 +297,9 @@ def test_metrics_tell_rounds_refusals_and_budget_and_no_exact_time(tmp_path: Pat
     site = made_site(tmp_path / "site", request_)
     metrics = SiteMetrics(site.ledger_folder)
     with metrics.round() as note:
-        answered(lambda: site.folder, request_to_records(request_), note)
+        answered(lambda: site.folder, content_for(site.folder, request_), note)
     with metrics.round() as note:
-        answered(lambda: site.folder, request_to_records(replace(request_, plan="no plan")), note)
+        answered(lambda: site.folder, content_for(site.folder, replace(request_, plan="no plan")), note)
     told = {
         (sample.name, *sample.labels.values()): sample.value
         for family in metrics.registry.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
@@ -20,10 +22,13 @@ from hypothesis.extra import numpy as stnp
 from safetensors.torch import save as save_tensors
 
 from common.phases import Phase
+from common.privacy.entries import public_key_of
+from common.requests import is_signed
 from common.wire import (
     Reason,
     Refusal,
     Request,
+    SignedRequest,
     Update,
     WireError,
     answer_from_records,
@@ -37,7 +42,20 @@ from common.wire import (
 )
 
 STATE = {"b.weight": torch.arange(6.0).view(2, 3), "a": torch.tensor([0.5])}
-REQUEST = Request(run="run-a", round=3, attempt=1, nonce="ab" * 16, plan='{"name": "x"}', state=STATE)
+REQUEST = Request(
+    run="run-a", round=3, attempt=1, nonce="ab" * 16, plan='{"name": "x"}', state=STATE, site="cd" * 32
+)
+KEY = Ed25519PrivateKey.generate()
+
+
+def sent(request: Request = REQUEST) -> RecordDict:
+    """The content of the message that asks this."""
+    return request_to_records(SignedRequest.of(request, KEY, expires=2**31))
+
+
+def got(content: RecordDict) -> Request:
+    """What a message asks, its signature apart."""
+    return request_from_records(content).request()
 
 
 def through_bytes(content: RecordDict) -> RecordDict:
@@ -62,7 +80,7 @@ def same_state(first: Any, second: Any) -> bool:
 
 
 def same_request(first: Request, second: Request) -> bool:
-    plain = ("run", "round", "attempt", "nonce", "plan", "anchor", "phase")
+    plain = ("run", "round", "attempt", "nonce", "plan", "anchor", "phase", "site")
     return (
         all(getattr(first, name) == getattr(second, name) for name in plain)
         and same_state(first.state, second.state)
@@ -88,13 +106,14 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     state=states,
     released=states | st.just({}),
     anchor=st.none() | st.binary(max_size=40),
-    run=texts,
-    round_=st.integers(-(2**31), 2**31),
+    run=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}", fullmatch=True),
+    plan=texts,
+    round_=st.integers(1, 2**31),
     phase=st.sampled_from(Phase),
 )
 @settings(max_examples=60, deadline=None)
 def test_requests_come_back_as_they_were(
-    state: Any, released: Any, anchor: bytes | None, run: str, round_: int, phase: Phase
+    state: Any, released: Any, anchor: bytes | None, run: str, plan: str, round_: int, phase: Phase
 ) -> None:
     state = {name: torch.nan_to_num(tensor) for name, tensor in state.items()}
     released = {name: torch.nan_to_num(tensor) for name, tensor in released.items()}
@@ -102,14 +121,21 @@ def test_requests_come_back_as_they_were(
         run=run,
         round=round_,
         attempt=2,
-        nonce="00",
-        plan="{}",
+        nonce="00" * 16,
+        plan=plan,
         state=state,
         released=released,
         anchor=anchor,
         phase=phase,
+        site="ef" * 32,
     )
-    assert same_request(request_from_records(through_bytes(request_to_records(request))), request)
+    content = through_bytes(sent(request))
+    assert same_request(got(content), request)
+    signed = request_from_records(content)
+    assert is_signed(signed.statement, signed.signature, public_key_of(KEY))
+    assert signed.fits()
+    like = SignedRequest.of(replace(request, site="01" * 32), KEY, expires=7, like=signed)
+    assert like == SignedRequest.of(replace(request, site="01" * 32), KEY, expires=7)
 
 
 @given(state=states, receipt=st.binary(max_size=60))
@@ -210,10 +236,24 @@ def test_an_update_with_bad_tensors_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", BAD_ARRAYS)
 def test_a_request_with_bad_tensors_is_refused(name: str) -> None:
-    content = request_to_records(REQUEST)
+    content = sent()
     content["broadcast"] = BAD_ARRAYS[name]
     with pytest.raises(WireError):
-        request_from_records(content)
+        got(content)
+
+
+def signed_over(state: dict[str, torch.Tensor]) -> Request:
+    """What a server that signed these tensors, whatever they are, is taken to ask."""
+    signed, data = SignedRequest.of(REQUEST, KEY, expires=2**31), state_to_bytes(state)
+    digest = hashlib.sha256(data).hexdigest()
+    apart: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
+    for name, tensor in state.items():
+        apart[name.startswith("released/")][name.removeprefix("released/")] = tensor.float()
+    model = replace(REQUEST, state=apart[False], released=apart[True]).model_digest
+    said = replace(signed.said, broadcast=digest, model=model, released=state_digest(apart[True])).to_bytes()
+    whole = replace(signed, statement=said, signature=KEY.sign(said), broadcast=data)
+    assert whole.fits()
+    return got(request_to_records(whole))
 
 
 def test_what_an_update_and_a_broadcast_may_be_made_of() -> None:
@@ -226,26 +266,22 @@ def test_what_an_update_and_a_broadcast_may_be_made_of() -> None:
         one = torch.ones(2, dtype=dtype)
         contents = [
             (answer_from_records, {"update": tensors(w=one), "receipt": RECEIPT}, update),
-            (request_from_records, {**request_to_records(REQUEST), "broadcast": tensors(w=one)}, parameter),
-            (
-                request_from_records,
-                {**request_to_records(REQUEST), "broadcast": tensors(**{"released/w": one})},
-                statistic,
-            ),
+            (signed_over, {"w": one}, parameter),
+            (signed_over, {"released/w": one}, statistic),
         ]
         for read, content, allowed in contents:
             with nullcontext() if allowed else pytest.raises(WireError):
-                read(RecordDict(content))  # type: ignore[operator]
+                read(RecordDict(content) if read is answer_from_records else content)  # type: ignore[operator]
     with pytest.raises(WireError):
         answer_from_records(RecordDict({"update": tensors(), "receipt": RECEIPT}))
 
 
 def test_an_update_is_the_very_bytes_that_travelled() -> None:
-    sent = Update.of(STATE, b"r")
-    got = answer_from_records(through_bytes(answer_to_records(sent)))
-    assert got == sent
-    assert sent.data == state_to_bytes(STATE)
-    assert same_state(sent.state, STATE)
+    update = Update.of(STATE, b"r")
+    found = answer_from_records(through_bytes(answer_to_records(update)))
+    assert found == update
+    assert update.data == state_to_bytes(STATE)
+    assert same_state(update.state, STATE)
 
 
 def test_a_message_is_six_objects_however_many_tensors_it_carries() -> None:
@@ -253,7 +289,7 @@ def test_a_message_is_six_objects_however_many_tensors_it_carries() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     many = {f"{place:03d}": torch.full((3,), float(place)) for place in range(200)}
     for content in (
-        request_to_records(replace(REQUEST, state=many, released=many)),
+        sent(replace(REQUEST, state=many, released=many)),
         answer_to_records(Update.of(many, b"r")),
     ):
         message = Message(content, dst_node_id=5, message_type="train")
@@ -295,18 +331,14 @@ def test_a_malformed_reply_is_refused(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("run", 3),
-        ("run", b"bytes"),
-        ("round", "1"),
-        ("round", 1.0),
-        ("round", True),
-        ("round", [1]),
-        ("attempt", False),
-        ("nonce", 5),
+        ("statement", "text"),
+        ("statement", 3),
+        ("statement", [b"bytes"]),
+        ("statement", b"x" * 4097),
+        ("signature", "text"),
+        ("signature", True),
         ("plan", ["{}"]),
-        ("phase", "confession"),
-        ("phase", 1),
-        ("phase", ["update"]),
+        ("plan", b"{}"),
         ("anchor", "not hex"),
         ("anchor", "abc"),
         ("anchor", b"ab"),
@@ -314,15 +346,15 @@ def test_a_malformed_reply_is_refused(content: dict[str, Any]) -> None:
     ],
 )
 def test_a_malformed_request_is_refused(field: str, value: Any) -> None:
-    content = request_to_records(REQUEST)
+    content = sent()
     content["round"][field] = value
     with pytest.raises(WireError):
         request_from_records(content)
 
 
-@pytest.mark.parametrize("field", ["run", "round", "attempt", "nonce", "plan", "phase", "anchor"])
+@pytest.mark.parametrize("field", ["statement", "signature", "plan", "anchor"])
 def test_a_request_without_a_field_is_refused(field: str) -> None:
-    content = request_to_records(REQUEST)
+    content = sent()
     del content["round"][field]
     with pytest.raises(WireError):
         request_from_records(content)
@@ -330,7 +362,7 @@ def test_a_request_without_a_field_is_refused(field: str) -> None:
 
 @pytest.mark.parametrize("record", ["broadcast", "round"])
 def test_a_request_without_a_record_or_with_another_is_refused(record: str) -> None:
-    content = request_to_records(REQUEST)
+    content = sent()
     del content[record]
     with pytest.raises(WireError):
         request_from_records(content)
@@ -341,9 +373,7 @@ def test_a_request_without_a_record_or_with_another_is_refused(record: str) -> N
 
 scalars = st.integers(-(2**31), 2**31) | st.floats() | st.booleans() | texts | st.binary(max_size=9)
 configs = st.dictionaries(
-    st.sampled_from(
-        ["run", "round", "attempt", "nonce", "plan", "phase", "anchor", "reason", "entries", "odd"]
-    ),
+    st.sampled_from(["statement", "signature", "plan", "anchor", "reason", "entries", "odd"]),
     scalars | st.lists(st.integers(0, 9), max_size=3),
     max_size=7,
 ).map(ConfigRecord)
@@ -420,11 +450,11 @@ def test_what_all_sites_get_is_read_once_and_each_other_broadcast_anew() -> None
     nudged = {**STATE, "a": torch.nextafter(STATE["a"], torch.tensor(1.0))}
     swapped = replace(REQUEST, state={}, released=STATE)
     asked = [REQUEST, replace(REQUEST, nonce="cd" * 16), replace(REQUEST, state=nudged), swapped, REQUEST]
-    read = [request_from_records(through_bytes(request_to_records(each))) for each in asked]
-    assert all(same_request(got, sent) for got, sent in zip(read, asked, strict=True))
-    assert [got.model_digest for got in read] == [replace(each).model_digest for each in read]
+    read = [got(through_bytes(sent(each))) for each in asked]
+    assert all(same_request(found, each) for found, each in zip(read, asked, strict=True))
+    assert [found.model_digest for found in read] == [replace(each).model_digest for each in read]
     assert read[0].state is read[1].state
-    assert len({got.model_digest for got in read}) == 3
+    assert len({found.model_digest for found in read}) == 3
 
 
 def test_payload_is_the_weight_of_what_a_message_carries() -> None:

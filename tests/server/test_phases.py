@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.ledger import Ledger
-from client.site import answer
 from client.site_folder import Site
 from common.config import Plan, PlanError, make_plan
 from common.events.histories import Histories
@@ -26,6 +26,7 @@ from common.wire import (
     Reason,
     Refusal,
     Request,
+    SignedRequest,
     Update,
     request_from_records,
     request_to_records,
@@ -34,6 +35,7 @@ from common.wire import (
 from server.metrics import estimate
 from server.runs import RunError
 from simulations.outcome import Outcome
+from tests.asking import answer
 from tests.tiny import ITEMS, own_cache, tiny_run
 from tests.tiny import SITES as N_SITES
 
@@ -246,7 +248,8 @@ def test_a_site_without_budget_refuses_a_sum(site: Site, outcome: Outcome) -> No
 
 def test_a_request_travels_with_its_phase_and_what_was_released(outcome: Outcome) -> None:
     asked = request(outcome.plan, 2, Phase.TRANSITIONS, released=outcome.run.released_state(1))
-    found = request_from_records(request_to_records(asked))
+    signed = SignedRequest.of(replace(asked, site="ab" * 32), Ed25519PrivateKey.generate(), expires=2**31)
+    found = request_from_records(request_to_records(signed)).request()
     assert found.phase is Phase.TRANSITIONS
     assert found.model_digest == asked.model_digest
     assert found.model_digest != replace(asked, released={}).model_digest

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from client.app import SITES_FOLDER
 from client.ledger import Ledger
 from common.config import Plan, PlanError, make_plan
 from common.events.catalog import Catalog
+from common.wire import request_from_records
 from server.aggregation import check_aggregation
 from server.app import app as server_app
+from server.asking import nonce_of
+from server.exchange import RoundRecord
 from server.registry import Registry, RegistryReader
 from server.rounds import run_rounds
-from server.runs import RunError, RunFolder
+from server.runs import RunError, RunFolder, write_whole
 from simulations import inline
 from simulations.sites import registry_folder
 from tests.tiny import tiny_run
@@ -113,6 +116,12 @@ def start(sites: Sites, run: RunFolder, fate: str = "well") -> Network:
     return grid
 
 
+def asked_in(grid: Network) -> list[tuple[int, int, str]]:
+    """Round, node and nonce of each request that was sent."""
+    said = [(each.metadata.dst_node_id, request_from_records(each.content).said) for each in grid.sent]
+    return [(each.round, node, each.nonce) for node, each in said]
+
+
 def records(run: RunFolder) -> list[dict[str, Any]]:
     return list(run.records())
 
@@ -162,14 +171,14 @@ def test_a_site_that_never_answered_is_named_as_enrolled(
 ) -> None:
     run, folder = sites.run(round_deadline=300.0), tmp_path / "registry"
     shutil.copytree(sites.registry, folder)
-    with sqlite3.connect(folder / "registry.sqlite") as db:  # as if no node had answered yet
+    with sqlite3.connect(folder / "registry.sqlite") as db:  # as of a server that nobody has answered yet
         db.execute("DELETE FROM nodes")
     inline.TaskIdentity.task_id, inline.TaskIdentity.run_id, inline.TaskIdentity.node_id = 1, 1, 1
     arguments = Network("gone"), run.plan(), run, Registry(folder), run.round_state(0)
     with caplog.at_level(logging.INFO, "fedtide.server"):
-        run_rounds(*arguments, names=lambda: {LATE: "west"})
+        run_rounds(*arguments, names=lambda: {node: f"site-{node - 2}" for node in range(2, 2 + NODES)})
     said = [record.getMessage() for record in caplog.records if record.name == "fedtide.server"]
-    assert any(line.startswith("round 1: west is left out: node_error 5") for line in said)
+    assert any(line.startswith("round 1: site-2 is left out: node_error 5") for line in said)
     assert "round 1: site-0 is admitted" in said
 
 
@@ -196,54 +205,112 @@ def test_a_half_done_round_asks_only_the_missing_site_and_with_the_same_nonce(si
         file.unlink()
     lines = run.receipts_file.read_bytes().splitlines(keepends=True)
     run.receipts_file.write_bytes(b"".join(lines[:2]))
-    nonces = run.nonces(1)
     for file in (run.path / "updates").glob("00002-*"):
         file.unlink()
     grid = start(sites, run)
-    first = [message for message in grid.sent if message.content["round"]["round"] == 1]
-    assert [(each.metadata.dst_node_id, each.content["round"]["nonce"]) for each in first] == [
-        (LATE, nonces[LATE])
-    ]
+    registry = Registry(sites.registry)
+    late = next(site.key_id for site in registry.sites() if site.name == "site-2")
+    nonce = nonce_of(registry, run.name, 1, late)
+    assert [each for each in asked_in(grid) if each[0] == 1] == [(1, LATE, nonce)]
     assert len(records(run)[0]["admitted"]) == NODES
     assert sites.charges(0, run).count(1) == sites.charges(2, run).count(1) == 1
 
 
-def test_a_resumed_round_asks_the_sites_that_it_chose(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chance_takes(nodes: list[int]) -> None:
-        """From now on; else two draws of two among three sites are often the same."""
+def chosen(sites: Sites, run: RunFolder, number: int) -> list[str]:
+    names = {site.key_id: site.name for site in Registry(sites.registry).sites()}
+    return sorted(names[key_id] for key_id in run.asked(number))
 
-        class Chance:
-            def sample(self, _: list[int], most: int) -> list[int]:
-                return nodes[:most]
 
-        monkeypatch.setattr("server.rounds.secrets.SystemRandom", Chance)
-
+def test_a_resumed_round_asks_the_sites_that_it_chose(sites: Sites) -> None:
     run = sites.run(sites_per_round=2, minimum_sites=2, round_deadline=60.0)
-    chance_takes([2, 3])
     start(sites, run)
-    assert sorted(run.nonces(1)) == [2, 3]
-    run.rounds_file.unlink()  # as if it had been killed in round 1, with one site admitted
-    for file in (run.path / "rounds").glob("00002.*"):
-        file.unlink()
-    run.receipts_file.write_bytes(run.receipts_file.read_bytes().splitlines(keepends=True)[0])
-    chance_takes([3, 4])
-    grid = start(sites, run)
-    asked = [(message.content["round"]["round"], message.metadata.dst_node_id) for message in grid.sent]
-    assert len([node for number, node in asked if number == 1]) == 1
-    assert {node for number, node in asked if number == 1} < {2, 3}
-    assert next(each["admitted"] for each in records(run)) == ["site-0", "site-1"]
+    first = chosen(sites, run, 1)
+    assert len(first) == 2
+    assert records(run)[0]["admitted"] == first
+    forget_all_but_the_start(run)
+    keys = {site.name: site.key_id for site in Registry(sites.registry).sites()}
+    other = sorted({"site-0", "site-1", "site-2"} - {first[0]})
+    run.save_asked(1, {keys[name] for name in other})  # as if chance had chosen these before the crash
+    start(sites, run)
+    assert records(run)[0]["admitted"] == other
 
 
-def test_without_the_nonces_no_site_is_charged_twice_but_its_work_is_lost(sites: Sites) -> None:
-    """Why nonces are on the disk before anything is sent."""
+def test_a_server_that_lost_what_it_chose_chooses_the_same_again(sites: Sites) -> None:
+    run = sites.run(sites_per_round=2, minimum_sites=2, round_deadline=60.0)
+    start(sites, run)
+    before = [chosen(sites, run, number) for number in (1, 2)]
+    forget_all_but_the_start(run)
+    start(sites, run)
+    assert [chosen(sites, run, number) for number in (1, 2)] == before
+    assert sum(len(sites.charges(number, run)) for number in range(NODES)) == 4
+
+
+def forget_all_but_the_start(run: RunFolder) -> None:
+    """As a copy from before the first round has it."""
+    for file in run.path.rglob("*"):
+        if file.is_file() and file.name not in ("plan.json", "catalog.jsonl", "00000.safetensors"):
+            file.unlink()
+
+
+def test_a_server_restored_from_a_copy_asks_for_the_same_releases_and_nobody_pays_twice(sites: Sites) -> None:
+    """The copy is of run and registry, after two of five rounds; it asks for the three that it lost once more."""
+    whole = sites.run()
+    plan = whole.plan()
+    training = plan.training.model_copy(update={"rounds": 5})
     run = sites.run()
-    start(sites, run)
-    for file in (run.rounds_file, run.receipts_file, *(run.path / "rounds").glob("*.nonces.json")):
-        file.unlink()
+    write_whole(run.path / "plan.json", plan.model_copy(update={"training": training}).to_json().encode())
+    copy = sites.folder / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+
+    def keep_a_copy(record: RoundRecord) -> None:
+        if record.round == 2:
+            shutil.copytree(run.path, copy / "run")
+            shutil.copytree(sites.registry, copy / "registry")
+
+    run_here(sites, run, on_round=keep_a_copy)
+    model, receipts = run.model_state(), run.receipts_file.read_bytes()
+    charged = [sites.charges(number, run) for number in range(NODES)]
+    assert charged == [[1, 2, 3, 4, 5]] * NODES
+    for there, here in (("run", run.path), ("registry", sites.registry)):
+        shutil.rmtree(here)
+        shutil.copytree(copy / there, here)
+    assert len(records(run)) == 2
+    grid = run_here(sites, run)
+    assert {number for number, _, _ in asked_in(grid)} == {3, 4, 5}
+    assert [each["admitted"] for each in records(run)] == [["site-0", "site-1", "site-2"]] * 5
+    assert [sites.charges(number, run) for number in range(NODES)] == charged
+    assert run.receipts_file.read_bytes() == receipts
+    assert all((model[name] == value).all() for name, value in run.model_state().items())
+    more = sites.run()  # and what comes after is taken in like any other
+    start(sites, more)
+    assert [len(each["admitted"]) for each in records(more)] == [NODES] * 2
+
+
+def run_here(
+    sites: Sites, run: RunFolder, on_round: Callable[[RoundRecord], None] = lambda _: None
+) -> Network:
+    """The run's rounds, told of each."""
+    grid = Network("well")
+    inline.TaskIdentity.task_id, inline.TaskIdentity.run_id, inline.TaskIdentity.node_id = 1, 1, 1
+    run_rounds(grid, run.plan(), run, Registry(sites.registry), run.round_state(0), on_round=on_round)
+    return grid
+
+
+def test_another_servers_key_asks_under_other_nonces_and_is_told_no(sites: Sites, tmp_path: Path) -> None:
+    """What the test above rests on is the key: a registry that is the same but for it is nobody to these sites."""
+    run = sites.run()
+    shutil.copytree(sites.registry, tmp_path / "registry")
+    (tmp_path / "registry" / "server.key").unlink()
+    grid = Network("well")
+    inline.TaskIdentity.task_id, inline.TaskIdentity.run_id, inline.TaskIdentity.node_id = 1, 1, 1
     with pytest.raises(RunError, match="no round was aggregated"):
-        start(sites, run)
-    assert {each["reason"] for each in records(run)[0]["left_out"]} == {"policy"}
-    assert sites.charges(0, run) == [1, 2]
+        run_rounds(grid, run.plan(), run, Registry(tmp_path / "registry"), run.round_state(0))
+    assert {each["reason"] for record in records(run) for each in record["left_out"]} == {"origin"}
+    assert [sites.charges(number, run) for number in range(NODES)] == [[]] * NODES
+    registry = Registry(sites.registry)
+    for number, node, nonce in asked_in(grid):
+        key_id = registry.sites_by_node()[node].key_id
+        assert nonce != nonce_of(registry, run.name, number, key_id)
 
 
 def test_heads_that_the_registry_holds_already_are_admitted_again_with_the_same_anchors(sites: Sites) -> None:
@@ -278,7 +345,7 @@ def test_a_registry_that_lost_the_last_heads_gets_them_from_the_receipts(sites: 
     shutil.rmtree(sites.registry)
     shutil.copytree(copy, sites.registry)
     grid = start(sites, run)
-    assert {message.content["round"]["round"] for message in grid.sent} == {2}
+    assert {number for number, _, _ in asked_in(grid)} == {2}
     reader = RegistryReader(sites.registry)
     assert {key: reader.chain(key).entries[head.seq].hash for key, head in heads.items()} == {
         key: head.hash for key, head in heads.items()

@@ -27,7 +27,7 @@ from common.config import Plan, read_plan
 from common.events.catalog import Catalog
 from common.models.batches import HistoryBatch
 from common.privacy.noise import SecureGaussian, SecurePoissonSampler
-from common.wire import Refusal, answer_from_records, state_to_bytes
+from common.wire import Refusal, answer_from_records, request_from_records, state_to_bytes
 from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
 from server.app import app as server_app
 from server.runs import RunFolder, write_whole
@@ -48,6 +48,11 @@ def from_bytes(data: bytes) -> Message:
     return message_from_proto(proto)
 
 
+def name_of(asked: Message) -> str:
+    """A node and the nonce that it is asked under."""
+    return f"{asked.metadata.dst_node_id}-{request_from_records(asked.content).said.nonce}"
+
+
 class Network(inline.InlineGrid):
     """The inline grid, with everything that travels written down first."""
 
@@ -57,8 +62,7 @@ class Network(inline.InlineGrid):
         pushed = []
         for message in messages:
             (identity,) = super().push_messages([message])
-            name = f"{message.metadata.dst_node_id}-{message.content['round']['nonce']}"
-            write_whole(self.wire / f"{name}.asked", to_bytes(message))
+            write_whole(self.wire / f"{name_of(message)}.asked", to_bytes(message))
             pushed.append(identity)
         return pushed
 
@@ -79,7 +83,7 @@ def record(wire: Path, asked: Message, reply: Message) -> None:
         else:
             kind = "update"
             data = len(answer.receipt).to_bytes(4, "big") + answer.receipt + state_to_bytes(answer.state)
-    name = f"{asked.metadata.dst_node_id}-{asked.content['round']['nonce']}"
+    name = name_of(asked)
     if kind == "update":
         (wire.parent / "at-work").touch()
     write_whole(wire / f"{name}.{os.getpid()}.{os.urandom(4).hex()}.{kind}", data)

@@ -127,13 +127,11 @@ def charges(nursery: Nursery, run: RunFolder) -> Counter[int]:
 
 
 def replayed(nursery: Nursery, run: RunFolder) -> RunFolder:
-    """The same run without a crash: same name, start and nonces; sites answer from their outboxes, or refuse again."""
+    """The same run without a crash: same name and start; sites answer from their outboxes, or refuse again."""
     again = RunFolder(nursery.folder / "replayed" / run.path.name)
     (again.path / "rounds").mkdir(parents=True)
     for name in ("plan.json", "catalog.jsonl", "rounds/00000.safetensors"):
         shutil.copy(run.path / name, again.path / name)
-    for file in (run.path / "rounds").glob("*.nonces.json"):
-        shutil.copy(file, again.path / "rounds" / file.name)
     assert nursery.go_on(again) == 0
     return again
 

@@ -34,6 +34,7 @@ from common.wire import (
     answer_to_records,
     request_to_records,
 )
+from simulations.asking import asked_of, signed_for
 from simulations.audit.trainers import Trainer
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ Answers = Callable[[Sequence[tuple[Path, Request]], Generators], list[Update | R
 
 def site_reply(site: Site, request: Request) -> RecordDict:
     """What a site sends back, as it goes on the wire."""
-    return answer_to_records(answer(site, request))
+    return answer_to_records(answer(site, asked_of(site.folder, request)))
 
 
 def site_metrics(
@@ -68,9 +69,9 @@ def site_metrics(
 def one_by_one(questions: Sequence[tuple[Path, Request]], generators: Generators) -> list[Update | Refusal]:
     """What sites answer as they do in a deployment, each by itself."""
     found = [
-        answer(Site.load(folder), request, generators=generators)
+        answer(Site.load(folder), asked_of(folder, request), generators=generators)
         if generators is not SECURE
-        else answer(Site.load(folder), request)
+        else answer(Site.load(folder), asked_of(folder, request))
         for folder, request in questions
     ]
     return [answer_from_records(answer_to_records(each)) for each in found]
@@ -78,7 +79,10 @@ def one_by_one(questions: Sequence[tuple[Path, Request]], generators: Generators
 
 def in_one_go(questions: Sequence[tuple[Path, Request]], generators: Generators) -> list[Update | Refusal]:
     """What the sites of a simulation answer, all in one batch."""
-    asked = [Question(folder, request_to_records(request), math.inf) for folder, request in questions]
+    asked = [
+        Question(folder, request_to_records(signed_for(folder, request)), math.inf)
+        for folder, request in questions
+    ]
     found = (
         answered_together(asked, generators=generators)
         if generators is not SECURE

@@ -22,6 +22,7 @@ from torch import Tensor
 import client.site
 import client.together
 from client.ledger import Ledger
+from client.origin import Asked
 from client.site import Charged
 from client.site_folder import Site
 from client.statistics import release_metrics
@@ -30,7 +31,7 @@ from common.events.histories import Histories
 from common.models.batches import HistoryBatch, concatenate
 from common.models.interface import InterestModel
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
-from common.wire import Reason, Refusal, Request, Update, state_from_bytes, state_to_bytes
+from common.wire import Reason, Refusal, Update, state_from_bytes, state_to_bytes
 from simulations.audit.conformance.by_hand import Gradients, Part, clipped, norm_of, scaled, train_by_hand
 from simulations.audit.conformance.code import SameAgain
 from simulations.audit.conformance.made_up_sites import MICRO_BATCH
@@ -282,10 +283,10 @@ def _lowest_bits(charged: Charged, state: dict[str, Tensor]) -> dict[str, Tensor
 def _few_are_refused() -> Iterator[None]:
     real = client.site.charge
 
-    def charge(site: Site, request: Request, **more: Any) -> Charged | Update | Refusal:
+    def charge(site: Site, asked: Asked, **more: Any) -> Charged | Update | Refusal:
         if len(Histories.load(site.histories_folder)) < site.users_at_least:
             return Refusal(Reason.POLICY)
-        return real(site, request, **more)
+        return real(site, asked, **more)
 
     with patch.object(client.site, "charge", charge), patch.object(client.together, "charge", charge):
         yield
