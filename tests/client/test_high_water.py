@@ -29,7 +29,7 @@ from client.ledger_errors import (
 )
 from client.ledger_reading import LedgerReader
 from common.privacy.mechanisms import GaussianSum
-from tests.client.test_ledger import TRAINING, reserve
+from tests.client.ledger_cases import TRAINING, reserve
 
 DATABASE, JOURNAL, MARK = "ledger.sqlite", "ledger.sqlite-wal", "high-water"
 _FORK = multiprocessing.get_context("fork")

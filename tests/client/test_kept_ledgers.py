@@ -22,7 +22,7 @@ from client.ledger_errors import LedgerBehindError, LedgerDamagedError, MarkLost
 from client.private_files import LoosePermissionsError
 from common.privacy.faults import ReceiptError
 from simulations.audit.receipts import audit_receipts
-from tests.client.test_ledger import TRAINING, reserve
+from tests.client.ledger_cases import TRAINING, reserve
 from tests.tiny import SITES, tiny_run
 
 

@@ -24,8 +24,8 @@ from client.ledger_errors import LedgerBehindError, LedgerError
 from client.ledger_reading import Reservation
 from common.privacy.entries import Entry
 from common.privacy.faults import ReceiptError
+from tests.client.ledger_cases import TRAINING, reserve
 from tests.client.power_cuts import Cut, State, TracingForbiddenError, be_traced, cuts
-from tests.client.test_ledger import TRAINING, reserve
 
 DATABASE, JOURNAL, MARK = "ledger.sqlite", "ledger.sqlite-wal", "high-water"
 _MEMORY = Path(
