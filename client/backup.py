@@ -11,7 +11,7 @@ from pathlib import Path
 from client.ledger import Ledger
 from client.lower_states import LOWER_STATES
 from client.private_files import check_private
-from client.site import Site
+from client.site_folder import Site
 from common.backup import copy_database, copy_file, copy_files, new_copy
 
 _LOCKS = ("up.lock",)

@@ -44,12 +44,13 @@ class Place(Sites):
         make_server(self.server)
         shutil.rmtree(self.server.registry)
         shutil.copytree(self.registry, self.server.registry)
-        self.registry = self.server.registry
+        self.registry, self.count = self.server.registry, 0
 
     def begun(self) -> RunFolder:
+        self.count += 1  # a run of an earlier one's name is the same to a site
         run = RunFolder.create(
             self.server.runs,
-            self.first.plan.model_copy(update={"name": "more"}),
+            self.first.plan.model_copy(update={"name": f"run-{self.count}"}),
             Catalog.load(self.folder / "sites" / "catalog.jsonl"),
         )
         run.save_round(0, self.first.run.round_state(0))
