@@ -106,36 +106,50 @@ def check_whole(place: Place, run: RunFolder) -> None:
     server.backup._check_run(run, reader)
 
 
-def test_a_copy_made_between_any_two_writes_of_a_run_goes_on_as_if_nothing_had_been(
+def test_a_copy_made_between_any_two_writes_of_a_run_asks_for_the_same_bytes_and_nobody_pays_twice(
     place: Place, tmp_path: Path
 ) -> None:
-    moments = 0
-    while True:
-        left, copy = [moments], tmp_path / str(moments)
+    """Each copy is put back after the run went on to its end: older than its sites, as a backup is."""
+    run, copies = place.begun(), list[Path]()
 
-        def hook(left: list[int] = left, copy: Path = copy) -> None:
-            if left[0] == 0:
-                back_up(place.server, copy)
-            left[0] -= 1
-            if left[0] < 0:  # from then on nothing is written
-                raise Died
+    def hook() -> None:
+        copies.append(tmp_path / str(len(copies)))
+        back_up(place.server, copies[-1])
 
-        run = place.begun()
-        with pytest.MonkeyPatch.context() as patch:
-            at_each_write(patch, hook)
-            try:
-                start(place, run)
-            except Died:
-                pass
-            else:
-                assert left[0] >= 0
-                break
+    with pytest.MonkeyPatch.context() as patch:
+        at_each_write(patch, hook)
+        start(place, run)
+    model, receipts = run.model_state(), sorted(run.receipts_file.read_bytes().splitlines())
+    assert len(copies) >= 12
+    for copy in copies:
         place.restore(copy)
         start(place, run)
         check_whole(place, run)
-        shutil.rmtree(run.path)
-        moments += 1
-    assert moments >= 12
+        assert all((model[name] == value).all() for name, value in run.model_state().items())
+        assert sorted(run.receipts_file.read_bytes().splitlines()) == receipts
+
+
+@pytest.mark.parametrize("moment", [2, 8])
+def test_a_server_that_dies_at_a_copys_moment_goes_on_from_the_copy(
+    place: Place, tmp_path: Path, moment: int
+) -> None:
+    run, left = place.begun(), [moment]
+
+    def hook() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            back_up(place.server, tmp_path / "copy")
+        if left[0] <= 0:  # from then on nothing is written
+            raise Died
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_each_write(patch, hook)
+        with pytest.raises(Died):
+            start(place, run)
+    place.restore(tmp_path / "copy")
+    assert len(records(run)) < 2
+    start(place, run)
+    check_whole(place, run)
 
 
 def test_a_round_that_ends_meanwhile_is_copied_whole_and_never_mixed(
