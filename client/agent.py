@@ -87,14 +87,18 @@ def _plain(line: str) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the lock of a site that is up; the kernel drops it when its holder dies."""
+    """Holds the lock of a site that is up; the kernel drops it when its holder dies. Its sockets go at the end."""
     descriptor = os.open(folder / "up.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise AgentError(f"{folder} is up already: end that `fedtide site up` first") from error
-        yield
+        try:
+            yield
+        finally:
+            for left in (folder / SOCKET).parent.glob("*"):  # or a copy of the folder would meet them
+                left.unlink()
     finally:
         os.close(descriptor)
 

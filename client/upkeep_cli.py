@@ -1,4 +1,4 @@
-"""`fedtide site renew-mark`: what an administrator types when a site's disk, or a copy of it, is not as it was."""
+"""`fedtide site backup` and `renew-mark`: a copy of the site's folder, and what to do when a copy was put back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ import typer
 app = typer.Typer()
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")]
+
+
+@app.command()
+def backup(
+    folder: Folder,
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="The copy: a folder that is not there yet.")
+    ],
+) -> None:
+    """Copy the site's folder so that the copy is right at its moment, while the site is up; verify the copy.
+
+    Put back after the site released more it is an old copy, which is refused: so make one after each run. It holds
+    users' data and the site's keys.
+    """
+    from client.backup import back_up_site
+
+    newest = back_up_site(folder, target)
+    print(f"{target} is a copy of the site in {folder}; its ledger verifies and ends at entry {newest}.")
+    print("Keep it where the logs are kept: users' histories and the site's keys are in it.")
 
 
 @app.command("renew-mark")

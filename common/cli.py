@@ -78,6 +78,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message is written for the person at the keyboard, of the modules imported by now."""
     names = {
         "common.assets": ("AssetError",),
+        "common.backup": ("BackupError",),
         "common.bundle": ("BundleError",),
         "common.config": ("PlanError",),
         "common.finished": ("FinishedError",),

@@ -153,6 +153,33 @@ def _say_certificate(server: Deployment) -> None:
 
 
 @app.command()
+def backup(
+    folder: Folder,
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="The copy: a folder that is not there yet.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Copy the server's folder so that the copy is right, while the server is up and runs are at work; check the copy.
+
+    To restore it: end `fedtide server up`, put the copy in the folder's place, start it, and repeat the command of
+    each unfinished run. The copy holds the server's keys.
+    """
+    from server.backup import back_up
+
+    done = back_up(_load(folder), target)
+    if as_json:
+        print(json.dumps({**vars(done), "folder": str(done.folder)}, indent=2))
+        return
+    print(
+        f"{done.folder} is a copy: {len(done.sites)} sites, {len(done.runs)} runs; every receipt was found in it."
+    )
+    if done.unfinished:
+        print(f"Unfinished in it: {', '.join(done.unfinished)}.")
+    print("Keep it as safe as the server itself: its keys are in it.")
+
+
+@app.command()
 def enroll(
     enrolment: Annotated[Path, typer.Argument(metavar="ENROLMENT_FILE", help="From `fedtide site init`.")],
     name: Annotated[str, typer.Option(help="What the site is to be called here.")],

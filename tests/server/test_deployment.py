@@ -1,12 +1,14 @@
 """A whole deployment on loopback from the commands alone: a server, three sites, TLS and node keys, three rounds.
 
-With FEDTIDE_FAULTS=1 the ServerApp is also killed in a run, which Flower takes a minute to notice.
+With FEDTIDE_FAULTS=1 the ServerApp is also killed in a run, which Flower takes a minute to notice; and the server's
+machine is lost in a run, and the server put back from a copy that was made while it was up.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -289,3 +291,34 @@ def test_a_killed_server_app_is_said_and_the_same_command_goes_on(tmp_path: Path
         )
         assert again.returncode == 0, f"{again.stderr}\n{place.logs()}"
         check_whole(place, again.stdout)
+
+
+@pytest.mark.skipif(not FAULTS, reason="takes minutes: FEDTIDE_FAULTS=1 runs it")
+@pytest.mark.timeout(1200)
+def test_a_server_put_back_from_a_copy_made_in_a_run_goes_on_and_charges_nobody_twice(tmp_path: Path) -> None:
+    with deployed(tmp_path) as place:
+        first = subprocess.Popen(
+            run_command(place), env=place.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        runs = place.server / "runs"
+        place.until(lambda: any(file.stat().st_size for file in runs.glob("*/rounds.jsonl")))
+        said = json.loads(place.well("server", "backup", place.server, tmp_path / "copy", "--json"))
+        assert (said["sites"], len(said["unfinished"])) == (list(SITES), 1)
+        up = place.started[0]
+        below_it = below(up.pid)
+        up.kill()
+        up.wait()
+        place.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below_it))
+        first.wait(300)
+        shutil.rmtree(place.server)
+        shutil.move(tmp_path / "copy", place.server)
+        place.started[0] = place.up("server", place.server)
+        place.until(lambda: place.nodes() == dict.fromkeys(SITES, "online"))
+        again = subprocess.run(
+            run_command(place), env=place.environment, capture_output=True, text=True, check=False
+        )
+        assert again.returncode == 0, f"{again.stderr}\n{place.logs()}"
+        check_whole(place, again.stdout)
+        for name in SITES:
+            status = json.loads(place.well("site", "status", place.folder / name, "--json"))
+            assert status["charges"] == 3
