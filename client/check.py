@@ -107,8 +107,8 @@ def _tested(name: str, test: Callable[[], str]) -> Finding:
 
 def _private_files(folder: Path) -> None:
     from client.agent import SECRET as EXECUTOR_SECRET
-    from client.making import SECRET
     from client.private_files import check_private
+    from client.site_folder import SECRET
     from common.events.deidentify import load_secret
 
     check_private(folder)

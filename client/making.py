@@ -23,7 +23,7 @@ from client.connection import Connection, make_connection
 from client.ledger import Ledger
 from client.policy import Limits, Performance
 from client.private_files import FOLDER_MODE, sync_folder
-from client.site_folder import Site, SiteError
+from client.site_folder import SECRET, Site, SiteError
 from client.units import UNITS, write_units
 from common.assets import DEFAULT_LANGUAGE_MODEL
 from common.events.catalog import read_catalog
@@ -34,7 +34,7 @@ from common.events.readers import scan_log
 from common.privacy.enrolment import enrolment_to_bytes
 from common.privacy.mechanisms import Event
 
-SECRET, CATALOG, ENROLMENT, CERTIFICATE = "secret", "catalog.jsonl", "enrolment.json", "closing.json"
+CATALOG, ENROLMENT, CERTIFICATE = "catalog.jsonl", "enrolment.json", "closing.json"
 _PIECE = 1 << 20
 
 

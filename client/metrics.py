@@ -42,9 +42,17 @@ def coarse(seconds: float) -> float:
 class SiteMetrics:
     """The counters of one worker. They begin at zero with each process, as Prometheus expects of counters."""
 
-    def __init__(self, ledger_folder: Path) -> None:
-        """Of the site with this ledger."""
+    def __init__(self, folder: Path, ledger_folder: Path) -> None:
+        """Of the site in a folder, with this ledger."""
+        from client.link import is_connected
+
         self.registry = CollectorRegistry()
+        connected = Gauge(
+            "fedtide_connected",
+            "1 while the server answers this site's node, 0 while it does not.",
+            registry=self.registry,
+        )
+        connected.set_function(lambda: float(is_connected(folder)))
         self._answered = Counter(
             "fedtide_site_rounds_answered",
             "Rounds answered with a release.",

@@ -48,7 +48,8 @@ _KNOWN = (
     ("worker", "where the site's own programs meet", False, FREE),
     ("units", "files that keep the site up", False, FREE),
     ("flwr", "what the connection's own programs keep", False, FREE),
-    ("bin", "what the connection's own programs are started by", False, FREE),
+    ("worker", "sockets between the site's own programs, and whether it is connected", False, FREE),
+    ("bin", "what an earlier version started the connection's programs by", False, FREE),
     ("up.lock", "held while the site is up", False, FREE),
 )  # fmt: skip
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from client.policy import POLICY, Limits, Performance, Policy, policy_text, read_policy
 
+SECRET = "secret"
+"""Under which users were de-identified, in a site's folder."""
+
 
 class SiteError(ValueError):
     """A site's folder is not in order; the message says what is wrong and what to do."""

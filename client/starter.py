@@ -1,149 +1,289 @@
-"""Starts a site's ClientApps quickly: a process that has imported all that one takes, and forks one for each message.
+"""A site's executor: asks the SuperNode beside it for tasks, and forks a ClientApp for each.
 
-Flower's executor starts a `flwr-clientapp` for each message, which would import for longer than all else in a round
-takes. What stands in its place hands its arguments to this process, over a Unix socket that only the site's user can
-open, and lives as long as the ClientApp that is forked for it: each ends with the other. The guard is asked anew for
-each message, in the forked process. Where nobody listens, the ClientApp runs where it was called.
+Flower's own executor starts a program a task, which imports for longer than all else in a round takes, and whose
+arguments every account of the machine can read: the task's token, with which its holder may take the task away. Here
+Flower's loop runs in a process that has imported all that a ClientApp takes, and the token stays in its memory. The
+guard is asked anew for each task, in the forked process. A ClientApp that was killed, and a task that a site never
+runs, are reported at once, so that the SuperNode waits for neither.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
-import socket
+import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-from client.worker import WorkerError, connect, listen, peer, receive, send
-from common.supervision import end_with_parent
+from common.supervision import ANSWERED, Pulse, end_with_parent
 
-SOCKET = "worker/starter"
-"""Where it listens, in the site's folder."""
-
-_PATIENCE = 10.0
 _FAILED = 1
+_OUTDATED = 10.0
+"""Seconds that a ClientApp may take to end once the SuperNode gives the next task: it gives one at a time."""
+_LONGEST_WAIT = 2.0
+"""Seconds between two tries to reach the SuperNode, which is on this machine."""
 _log = logging.getLogger("fedtide.site")
 
 
-def quick_clientapp(site: str, log: str) -> int:
-    """`flwr-clientapp` of a site: its exit code."""
-    try:
-        with connect(Path(site) / SOCKET, time.monotonic()) as connection:
-            connection.settimeout(_PATIENCE)
-            send(connection, json.dumps(sys.argv).encode())
-            begun = bool(receive(connection))
-            if begun:
-                connection.settimeout(None)
-                if code := connection.recv(1):
-                    return code[0]
-                _say_killed(log)
-                return _FAILED
-    except (WorkerError, OSError):
-        begun = False
-    from client.bundle_guard import guarded_clientapp
+class _ToldOfWaits:
+    """Stands for the module `time` in Flower's loop: it sleeps there when the SuperNode has just answered."""
 
-    return guarded_clientapp(site, log)
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+
+    def sleep(self, seconds: float) -> None:
+        self._pulse.show(ANSWERED)
+        time.sleep(seconds)
 
 
-def _say_killed(log: str) -> None:
-    from common.logs import set_up_logs
+def patient(make: Callable[[], Any], pulse: Pulse) -> Callable[[], Any]:
+    """A maker of Flower's retries that are never far apart, and show that they are made."""
 
-    set_up_logs(Path(log).open("a", encoding="utf-8"), json=True)  # noqa: SIM115  # open until this process ends
+    def made() -> Any:
+        invoker = make()
+        wait = invoker.wait_function
+
+        def waited(seconds: float) -> None:
+            pulse.show()
+            wait(min(seconds, _LONGEST_WAIT))
+
+        invoker.wait_function = waited
+        return invoker
+
+    return made
+
+
+@dataclass
+class _Child:
+    """A ClientApp that runs.
+
+    Attributes:
+        outdated: since when another task was given, by the monotonic clock; None where none was.
+    """
+
+    pid: int
+    spec: Any
+    outdated: float | None = None
+
+
+class ForkingExecutor:
+    """What Flower's loop hands a task to."""
+
+    def __init__(
+        self,
+        run: Callable[[Any], int],
+        fresh: Callable[[], bool],
+        elsewhere: Callable[[Any], subprocess.Popen[bytes]],
+        pulse: Pulse,
+    ) -> None:
+        """Args:
+        run: runs a task's ClientApp, in a process that was just forked; its exit code.
+        fresh: whether the code that is installed now is the code that was imported.
+        elsewhere: starts a task's ClientApp with the code that is installed now.
+        """
+        self._run, self._fresh, self._elsewhere, self._pulse = run, fresh, elsewhere, pulse
+        self._children: list[_Child] = []
+
+    def get_eligible_capacity(self, supported: set[Any], **_: Any) -> tuple[set[Any], set[str]]:
+        """Any number of any kind: what a site does not run is to be refused here, not waited for."""
+        return supported, set()
+
+    def launch(self, spec: Any) -> Any:
+        """Forks a task's ClientApp. Where other code was installed since, starts that, waits, and ends.
+
+        Raises:
+            SystemExit: the process is to be started again.
+        """
+        from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+        from flwr.supercore.superexec.executor import LaunchResult
+
+        if spec.task_type != TaskType.CLIENT_APP:
+            name = TASK_TYPE_TO_COMMAND[spec.task_type]
+            _log.error(
+                "the server asked this site to run %s: refused, as a site runs the ClientApp alone", name
+            )
+            _report_failed(spec)
+            return LaunchResult.failed("a site runs the ClientApp alone")
+        now = time.monotonic()
+        for each in self._children:
+            each.outdated = each.outdated or now
+        if not self._fresh():
+            self._end_with(spec)
+        parent = os.getpid()
+        if pid := os.fork():
+            self._children.append(_Child(pid, spec))
+            return LaunchResult.accepted()
+        self._be_the_client_app(spec, parent)
+
+    def _be_the_client_app(self, spec: Any, parent: int) -> NoReturn:
+        code = _FAILED
+        try:
+            from flwr.supercore.exit import exit_handler
+
+            self._pulse.close()
+            for each in exit_handler.SIGNAL_TO_EXIT_CODE:
+                signal.signal(each, signal.SIG_DFL)
+            exit_handler.registered_exit_handlers.clear()  # those of the process that was forked
+            end_with_parent()
+            if os.getppid() == parent:
+                code = self._run(spec)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code & 255)
+
+    def _end_with(self, spec: Any) -> NoReturn:
+        _log.warning(
+            "another version was installed: what starts ClientApps ends, to be started again with it"
+        )
+        last = self._elsewhere(spec)
+        while self._children or last.poll() is None:
+            self.reconcile()
+            time.sleep(0.2)
+        if last.returncode < 0:
+            _say_killed()
+            _report_failed(spec)
+        sys.exit(0)
+
+    def reconcile(self) -> None:
+        """Looks after the ClientApps that were forked. Flower's loop calls it often."""
+        self._pulse.show()
+        for child in list(self._children):
+            pid, status = os.waitpid(child.pid, os.WNOHANG)
+            if pid:
+                self._children.remove(child)
+                if os.WIFSIGNALED(status) and child.outdated is None:
+                    _say_killed()
+                if os.WIFSIGNALED(status):
+                    _report_failed(child.spec)
+            elif child.outdated is not None and time.monotonic() - child.outdated > _OUTDATED:
+                os.kill(
+                    child.pid, signal.SIGKILL
+                )  # nobody awaits it; what stands still may wake up at any time
+
+    def close(self) -> None:
+        """Flower's loop ends; so does the process, and its ClientApps with it."""
+
+
+def _say_killed() -> None:
     _log.error(
         "a ClientApp was killed before its answer was sent: look whether memory ran out. What was charged stays "
         "charged; the site goes on by itself at its next round"
     )
 
 
-def _run(site: str, log: str, arguments: list[str], connection: socket.socket) -> int:
-    """A ClientApp in a process that was just forked; never returns to what forked it."""
-    from client.bundle_guard import guarded_clientapp
+def _report_failed(spec: Any) -> None:
+    """Tells the SuperNode that a task came to nothing, so that it does not wait for it."""
+    from flwr.common.constant import SubStatus
+    from flwr.proto.runtime_pb2 import PushTaskOutputRequest
+    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
 
-    def end_with_caller() -> None:
-        if not connection.recv(1):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=end_with_caller, daemon=True).start()
-    sys.argv = arguments
+    client = RuntimeHttpClient.from_server_address(
+        server_address=spec.runtime_api_address,
+        insecure=True,  # on loopback
+        root_certificates=None,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(spec.token),
+        ],
+    )
     try:
-        return guarded_clientapp(site, log)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return _FAILED
+        client.PushTaskOutput(
+            PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="it came to nothing")
+        )
+    except Exception as error:  # it is over already, or the SuperNode is: either way it does not wait
+        _log.info("a task that came to nothing was over at the SuperNode: %s", type(error).__name__)
+    finally:
+        client.close()
 
 
-def start_one(listening: socket.socket, site: str, log: str, fresh: Callable[[], bool]) -> None:
-    """Takes one call and forks a ClientApp for it, unless other code is installed by now than was imported."""
-    connection, _ = listening.accept()
-    with connection:
-        if peer(connection) != os.getuid():
-            _log.error("another user asked for a ClientApp: refused")
-            return
-        connection.settimeout(_PATIENCE)
-        try:
-            arguments = [str(each) for each in json.loads(receive(connection))]
-            mine = fresh()
-            send(connection, b"begun" if mine else b"")
-        except (OSError, WorkerError, ValueError) as error:
-            _log.warning("a ClientApp was not started: %s", type(error).__name__)
-            return
-        if not mine or os.fork():
-            return
-        code = _FAILED
-        try:
-            listening.close()
-            connection.settimeout(None)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            end_with_parent()
-            code = _run(site, log, arguments, connection)
-            connection.send(bytes([code & 255]))
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code & 255)
+def _given(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Starts a site's ClientApps; started by `fedtide site up`.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--address", required=True, help="of the SuperNode's Runtime API, on loopback")
+    parser.add_argument("--secret", type=Path, help="that the SuperNode awaits of its executor")
+    parser.add_argument(
+        "--one", action="store_true", help="one ClientApp, its task's token on standard input"
+    )
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Serves a site until it is ended, or until another version is installed."""
-    parser = argparse.ArgumentParser(description="Starts a site's ClientApps; started by `fedtide site up`.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("log", type=Path)
-    given = parser.parse_args(arguments)
+    pulse, given = Pulse(), _given(arguments)
+
+    from flwr.supercore.utils import disable_process_dumping
+
+    from client.bundle_guard import guarded_clientapp
+    from common.logs import set_up_logs
+
+    disable_process_dumping(strict=False)
+    set_up_logs(given.log, json=True)
+    if given.one:
+        token = sys.stdin.buffer.readline().decode("ascii").strip()
+        sys.exit(guarded_clientapp(given.folder, given.address, token))
 
     # All that a ClientApp needs, imported before the first.
     import flwr.cli.build
-    import flwr.supernode.cli
     import flwr.supernode.runtime.run_clientapp  # noqa: F401
+    from flwr.supercore.auth import load_superexec_auth_secret
+    from flwr.supercore.superexec import run_superexec as flower
 
     import client.app
-    import client.bundle_guard
     import client.policy  # noqa: F401
+    from client.bundle_guard import allowed_bundles
     from common.bundle import installed_code
-    from common.logs import set_up_logs
 
-    set_up_logs(given.log.open("a", encoding="utf-8"), json=True)
     code = installed_code.__wrapped__()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what is forked
-    listening = listen(given.folder / SOCKET)
+    _log.info("bundles allowed here: %s", ", ".join(allowed_bundles(given.folder)))
+
+    def run(spec: Any) -> int:
+        return guarded_clientapp(given.folder, spec.runtime_api_address, spec.token)
 
     def fresh() -> bool:
         return bool(installed_code.__wrapped__() == code)
 
-    while fresh():
-        start_one(listening, str(given.folder), str(given.log), fresh)
-    _log.warning("another version was installed: what starts ClientApps ends, to be started again with it")
-    with suppress(ChildProcessError):  # there is none any more
-        os.wait()
+    def elsewhere(spec: Any) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "client.starter", given.folder, given.log]
+        started = subprocess.Popen(
+            [*command, "--address", spec.runtime_api_address, "--one"],
+            stdin=subprocess.PIPE,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 (one call into libc, which takes no lock)
+        )
+        assert started.stdin is not None
+        with suppress(BrokenPipeError), started.stdin:
+            started.stdin.write(f"{spec.token}\n".encode())
+        return started
+
+    executor = ForkingExecutor(run, fresh, elsewhere, pulse)
+    for name, own in (
+        ("get_executor", lambda *_, **__: executor),
+        ("make_simple_http_retry_invoker", patient(flower.make_simple_http_retry_invoker, pulse)),
+        ("time", _ToldOfWaits(pulse)),
+    ):
+        if not hasattr(flower, name):
+            raise RuntimeError(f"this version of Flower has no {name}: install flwr 1.39")
+        setattr(flower, name, own)
+    flower.run_superexec(
+        runtime_api_address=given.address,
+        insecure=True,  # on loopback
+        superexec_auth_secret=load_superexec_auth_secret(secret_file=str(given.secret)),
+    )
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ import socket
 import stat
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from common.supervision import Pulse
 
 SOCKET = "worker/socket"
 """Where the worker listens, in the site's folder."""
@@ -174,8 +177,45 @@ def serve_one(listening: socket.socket, answer: Callable[[bytes], bytes]) -> Non
             _log.error("a request failed: %s", type(error).__name__)
 
 
+class Busy:
+    """Shows that the worker lives while it waits for a request, and while it computes: one that hangs does neither."""
+
+    _LOOK, _IDLE, _PATIENCE = 2.0, 0.02, 300.0
+    """Seconds between two looks; the share of a processor below which nothing is computed; how long that may last."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self._answering = False
+        self._computed = time.monotonic()
+
+    def watch(self) -> None:
+        """Begins, in a thread beside."""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Around the answer to a request."""
+        self._computed, self._answering = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._answering = False
+
+    def _watch(self) -> None:
+        used = time.process_time()
+        while True:
+            time.sleep(self._LOOK)
+            before, used, now = used, time.process_time(), time.monotonic()
+            if not self._answering or used - before > self._IDLE * self._LOOK:
+                self._computed = now
+            if now - self._computed < self._PATIENCE:  # a disk may be slow
+                self._pulse.show()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Serves a site until it is ended."""
+    busy = Busy(Pulse())
+    busy.watch()
     parser = argparse.ArgumentParser(
         description="The resident worker of a site; started by `fedtide site up`."
     )
@@ -193,9 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     from common.logs import set_up_logs
 
     site = Site.load(given.folder)
-    log = sys.stderr if given.log is None else given.log.open("a", encoding="utf-8")
-    set_up_logs(log, json=True)
-    metrics = SiteMetrics(site.ledger_folder)
+    set_up_logs(given.log or sys.stderr, json=True)
+    metrics = SiteMetrics(site.folder, site.ledger_folder)
     if given.metrics_port:
         metrics.serve(given.metrics_port)
 
@@ -207,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     def reply(data: bytes) -> bytes:
         if stale():
             return _AGAIN
-        with metrics.round() as note:
+        with busy.answering(), metrics.round() as note:
             content, until = question_from_bytes(data)
             return content_to_bytes(answered(lambda: given.folder, content, note, until=until))
 

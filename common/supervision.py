@@ -33,7 +33,7 @@ _PIPE = 1 << 16
 _libc = ctypes.CDLL(None, use_errno=True)
 
 ALIVE, ANSWERED = b".", b"+"
-"""Signs of life: it works; and what it asks has just answered it."""
+"""What a process shows: that it works; and that what it asks has just answered, which a thread beside may show."""
 
 
 def end_with_parent() -> None:
@@ -215,10 +215,10 @@ class Supervised:
         if now - self._looked > _OWN_SLEEP:
             self._sign = now
         self._looked = now
-        if shown:
+        if ANSWERED in shown:
+            self._answered = now
+        if ALIVE in shown:
             self._sign, self._shown = now, True
-            if ANSWERED in shown:
-                self._answered = now
         elif now - self._sign > (self._silence if self._shown else max(_FIRST_SIGN, self._silence)):
             self.kill(f"killed, as it gave no sign of life for {now - self._sign:.0f} s")
 

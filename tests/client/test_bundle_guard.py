@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 from pathlib import Path
 
 import pytest
 from flwr.app import Message
-from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supernode.runtime import run_clientapp
 
 from client.bundle_guard import (
-    GUARDED,
-    REFUSED,
     BundleRefusedError,
     allowed_bundles,
     check_bundle,
     guarded_clientapp,
-    write_commands,
 )
 from client.policy import POLICY, Policy, policy_text
 from common.bundle import bundle_files, bundle_hash
+from common.logs import set_up_logs
 
 
 def fab(extra: bytes = b"") -> bytes:
@@ -32,10 +28,6 @@ def fab(extra: bytes = b"") -> bytes:
     files["fedtide_client.py"] += extra
     data: bytes = build_fab_from_files(files)[0]
     return data
-
-
-def test_every_command_that_flowers_executor_may_start_is_guarded_or_refused() -> None:
-    assert {GUARDED, *REFUSED} == set(TASK_TYPE_TO_COMMAND.values())
 
 
 def test_the_installed_versions_bundle_is_let_in_and_one_changed_byte_is_not(
@@ -62,8 +54,6 @@ def test_a_list_in_the_policy_counts_alone(tmp_path: Path) -> None:
 def test_flowers_own_process_asks_the_guard_and_loads_the_installed_app(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import flwr.supernode.cli as flower_cli
-
     import client.app
 
     marker = tmp_path / "it-ran"
@@ -72,8 +62,11 @@ def test_flowers_own_process_asks_the_guard_and_loads_the_installed_app(
     for name in ("install_from_fab", "get_load_client_app_fn", "pull_and_inflate_object_from_tree"):
         monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))  # restored at the end
     monkeypatch.setattr(Message, "__init__", Message.__init__)
-    monkeypatch.setattr(flower_cli, "flwr_clientapp", lambda: None)
-    guarded_clientapp(str(tmp_path), str(tmp_path / "site.log"))
+    begun: list[dict[str, object]] = []
+    monkeypatch.setattr(run_clientapp, "run_clientapp", lambda **given: begun.append(given))
+    set_up_logs(tmp_path / "site.log", json=True)
+    assert guarded_clientapp(tmp_path, "127.0.0.1:9", "a token") == 0
+    assert begun == [{"runtime_api_address": "127.0.0.1:9", "token": "a token", "insecure": True}]
     logging.getLogger("fedtide.site").propagate = True
     with pytest.raises(BundleRefusedError):
         run_clientapp.install_from_fab(evil, skip_prompt=True)
@@ -84,16 +77,3 @@ def test_flowers_own_process_asks_the_guard_and_loads_the_installed_app(
     assert not (tmp_path / "flwr" / "apps").exists()
     (line,) = (tmp_path / "site.log").read_text().splitlines()
     assert "a bundle is refused" in json.loads(line)["message"]
-
-
-def test_the_commands_on_a_sites_path_refuse_what_is_no_client_app(tmp_path: Path) -> None:
-    write_commands(tmp_path / "bin", tmp_path, tmp_path / "site.log")
-    assert {each.name for each in (tmp_path / "bin").iterdir()} == {GUARDED, *REFUSED}
-    done = subprocess.run([tmp_path / "bin" / "flwr-agentapp", "--token", "x"], check=False, timeout=60)
-    assert done.returncode == 1
-    assert "flwr-agentapp" in json.loads((tmp_path / "site.log").read_text())["message"]
-    helped = subprocess.run(
-        [tmp_path / "bin" / GUARDED, "--help"], check=False, timeout=120, capture_output=True, text=True
-    )
-    assert helped.returncode == 0
-    assert "Run a Flower ClientApp" in helped.stdout

@@ -99,7 +99,7 @@ BEGUN = """
 import sys
 from flwr.app import Message
 whole = Message.__init__
-sys.argv = ["command", "--help"]
+sys.argv = ["command", "folder", "--help"]
 try:
     {begin}
 finally:
@@ -111,7 +111,9 @@ finally:
     "begin",
     [
         "from client.supernode import main; main()",
-        "from client.bundle_guard import guarded_clientapp; guarded_clientapp('.', 'site.log')",
+        "import flwr.supernode.runtime.run_clientapp as flower; flower.run_clientapp = lambda **_: None; "
+        "from pathlib import Path; from client.bundle_guard import guarded_clientapp; "
+        "guarded_clientapp(Path(), '127.0.0.1:9', 'x')",
     ],
 )
 def test_both_processes_that_make_replies_keep_them_so(begin: str, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from client.agent import AgentError, _Link, free_port, hint
+from client.agent import AgentError, free_port
 from client.check import Finding, check_site
 from client.connection import Connection
 from client.ledger import Ledger
+from client.link import Asked, Link, hint, is_connected
 from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, reach
 from client.remains import LOOK, remains
 from client.site_folder import Site
@@ -174,6 +175,7 @@ def test_up_restarts_its_worker_is_alone_and_leaves_nothing(place: Path) -> None
             .decode()
         )
         assert "fedtide_site_budget_left 1.0" in told
+        assert "fedtide_connected 1.0" in told
         before = below(site.pid)
         worker = next(pid for pid, line in before.items() if "client.worker" in line)
         os.kill(worker, signal.SIGKILL)
@@ -183,7 +185,7 @@ def test_up_restarts_its_worker_is_alone_and_leaves_nothing(place: Path) -> None
         site.terminate()
         code = site.wait(60)
     assert code == 0
-    assert len(before) >= 4  # supernode, executor, the worker and the one after it
+    assert len(before) >= 4  # supernode, starter, the worker and the one after it
     assert not [pid for pid in before if alive(pid)]
     assert '"message": "down"' in said.read_text()
     assert not [each.name for each in remains(folder) if each.after == LOOK]
@@ -227,69 +229,103 @@ def test_a_taken_metrics_port_is_refused_in_words() -> None:
             free_port(taken.getsockname()[1])
 
 
-def test_flowers_words_become_a_way_out() -> None:
-    assert "enroll" in hint("[code: 2004] Failed to activate SuperNode")
+def test_flowers_words_and_the_servers_become_a_way_out() -> None:
+    refused = "[code: 2004] Failed to activate SuperNode"
+    assert "fedtide server enroll" in hint(refused, "unknown")
+    already = hint(refused, "known")
+    assert "connected already" in already
+    assert "fedtide site connect" in already
+    assert "enroll" not in already  # it is enrolled
+    assert "connected already" not in hint("", "known")
     assert "NTP" in hint("details = 'Invalid timestamp'")
+    assert "NTP" in hint("", "wrong time")
     assert "ca.crt" in hint("SSL_ERROR_SSL: CERTIFICATE_VERIFY_FAILED")
     assert "site check" in hint("")
 
 
-@pytest.mark.parametrize(
-    ("last", "said"), [("", "set them by NTP"), ("CERTIFICATE_VERIFY_FAILED", "does not fit ca.crt")]
-)
-def test_where_a_supernode_ends_without_a_word_the_server_is_asked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, last: str, said: str
-) -> None:
-    supernode = Supervised(
+def supernode_of(tmp_path: Path, script: str) -> Supervised:
+    return Supervised(
         "supernode",
-        [sys.executable, "-c", f"print({last!r})"],
-        environment=os.environ,
+        [sys.executable, "-c", script],
+        environment={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         folder=tmp_path,
         log=tmp_path / "supernode.log",
         logger=logging.getLogger("fedtide.site"),
+        silence=60.0,
     )
-    link = _Link(supernode, "127.0.0.1:9092", lambda: None, lambda: "Invalid timestamp")
+
+
+def asking(word: str) -> Asked:
+    return Asked([sys.executable, "-c", f"print({word!r})"], dict(os.environ))
+
+
+@pytest.mark.parametrize(
+    ("last", "word", "said"),
+    [
+        ("", "wrong time", "set them by NTP"),
+        ("CERTIFICATE_VERIFY_FAILED", "", "does not fit ca.crt"),
+        ("[code: 2004] Failed to activate SuperNode.", "unknown", "does not know this node's key"),
+        ("[code: 2004] Failed to activate SuperNode.", "known", "connected already"),
+    ],
+)
+def test_where_a_supernode_ended_its_log_tells_or_the_server_is_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, last: str, word: str, said: str
+) -> None:
+    supernode = supernode_of(tmp_path, f"print({last!r})")
+    link = Link(supernode, "127.0.0.1:9092", tmp_path, lambda: None, lambda: asking(word))
     supernode.start()
-    while supernode.pid is not None:
-        time.sleep(0.01)
+    wait_for(lambda: supernode.pid is None)
+    logging.getLogger("fedtide.site").propagate = True
     with caplog.at_level(logging.INFO, "fedtide.site"):
+        wait_for(lambda: bool(link.look() or caplog.records))
         link.look()
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.startswith("the supernode ended")
     assert said in told
+    link.end()
 
 
 def test_a_server_that_stops_answering_is_said_once_and_its_return_too(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = tmp_path / "supernode.log"
-    log.write_text("old: Connection attempt failed, retrying in 1.00 seconds\n")
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    supernode = Supervised(
-        "supernode",
-        command,
-        environment=os.environ,
-        folder=tmp_path,
-        log=log,
-        logger=logging.getLogger("fedtide.site"),
+    (tmp_path / "worker").mkdir()
+    monkeypatch.setattr("client.link._UNANSWERED", 1.0)
+    monkeypatch.setattr("client.link._TELL_SECONDS", 0.0)
+    script = (
+        "import pathlib, time; from common.supervision import ALIVE, ANSWERED, Pulse; pulse = Pulse()\n"
+        "while True: pulse.show(ALIVE if pathlib.Path('cut').exists() else ALIVE + ANSWERED); time.sleep(0.1)"
     )
-    link = _Link(supernode, "127.0.0.1:9092", lambda: None)
+    supernode = supernode_of(tmp_path, script)
+    link = Link(supernode, "127.0.0.1:9092", tmp_path, lambda: None, lambda: asking(""))
     supernode.start()
+    logging.getLogger("fedtide.site").propagate = True
+
+    def told(connected: bool) -> bool:
+        supernode.tend()
+        link.look()
+        return is_connected(tmp_path) == connected
+
     try:
         with caplog.at_level(logging.INFO, "fedtide.site"):
-            for line in (
-                "SuperNode ID: 5",
-                "Connection attempt failed, retrying in 1.00 seconds",
-                "Connection attempt failed, retrying in 2.00 seconds",
-                "Connection successful after 3.00 seconds and 2 tries.",
-            ):
-                with log.open("a") as file:
-                    file.write(line + "\n")
-                link.look()
-                link.look()
+            wait_for(lambda: told(True))
+            (tmp_path / "cut").touch()
+            wait_for(lambda: told(False))
+            (tmp_path / "cut").unlink()
+            wait_for(lambda: told(True))
     finally:
         supernode.stop()
+        link.end()
     said = [record.getMessage() for record in caplog.records]
     assert [each.partition(":")[0].partition(" ")[0] for each in said] == ["connected", "the", "connected"]
     assert "does not answer any more" in said[1]
     assert said[2].endswith("again")
+    assert not is_connected(tmp_path)  # the site is down
+
+
+def test_an_old_word_of_a_connection_counts_no_more(tmp_path: Path) -> None:
+    (tmp_path / "worker").mkdir()
+    file = tmp_path / "worker" / "connected"
+    file.write_text("1")
+    assert is_connected(tmp_path)
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    assert not is_connected(tmp_path)

@@ -8,6 +8,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.supernode import start_client_internal as flower
 
 from client.supernode import Looking, without_runtime
+from common.supervision import Pulse
 
 
 def test_the_run_time_is_left_out() -> None:
@@ -27,7 +28,7 @@ def test_flower_looks_and_waits_by_names_that_are_replaced(monkeypatch: pytest.M
     clock = iter([0.0, 59.0, 61.0])
     monkeypatch.setattr("client.supernode.time.monotonic", lambda: next(clock))
     came = iter([7, None, None])
-    looking = Looking(lambda **_: next(came))
+    looking = Looking(lambda **_: next(came), Pulse())
     monkeypatch.setattr(flower, "_pull_and_store_message", looking.look)
     assert flower._pull_and_store_message() == 7
     assert flower._pull_and_store_message() is None  # at 0, the message being answered by now

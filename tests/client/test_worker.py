@@ -295,7 +295,7 @@ def test_no_worker_is_said_in_time(tmp_path: Path) -> None:
 
 def test_metrics_tell_rounds_refusals_and_budget_and_no_exact_time(tmp_path: Path, request_: Request) -> None:
     site = made_site(tmp_path / "site", request_)
-    metrics = SiteMetrics(site.ledger_folder)
+    metrics = SiteMetrics(site.folder, site.ledger_folder)
     with metrics.round() as note:
         answered(lambda: site.folder, content_for(site.folder, request_), note)
     with metrics.round() as note:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from client.connection import NODE_KEY, NODE_PUBLIC
-from client.making import SECRET
+from client.site_folder import SECRET
 from simulations.faults.place import below, command_of
 from tests.server.pushed import faults_of, replies_of
 from tests.server.recording_proxy import RecordingProxy
