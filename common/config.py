@@ -128,6 +128,10 @@ class ServerPlan(_Frozen):
         description="how many of the connected sites are asked in a round, chosen at random; none: all. No promise "
         "rests on it: each site counts on being asked every time",
     )
+    patience: Annotated[float, Field(ge=0)] = Field(
+        default=1800.0,
+        description="seconds that a run waits before a round for the sites that it needs; then it ends, and can go on",
+    )
     update_norm_bound: Annotated[float, Field(gt=0)] = 1e6
 
     @model_validator(mode="after")

@@ -105,6 +105,8 @@ def admit(
         return LeftOut("not_enrolled", "the receipt's key is not enrolled")
     if site.barred:
         return LeftOut("barred", "the site signed two histories of its ledger", site=site.name)
+    if site.out:
+        return LeftOut(site.out, f"the server's owner has {site.out} the site", site=site.name)
     if site.key_id in taken:
         return LeftOut(
             "second_update", "the site's update of this round was admitted already", site=site.name

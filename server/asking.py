@@ -47,9 +47,12 @@ def requests_of(
         names: node -> its site, as enrolled; of others the registry says who answered from them before.
     """
     asked, most = run.asked(exchange.round), plan.server.sites_per_round
-    known = _known_sites(registry, names)
+    known = known_sites(registry, names)
+    out = {site.key_id for site in registry.sites() if site.shut_out}
     if most is not None and asked:  # those chosen before a crash; who is away by now is missing
-        sites = {node: key_id for node, key_id in _one_each(sorted(known), known).items() if key_id in asked}
+        sites = {
+            node: key_id for node, key_id in _one_each(sorted(known), known).items() if key_id in asked - out
+        }
     else:
         sites = _one_each(nodes, known)
     if not asked and most is not None and most < len(sites):
@@ -81,7 +84,7 @@ def requests_of(
     return requests
 
 
-def _known_sites(registry: Registry, names: Mapping[int, str]) -> dict[int, str]:
+def known_sites(registry: Registry, names: Mapping[int, str]) -> dict[int, str]:
     """Node -> the ledger key of its site."""
     enrolled = {site.name: site.key_id for site in registry.sites()}
     before = {node: site.key_id for node, site in registry.sites_by_node().items() if node not in names}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from server import membership_cli
 
 if TYPE_CHECKING:
     from server.deployment import Deployment
@@ -22,7 +23,6 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RegistryFolder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
 
 
 def _load(folder: Path) -> Deployment:
@@ -223,75 +223,8 @@ def enroll(
         print(said[done.node])
 
 
-@app.command()
-def sites(
-    registry: RegistryFolder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
-    """List the enrolled sites: their keys, what their verified ledgers come to, and who is barred.
-
-    What was spent is over all runs, as far as the receipts that this server got tell: it cannot see what a site
-    charged since.
-    """
-    from server.registry import RegistryReader
-
-    reader = RegistryReader(registry.expanduser().resolve())
-    found: list[dict[str, Any]] = []
-    for site in reader.sites():
-        chain = reader.chain(site.key_id)
-        report = chain.report()
-        found.append(
-            {
-                "name": site.name,
-                "key_id": site.key_id,
-                "epsilon": report.genesis.epsilon,
-                "delta": report.genesis.delta,
-                "renyi_order": report.genesis.order,
-                "share_spent": report.spent / report.cap,
-                "spent": chain.spending().as_json() | {"seen_until_entry": report.seq},
-                "entries": report.seq + 1,
-                "anchors": len(reader.anchors(site.key_id)),
-                "withdrawn": report.closed,
-                "barred": site.barred,
-                "proofs": len(reader.proofs(site.key_id)),
-            }
-        )
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    from common.privacy.spending import MEANING, up_to
-
-    table = Table(title="enrolled sites, as far as their receipts tell")
-    words = ("site", "key", "guarantee", "state")
-    for column in ("site", "key", "guarantee", "PLD", "filter", "spent", "entries", "anchors", "state"):
-        table.add_column(column, justify="left" if column in words else "right")
-    notes = {}
-    for each in found:
-        spent = each["spent"]
-        if spent["note"]:
-            notes[each["name"]] = spent["note"]
-        table.add_row(
-            str(each["name"]),
-            f"{str(each['key_id'])[:16]}…",
-            f"(epsilon {each['epsilon']:g}, delta {each['delta']:g})",
-            "-" if spent["epsilon_pld"] is None else up_to(spent["epsilon_pld"]),
-            up_to(spent["epsilon_filter"]),
-            f"{each['share_spent']:.1%}",
-            str(each["entries"]),
-            str(each["anchors"]),
-            "barred" if each["barred"] else "withdrawn" if each["withdrawn"] else "",
-        )
-    console = Console()
-    console.print(table)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    say(
-        "PLD and filter: epsilon spent over all runs and servers, burnt and open charges included, as far as the "
-        f"receipts that this server got tell; a site may have charged more since. {MEANING}"
-    )
-    for name, note in notes.items():
-        say(f"{name}: {note}.")
+for _command in (membership_cli.sites, membership_cli.remove, membership_cli.bar, membership_cli.unbar):
+    app.command()(_command)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from common.privacy.enrolment import enrolment_from_bytes, enrolment_node_key, f
 from common.privacy.entries import Entry, Genesis
 from server.deployment import Deployment, NotRunningError
 from server.nodes import check_unused, enrolled_keys, keep_node_key, register_nodes
-from server.registry import Registry
+from server.registry import Registry, RegistryError
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,17 @@ def enroll(data: bytes, name: str, server: Deployment | None, registry: Path | N
     folder = server.registry if server is not None else registry
     assert folder is not None
     known = Registry(folder.expanduser().resolve())
-    if not _only_node_key_is_new(known, genesis, name, key, server):
-        if server is not None and key is not None:
-            check_unused(server, name, key)
+    site = known.site(genesis.key_id)
+    if site is not None and site.shut_out and site.out != "removed":
+        place = "DIR" if server is None else server.folder
+        raise RegistryError(
+            f"the site is enrolled as {site.name!r} and barred: `fedtide server unbar {place} {site.name}` comes first"
+        )
+    if server is not None and key is not None:
+        check_unused(server, name, key)
+    if site is not None and site.name == name and site.out == "removed":
+        known.let_in(name)
+    elif not _only_node_key_is_new(known, genesis, name, key, server):
         known.enroll(name, genesis)
     node = None if server is None else "none"
     if server is not None and key is not None:

@@ -82,25 +82,6 @@ class RoundRecord:
     seconds: float = 0.0
 
 
-def wait_for_nodes(grid: Grid, at_least: int, deadline: float) -> list[int]:
-    """Ids of the connected nodes, in order, once there are enough.
-
-    Raises:
-        RunError: there were too few until the deadline (seconds).
-    """
-    end = time.monotonic() + deadline
-    while True:
-        nodes = sorted(grid.get_node_ids())
-        if len(nodes) >= at_least:
-            return nodes
-        if time.monotonic() > end:
-            raise RunError(
-                f"{len(nodes)} sites are connected after {deadline:g} s, but the plan needs {at_least}: "
-                "start more sites, or lower server.minimum_sites"
-            )
-        time.sleep(_LONGEST_POLL)
-
-
 def expected_shapes(plan: Plan, request: Request, catalog: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a release that answers the request.
 

@@ -53,7 +53,7 @@ def prepare_plan(server: Deployment, plan: Plan, expected_sites: int | None = No
     Raises:
         PlanError: it cannot be calibrated, or there are too few sites for it.
     """
-    sites = sum(not site.barred for site in RegistryReader(server.registry).sites())
+    sites = sum(not site.shut_out for site in RegistryReader(server.registry).sites())
     if not sites:
         raise LaunchError("no site is enrolled: `fedtide server enroll` takes a site's enrolment file")
     check_aggregation(plan.server, sites)

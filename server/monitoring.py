@@ -49,7 +49,7 @@ class ServerCollector(Collector):
             sites.add_metric([state], nodes[state])
         yield sites
         barred = sum(site.barred for site in found.sites)
-        yield GaugeMetricFamily("fedtide_sites_barred", "Sites that signed two histories.", value=barred)
+        yield GaugeMetricFamily("fedtide_sites_barred", "Sites that are barred.", value=barred)
         runs = GaugeMetricFamily("fedtide_runs", "Runs, by state.", labels=["state"])
         states = Counter(run.state for run in found.runs)
         for state in (COMPLETED, FAILED, RUNNING, INTERRUPTED):

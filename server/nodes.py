@@ -134,12 +134,17 @@ def site_names(server: Deployment) -> dict[int, str]:
 
 
 def check_unused(server: Deployment, name: str, key: str) -> None:
-    """Raises `DeploymentError` if another site than the named one has this node key."""
+    """Raises `DeploymentError` if another site than the named one has this node key, or it was taken out before."""
     for other, its_key in enrolled_keys(server).items():
         if its_key == key and other != name:
             raise DeploymentError(
                 f"the node key belongs to site {other!r}: ask this site's administrator for a key of its own"
             )
+    if any(node.key == key and not node.registered for node in known_nodes(server)):
+        raise DeploymentError(
+            "the node key was taken out here, and SuperLink takes no key twice: the site's administrator runs "
+            "`fedtide site connect`, which makes a new one, and sends the new enrolment.json"
+        )
 
 
 def keep_node_key(server: Deployment, name: str, key: str) -> None:

@@ -25,6 +25,7 @@ class SiteLine:
     Attributes:
         node: "online", "offline", "never seen", "pending" (to be registered) or "none" (no node key was enrolled).
         heartbeat: when its node was last heard of, ISO 8601; None if never.
+        removed: taken out by the server's owner.
     """
 
     name: str
@@ -32,6 +33,7 @@ class SiteLine:
     barred: bool
     node: str
     heartbeat: str | None
+    removed: bool = False
 
 
 @dataclass
@@ -123,7 +125,9 @@ def site_lines(server: Deployment) -> list[SiteLine]:
         heartbeat = (
             None if node is None or node.heartbeat is None else node.heartbeat.isoformat(timespec="seconds")
         )
-        lines.append(SiteLine(site.name, site.key_id, site.barred, state, heartbeat))
+        removed = site.out == "removed"
+        barred = site.shut_out and not removed
+        lines.append(SiteLine(site.name, site.key_id, barred, state, heartbeat, removed))
     return lines
 
 

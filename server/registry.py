@@ -13,9 +13,10 @@ import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -36,6 +37,7 @@ CREATE TABLE IF NOT EXISTS entries (key_id TEXT NOT NULL, seq INTEGER NOT NULL, 
 CREATE TABLE IF NOT EXISTS anchors (key_id TEXT NOT NULL, seq INTEGER NOT NULL, countersignature BLOB NOT NULL,
     PRIMARY KEY (key_id, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS nodes (node TEXT PRIMARY KEY, key_id TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS outs (key_id TEXT PRIMARY KEY, state TEXT NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS proofs (id INTEGER PRIMARY KEY, key_id TEXT NOT NULL, proof BLOB NOT NULL);
 """
 
@@ -52,11 +54,24 @@ class RegistryError(ValueError):
 
 @dataclass(frozen=True)
 class EnrolledSite:
-    """One site as the server knows it. `barred` after a proven equivocation."""
+    """One site as the server knows it.
+
+    Attributes:
+        barred: after a proven equivocation, for good.
+        out: "barred" or "removed" by the server's owner; empty where neither.
+        reason: the owner's own words for it.
+    """
 
     name: str
     key_id: str
     barred: bool
+    out: str = ""
+    reason: str = ""
+
+    @property
+    def shut_out(self) -> bool:
+        """Whether it is asked nothing, and no answer of it is admitted."""
+        return self.barred or bool(self.out)
 
 
 @dataclass(frozen=True)
@@ -114,14 +129,25 @@ class RegistryReader:
     def sites(self) -> list[EnrolledSite]:
         """All enrolled sites, by name."""
         with self._open() as db:
-            rows = db.execute("SELECT name, key_id, barred FROM sites ORDER BY name").fetchall()
-        return [EnrolledSite(name, key_id, bool(barred)) for name, key_id, barred in rows]
+            return [site for _, site in _sites(db, "sites", "ORDER BY name")]
 
     def site(self, key_id: str) -> EnrolledSite | None:
         """The site with this key, if it is enrolled."""
         with self._open() as db:
-            row = db.execute("SELECT name, barred FROM sites WHERE key_id = ?", (key_id,)).fetchone()
-        return None if row is None else EnrolledSite(row[0], key_id, bool(row[1]))
+            found = _sites(db, "sites", "WHERE sites.key_id = ?", key_id)
+        return found[0][1] if found else None
+
+    def named(self, name: str) -> EnrolledSite:
+        """The site of this name.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        found = next((site for site in self.sites() if site.name == name), None)
+        if found is None:
+            names = ", ".join(site.name for site in self.sites()) or "none"
+            raise RegistryError(f"no site is enrolled as {name!r}: there are {names}")
+        return found
 
     def chain(self, key_id: str) -> Chain:
         """The verified copy of a site's chain, with what other processes have stored meanwhile.
@@ -226,7 +252,8 @@ class Registry(RegistryReader):
                 db.execute("INSERT INTO entries VALUES (?, 0, ?)", (genesis.key_id, genesis.to_bytes()))
         except sqlite3.IntegrityError as error:
             raise RegistryError(
-                f"site {name!r} or its key is enrolled already: `fedtide server sites` lists them"
+                f"site {name!r} or its key is enrolled already: `fedtide server sites --registry "
+                f"{self._file.parent}` lists them"
             ) from error
         return EnrolledSite(name, genesis.key_id, barred=False)
 
@@ -298,10 +325,10 @@ class Registry(RegistryReader):
     def sites_by_node(self) -> dict[int, EnrolledSite]:
         """Node -> the site that last answered from it."""
         with self._open() as db:
-            rows = db.execute(
-                "SELECT node, name, sites.key_id, barred FROM nodes JOIN sites ON sites.key_id = nodes.key_id"
-            ).fetchall()
-        return {int(node): EnrolledSite(name, key_id, bool(barred)) for node, name, key_id, barred in rows}
+            return {
+                int(node): site
+                for node, site in _sites(db, "nodes JOIN sites ON sites.key_id = nodes.key_id", first="node")
+            }
 
     def last_anchor(self, key_id: str) -> Countersignature | None:
         """The countersignature over the newest head of a site's chain, if there is one."""
@@ -322,6 +349,53 @@ class Registry(RegistryReader):
         with self._transaction() as db:
             db.execute("INSERT INTO proofs (key_id, proof) VALUES (?, ?)", (key_id, proof.to_bytes()))
             db.execute("UPDATE sites SET barred = 1 WHERE key_id = ?", (key_id,))
+
+    def shut_out(self, name: str, state: Literal["barred", "removed"], reason: str) -> EnrolledSite:
+        """Asks a site nothing from now on, and admits no answer of it, on the owner's word; its chain stays.
+
+        Raises:
+            RegistryError: there is no such site, or it is out already for another reason.
+        """
+        site = self.named(name)
+        if site.barred:
+            raise RegistryError(f"site {name!r} is barred for good: it signed two histories of its ledger")
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO outs VALUES (?, ?, ?)", (site.key_id, state, reason))
+        return replace(site, out=state, reason=reason)
+
+    def let_in(self, name: str) -> EnrolledSite:
+        """Takes back what `shut_out` did.
+
+        Raises:
+            RegistryError: there is no such site, or it is barred by proof.
+        """
+        site = self.named(name)
+        if site.barred:
+            raise RegistryError(
+                f"site {name!r} signed two histories of its ledger, which is proven: that is not taken back"
+            )
+        with self._transaction() as db:
+            db.execute("DELETE FROM outs WHERE key_id = ?", (site.key_id,))
+        return replace(site, out="", reason="")
+
+
+def _sites(
+    db: sqlite3.Connection, source: str, more: str = "", *arguments: str, first: str = "NULL"
+) -> list[tuple[str, EnrolledSite]]:
+    """Sites of a query over `source`, each with its column `first`; a registry of before may lack the table of outs."""
+    known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'outs'").fetchone()
+    state, join = (
+        ("COALESCE(state, ''), COALESCE(reason, '')", "LEFT JOIN outs ON outs.key_id = sites.key_id")
+        if known
+        else ("'', ''", "")
+    )
+    rows = db.execute(
+        f"SELECT {first}, name, sites.key_id, barred, {state} FROM {source} {join} {more}", arguments
+    ).fetchall()
+    return [
+        (str(each), EnrolledSite(name, key_id, bool(barred), out, reason))
+        for each, name, key_id, barred, out, reason in rows
+    ]
 
 
 def _alike(pair: tuple[Entry, Entry]) -> bool:

@@ -63,6 +63,17 @@ class Replies(Protocol):
         """Messages whose replies were announced, and of which nothing came."""
 
 
+def connected(grid: Grid) -> list[int]:
+    """Ids of the connected nodes, in order; none where SuperLink fails to say."""
+    import httpx
+
+    try:
+        return sorted(grid.get_node_ids())
+    except httpx.HTTPError as error:
+        _log.warning("SuperLink failed to say who is connected (%s)", type(error).__name__)
+        return []
+
+
 def replies_to(grid: Grid, asked: Iterable[str]) -> Replies:
     """The replies to these messages.
 

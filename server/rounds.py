@@ -22,11 +22,12 @@ from common.witness import without_witness
 from server.admission import Admitted
 from server.aggregation import aggregation, check_aggregation, fewest_updates
 from server.asking import requests_of
-from server.exchange import RoundRecord, ask_sites, wait_for_nodes
+from server.exchange import RoundRecord, ask_sites
 from server.metrics import estimate
 from server.progress import Progress, stepped
 from server.registry import Registry
 from server.runs import RunFolder, append_line
+from server.waiting import check_budgets, check_not_in_vain, wait_for_sites
 
 _log = logging.getLogger("fedtide.server")
 
@@ -61,25 +62,23 @@ def run_rounds(
         The final parameters: the mean over the last rounds, as the plan says.
 
     Raises:
-        RunError: too few sites, no round was aggregated, the disk is full, or the folder is damaged.
+        RunError: too few sites for too long, rounds in vain, budgets that do not last, no round was aggregated, the
+            disk is full, or the folder is damaged.
         PlanError: the sites are too few for the plan's aggregation.
     """
     schedule = plan.schedule()
     progress = Progress.found(run, schedule, start)
-    nodes: list[int] = []
-    if progress.done < len(schedule):
-        if progress.done:
-            _log.info("run %s goes on after round %d", run.name, progress.done)
-        fewest = max(fewest_updates(plan.server), plan.server.quorum or 0)
-        nodes = wait_for_nodes(grid, nodes_expected or fewest, plan.server.round_deadline)
-        check_aggregation(plan.server, min(len(nodes), plan.server.sites_per_round or len(nodes)))
+    fewest = fewest_updates(plan.server)
+    needed = nodes_expected or max(fewest, plan.server.quorum or 0)
+    in_vain, asked_before = 0, False
+    if 0 < progress.done < len(schedule):
+        _log.info("run %s goes on after round %d", run.name, progress.done)
     first_update = next((each.round for each in schedule if each.phase is Phase.UPDATE), None)
     catalog = len(run.catalog())
     final: State | None = None
     for exchange in schedule[progress.done :]:
         began = time.monotonic()
         record = RoundRecord(round=exchange.round, phase=exchange.phase.value)
-        nodes = sorted(grid.get_node_ids()) or nodes
         if exchange.round == first_update and pretrain is not None:
             if not run.has_pretrained(exchange.round - 1):
                 run.save_pretrained(exchange.round - 1, pretrain(progress.released))
@@ -87,14 +86,25 @@ def run_rounds(
         if exchange.phase is Phase.METRICS:
             progress.state = final = progress.final(plan)
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
-            kept, known = run.receipts(exchange.round) if run.asked(exchange.round) else [], names()
+            check_not_in_vain(in_vain, exchange.round - 1)
+            check_budgets(plan, run, registry, schedule[exchange.round - 1 :])
+            kept = run.receipts(exchange.round) if run.asked(exchange.round) else []
+            waits = time.monotonic()
+            held = {str(line["key_id"]) for line in kept}
+            nodes = wait_for_sites(grid, plan, run, registry, exchange.round, needed, names, held)
+            began += time.monotonic() - waits
+            if not asked_before:
+                there = max(len(nodes), needed)
+                check_aggregation(plan.server, min(there, plan.server.sites_per_round or there))
+            needed, asked_before, known = fewest, True, names()
             with registry.kept_open():
                 requests = requests_of(plan, run, exchange, progress, nodes, registry, known)
                 admitted = ask_sites(
                     grid, requests, plan, exchange, registry, record, run, catalog, kept, known
                 )
-            if len(admitted) >= fewest_updates(plan.server):
+            if len(admitted) >= fewest:
                 _aggregate(plan, run, exchange, progress, admitted, record)
+            in_vain = 0 if record.aggregated else in_vain + 1
             _log.info(
                 "round %d is %s: %s",
                 exchange.round,

@@ -379,6 +379,23 @@ class RunFolder:
             return None
         return {"status": str(said["status"]), "reason": str(said["reason"])}
 
+    @property
+    def waiting_file(self) -> Path:
+        """How many sites a run waits for, as JSON; absent while it waits for none."""
+        return self.path / "waiting.json"
+
+    def save_waiting(self, number: int, more: int) -> None:
+        """Says that a round waits for so many more sites: for whoever follows the run."""
+        write_whole(self.waiting_file, json.dumps({"round": number, "more": more}).encode() + b"\n")
+
+    def waiting(self) -> dict[str, int] | None:
+        """What `save_waiting` said; None while the run waits for nobody."""
+        try:
+            said = json.loads(self.waiting_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        return {"round": int(said["round"]), "more": int(said["more"])}
+
     def finish(self) -> RunFolder:
         """Takes the ending `.incomplete` off: the run is whole from now on."""
         done = self.path.with_name(self.name)

@@ -25,7 +25,7 @@ def print_overview(console: Console, found: Overview) -> None:
             f"{site.key_id[:16]}…",
             site.node,
             _ago(site.heartbeat),
-            "barred" if site.barred else "",
+            "removed" if site.removed else "barred" if site.barred else "",
         )
     runs = Table(title="runs", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("run", "state", "rounds", "admitted", "left out", "kB down/up", "s"):

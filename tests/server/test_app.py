@@ -31,7 +31,7 @@ class NoLink(InlineGrid):
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    plan = make_plan({"privacy": {"noise_multiplier": 2.0}, "server": {"round_deadline": 0.05}})
+    plan = make_plan({"privacy": {"noise_multiplier": 2.0}, "server": {"patience": 0.05}})
     run = RunFolder.create(tmp_path / "runs", plan, CATALOG)
     run.save_round(0, {"weight": torch.zeros(2)})
     return run

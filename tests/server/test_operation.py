@@ -162,15 +162,24 @@ def test_a_server_lives_through_kills_learns_of_sites_and_ends_with_nothing_left
         assert any("superlink ended with code -9" in line for line in said(log))
 
         # A site's second node key takes the first one's place.
-        assert (
-            enroll(server, "south", enrolment_to_bytes(second, newer := node_key()))["node"] == "registered"
-        )
+        newer = node_key()
+        assert enroll(server, "south", enrolment_to_bytes(second, newer))["node"] == "registered"
         assert {node.key for node in known_nodes(server) if node.registered} == set(
             enrolled_keys(server).values()
         )
         assert newer in enrolled_keys(server).values()
         registered = {node.node_id for node in known_nodes(server) if node.registered}
         assert set(site_names(server)) == registered
+        assert sorted(site_names(server).values()) == ["north", "south"]
+
+        # A site that is removed is out at once; its node key is not taken again, and a new one is.
+        removed = CliRunner().invoke(app, ["remove", str(server.folder), "south", "--reason", "it left"])
+        assert "its node may not connect any more" in removed.output
+        assert list(site_names(server).values()) == ["north"]
+        assert sum(node.registered for node in known_nodes(server)) == 1
+        with pytest.raises(DeploymentError, match=r"takes no key twice: .* runs `fedtide site connect`"):
+            enroll(server, "south", enrolment_to_bytes(second, newer))
+        assert enroll(server, "south", enrolment_to_bytes(second, node_key()))["node"] == "registered"
         assert sorted(site_names(server).values()) == ["north", "south"]
 
         with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as answer:

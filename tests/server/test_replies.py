@@ -47,9 +47,15 @@ def one_run(sites: Sites, link: Link, fate: Fate, **server: Any) -> tuple[RunFol
     run = sites.run(**{"minimum_sites": 2, "round_deadline": DEADLINE, **server})
     fates = dict.fromkeys(WELL, Pushed.honest) | {BAD: fate}
     with Nodes(link.fleet, fates) as nodes:
-        registry = Registry(sites.registry)
-        run_rounds(link.grid, run.plan(), run, registry, run.round_state(0), nodes_expected=len(fates))
+        over(sites, link, run, nodes)
     return run, nodes
+
+
+def over(sites: Sites, link: Link, run: RunFolder, nodes: Nodes) -> None:
+    """The rounds of a run, to their end, with all nodes there at its beginning."""
+    names = {node: f"site-{number}" for number, node in nodes.ids.items()}
+    arguments = link.grid, run.plan(), run, Registry(sites.registry), run.round_state(0)
+    run_rounds(*arguments, nodes_expected=len(names), names=lambda: names)
 
 
 def without_objects(reply: Message) -> Pushed:
@@ -138,7 +144,7 @@ def test_a_reply_that_cannot_be_read_is_left_out_by_name_and_the_others_are_take
 def test_a_reply_without_its_objects_holds_nobody_up(sites: Sites, link: Link) -> None:
     """It is left out at the deadline, or where quorum and grace are over; a reply that came in part is missing."""
     run, nodes = one_run(
-        sites, link, in_turn(without_objects, in_part), quorum=2, grace=0.5, round_deadline=900.0
+        sites, link, in_turn(without_objects, in_part), quorum=2, grace=5.0, round_deadline=900.0
     )
     without, part = run.records()
     for record in (without, part):
@@ -164,6 +170,6 @@ def test_a_reply_says_nothing_about_whose_it_is(sites: Sites, link: Link) -> Non
         return pushed.with_another(reply.metadata.message_id, root.replace(own.encode(), others[-1].encode()))
 
     run = sites.run(minimum_sites=2, round_deadline=DEADLINE)
-    with Nodes(link.fleet, {0: first, 1: Pushed.honest, BAD: claims}):
-        run_rounds(link.grid, run.plan(), run, Registry(sites.registry), run.round_state(0), nodes_expected=3)
+    with Nodes(link.fleet, {0: first, 1: Pushed.honest, BAD: claims}) as nodes:
+        over(sites, link, run, nodes)
     assert [record["admitted"] for record in run.records()] == [["site-0", "site-1", "site-2"]] * 2

@@ -108,8 +108,8 @@ class Network(inline.InlineGrid):
         return []
 
 
-def start(sites: Sites, run: RunFolder, fate: str = "well") -> Network:
-    grid = Network(fate)
+def start(sites: Sites, run: RunFolder, fate: str = "well", grid: Network | None = None) -> Network:
+    grid = grid or Network(fate)
     inline.TaskIdentity.task_id, inline.TaskIdentity.run_id, inline.TaskIdentity.node_id = 1, 1, 1
     config = {"run-dir": str(run.path), "registry-dir": str(sites.registry)}
     server_app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
