@@ -70,11 +70,13 @@ def _burn_down(site: Site) -> RenderableType:
 
 
 def _line(said: dict[str, Any]) -> str:
+    if said["withdrawn"]:
+        return f"Site {said['site']} has withdrawn, after {said['charges']} charges ({said['burnt']} burnt)."
     more = said["more_like_the_last"]
     room = "" if more is None else f" {more} more rounds like the last one fit."
     return (
-        f"Site {said['site']}: {said['share_left']:.1%} of the budget is left, after {said['charges']} charges "
-        f"({said['burnt']} burnt).{room}"
+        f"Site {said['site']}: {said['share_left']:.1%} of the filter's budget is left, "
+        f"after {said['charges']} charges ({said['burnt']} burnt).{room}"
     )
 
 

@@ -65,7 +65,7 @@ def _state(report: SiteReport) -> str:
         line = f"Since {report.closed} nothing more may be charged or released."
     else:
         look, mark = "held", "✓"
-        word = f"{100 * report.spending.share:.1f} % of the budget is spent"
+        word = f"{100 * report.spending.share:.1f} % of the filter's budget is spent"
         line = "The ledger verifies as a whole, and what was spent is within what was promised."
     return (
         f'<div class="verdict {look}" role="status"><div class="mark" aria-hidden="true">{mark}</div>'
@@ -117,7 +117,10 @@ def _spent(report: SiteReport) -> str:
     facts = [
         ("epsilon by the PLD", f"{shown['PLD']} (cross-checks: PRV {shown['PRV']}, RDP {shown['RDP']})"),
         ("epsilon by the filter", f"{up_to(spent.by_filter)}, of {spent.cap:g} promised"),
-        ("share of the filter's budget", f"{100 * spent.share:.1f} %"),
+        (
+            "share of the filter's budget",
+            f"{100 * spent.share:.1f} % (of Renyi divergence: no share of epsilon)",
+        ),
         ("best guess, in or out at even odds", f"right at most {percent(spent.right)} of the time"),
         ("who was there, recognised at 1 % false alarms", found),
         (
@@ -164,7 +167,7 @@ def _released(report: SiteReport) -> str:
     servers = (
         table(
             "Servers",
-            ("server", "its public key", "countersigned", "has seen up to entry", "runs"),
+            ("server", "its public key", "countersigned", "holds at least up to entry", "runs"),
             [
                 (
                     names[each.key],

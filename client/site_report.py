@@ -18,7 +18,7 @@ from client.ledger_reading import LedgerStatus
 from client.remains import Remain, deletion, elsewhere, remains
 from common.privacy.entries import Anchor, Close, Entry, Release, Reserve
 from common.privacy.odds import percent, right_at_most
-from common.privacy.spending import Spending
+from common.privacy.spending import SHARES, Spending
 from common.privacy.words import not_protected, small
 
 FORMAT = "fedtide/site-report/1"
@@ -57,7 +57,8 @@ class ServerSeen:
     Attributes:
         key: its public key, hex.
         countersigned: how many of its countersignatures the ledger keeps.
-        until: the last entry under one, so that it has seen every entry up to there.
+        until: the last entry under one: it holds every entry up to there, and whatever it was sent since, whose
+            countersignature comes with its next request.
         runs: of the releases that it countersigned.
     """
 
@@ -248,8 +249,9 @@ def _spent(report: SiteReport) -> str:
     runs = "1 run" if spent.runs == 1 else f"all {spent.runs} runs"
     why = "by the PLD, for charges fixed in advance" if spent.odds is not None else "by the filter's figure"
     return (
-        f"Over {runs}, epsilon {spent.figures}: {100 * spent.share:.1f} % of the budget. From all that was released so "
-        f"far, the best guess whether one person is in the log is right at most {percent(spent.right)} of the time "
+        f"Over {runs}, epsilon {spent.figures}: {100 * spent.share:.1f} % of the filter's budget. {SHARES} From "
+        f"all that was released so far, the best guess whether one person is in the log is right at most "
+        f"{percent(spent.right)} of the time "
         f"({why}). "
         f"Charges that released nothing count as well ({report.status.burnt} burnt, {report.status.open} open)."
     )
@@ -261,7 +263,7 @@ def _left(report: SiteReport) -> str:
             f"Nothing: the site withdrew on {report.closed} (UTC). Its ledger is closed, and nothing more may be "
             "charged or released. What was released stays released."
         )
-    left = f"{100 * (1 - report.spending.share):.1f} % of the budget"
+    left = f"{100 * (1 - report.spending.share):.1f} % of the filter's budget"
     more = report.more_like_the_last
     room = "" if more is None else f" {_counted(more, 'more request')} like the last one would fit."
     return f"{left}.{room} When nothing fits any more, requests are refused; a budget is never refilled."

@@ -292,9 +292,18 @@ class Plan(_Frozen):
         if spent > privacy.epsilon:
             raise PlanError(
                 f"privacy.epsilon is {privacy.epsilon:g}, but the noise that the plan states comes to {spent:.4g}: "
-                "raise the noise multipliers, leave them out, or promise less"
+                f"leave {', '.join(self._stated_noise())} out, so that it is calibrated, raise it, or promise that much"
             )
         return plan
+
+    def _stated_noise(self) -> list[str]:
+        stated = {
+            "privacy.noise_multiplier": self.privacy.noise_multiplier,
+            "statistics.popularity_noise_multiplier": self.statistics.popularity_noise_multiplier,
+            "statistics.transition_noise_multiplier": self.statistics.transition_noise_multiplier,
+            "metrics.noise_multiplier": self.metrics.noise_multiplier,
+        }
+        return [name for name, noise in stated.items() if noise is not None]
 
     def _sum_noise(self) -> dict[Phase, float | None]:
         return {

@@ -358,6 +358,9 @@ def main(first, registry=None):
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3 or (Path(sys.argv[1]).is_dir() and not Path(*sys.argv[2:3]).is_file()):
+        print("usage: verify_receipt.py CERTIFICATE | RUN REGISTRY/registry.sqlite", file=sys.stderr)
+        sys.exit(2)
     try:
         print(main(*sys.argv[1:]))
     except RefusedError as fault:

@@ -49,7 +49,7 @@ def requests_of(
     asked, most = run.asked(exchange.round), plan.server.sites_per_round
     known = known_sites(registry, names)
     out = {site.key_id for site in registry.sites() if site.shut_out}
-    if most is not None and asked:  # those chosen before a crash; who is away by now is missing
+    if asked and (most is not None or not nodes):  # those asked before a crash; who is away by now is missing
         sites = {
             node: key_id for node, key_id in _one_each(sorted(known), known).items() if key_id in asked - out
         }

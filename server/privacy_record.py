@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from common.config import Plan
 from common.privacy.accountants import PublishedEpsilon, epsilon_pld, published_epsilon
 from common.privacy.entries import Burnt, Release, Reserve
-from common.privacy.mechanisms import Event, event_to_fields
+from common.privacy.mechanisms import Event, event_from_fields, event_to_fields
 from common.privacy.spending import Spending
 from server.registry import RegistryReader
 from server.runs import RunFolder
@@ -136,6 +138,24 @@ def privacy_record(run: RunFolder, plan: Plan, registry: RegistryReader) -> Priv
     return PrivacyRecord(sites=tuple(found))
 
 
-def epsilon_after(plan: Plan, number: int) -> float:
-    """PLD epsilon after this many exchanges of a calibrated plan, as planned."""
-    return epsilon_pld(plan.events()[:number], plan.privacy.delta)
+class Releases:
+    """What a run's sites were seen to release, round by round, and what that comes to.
+
+    Charges without a release come to light later, and are in `privacy_record`.
+    """
+
+    def __init__(self) -> None:
+        self._events: defaultdict[str, list[Event]] = defaultdict(list)
+        self._delta = 0.0
+
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> float:
+        """PLD epsilon at the site that released most so far.
+
+        Args:
+            lines: of receipts.jsonl, of one round.
+        """
+        for line in lines:
+            self._events[str(line["key_id"])].append(event_from_fields(line["event"]))
+            self._delta = float(line["delta"])
+        different = {tuple(each) for each in self._events.values()}
+        return max((epsilon_pld(each, self._delta) for each in different), default=0.0)

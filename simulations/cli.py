@@ -30,6 +30,16 @@ def _parsed(text: str) -> Any:
         return text
 
 
+def _leave_noise_out(values: dict[str, Any]) -> None:
+    """Takes out of a plan the noise that was calibrated for another promise, or for other steps."""
+    for section, table in values.items():
+        for name in (
+            table if isinstance(table, dict) and section in ("privacy", "statistics", "metrics") else ()
+        ):
+            if name.endswith("noise_multiplier"):
+                table[name] = None
+
+
 def _fill_in_statistics(values: dict[str, Any]) -> None:
     """Statistics first, unless the person says something of them, or asks for a task that has no use for them."""
     from common.planning import DEFAULT_SECTIONS
@@ -53,7 +63,10 @@ def simulate(
     columns: Annotated[str | None, typer.Option(help="Your names: user=...,item=...,time=...")] = None,
     engine: Annotated[str, typer.Option(help="flower (Ray), or inline: one process.")] = "flower",
     name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Promise for the whole run, to each user.")] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Promise for the whole run, to each user; a plan's noise is calibrated anew."),
+    ] = None,
     delta: Annotated[float | None, typer.Option(help="Below 1/users of a site.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Exchanges between server and sites.")] = None,
     steps: Annotated[int | None, typer.Option(help="DP-SGD steps of a site in a round.")] = None,
@@ -121,6 +134,8 @@ def simulate(
         "model.mode": mode,
         "model.encoder": encoder,
     }
+    if plan_file and any(each is not None for each in (epsilon, delta, rounds, steps, sampling_rate)):
+        _leave_noise_out(values)
     for place, value in given.items():
         _put(values, place, value)
     for each in set_ or ():
@@ -141,7 +156,9 @@ def simulate(
             )
         mapping[field.strip()] = column.strip()
     if engine not in ("flower", "inline"):
-        raise UserError(f"engine {engine!r} is unknown: choose flower or inline")
+        raise UserError(
+            f"--engine {engine!r} is unknown: choose flower or inline; what sites take their steps by is --dp-engine"
+        )
     if n_sites < 1 or baseline_epochs < 0 or (site_budget is not None and site_budget <= 0):
         raise UserError("--n-sites must be at least 1, --baseline-epochs at least 0, --site-budget above 0")
     if dataset not in ("movielens-100k", "online-retail"):

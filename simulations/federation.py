@@ -242,18 +242,18 @@ def _conclude(
     baselines = dict(validation)
     load_checkpoint(model, run, plan, None, items)
     judge(FEDTIDE, model_scorer(model, plan.model.task))
-    records = list(run.records())
+    records, privacy = list(run.records()), privacy_record(run, plan, registry)
     outcome = Outcome(
         run=run,
         plan=plan,
         sites=sites,
         validation=follower.qualities,
-        epsilons=follower.epsilons,
+        epsilons=[*follower.epsilons[:-1], privacy.epsilon],  # with charges that nothing came of
         baselines_validation=baselines,
         final_validation=validation,
         test=test,
         split=held_out.split.words,
-        privacy=privacy_record(run, plan, registry),
+        privacy=privacy,
         bytes_down=sum(record["bytes_down"] for record in records),
         bytes_up=sum(record["bytes_up"] for record in records),
         seconds=time.monotonic() - began,

@@ -13,7 +13,7 @@ from common.events.cleaning import CleaningReport
 from common.models.build import BuiltModel
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
-from server.privacy_record import epsilon_after
+from server.privacy_record import Releases
 from server.runs import RunFolder, append_line
 from simulations.evaluation import HeldOut, evaluate, model_scorer
 from simulations.quality import Quality
@@ -40,7 +40,8 @@ class Follower:
     """Evaluates each checkpoint as it appears, and tells the watcher.
 
     Attributes:
-        qualities, epsilons: on the validation split, and PLD epsilon, after each exchange, from the start.
+        qualities, epsilons: on the validation split, and PLD epsilon of what was released, after each
+            exchange, from the start.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Follower:
         self._run, self._plan, self._sites = run, plan, sites
         self._built, self._held_out, self._watcher = built, held_out, watcher
         self.epsilons = [0.0]
+        self._releases = Releases()
         self._seen = 0
         self._stop = threading.Event()
         self._failure: BaseException | None = None
@@ -99,7 +101,7 @@ class Follower:
         """Evaluates and reports the rounds that were finished meanwhile."""
         for record in list(self._run.records())[self._seen :]:
             quality = self._quality(record["round"])
-            epsilon = epsilon_after(self._plan, record["round"])
+            epsilon = self._releases.add(self._run.receipts(record["round"]))
             self.qualities.append(quality)
             self.epsilons.append(epsilon)
             self._seen += 1

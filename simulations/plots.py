@@ -77,7 +77,7 @@ def epsilon_by_round(path: Path, epsilons: list[float], promise: float, budget: 
         marker="o",
         markersize=3.5,
         linewidth=1.8,
-        label="this run",
+        label="this run: what was released, and at the end all charges",
     )
     axes.axhline(
         promise, color=_INK, linestyle="--", linewidth=1.2, label=f"promised for the run: {promise:g}"

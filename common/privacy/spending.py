@@ -37,6 +37,9 @@ MEANING = (
 )
 
 
+SHARES = "Shares are of the filter's budget of Renyi divergence, and are no shares of epsilon."
+
+
 def up_to(epsilon: float) -> str:
     """A bound with three decimals, rounded up."""
     return f"{math.ceil(round(epsilon * 1000, 6)) / 1000:.3f}"
@@ -92,7 +95,7 @@ class Spending:
         runs = "1 run" if self.runs == 1 else f"all {self.runs} runs"
         said = [
             f"Epsilon spent so far, over {runs}, burnt and open charges included: {self.figures} "
-            f"(delta {self.delta:g}; {self.share:.1%} of the filter's budget). {MEANING}"
+            f"(delta {self.delta:g}; {self.share:.1%} of the filter's budget). {SHARES} {MEANING}"
         ]
         return [*said, f"Note: {self.note}."] if self.note else said
 
