@@ -112,8 +112,12 @@ def unweighable(reply: Message) -> Pushed:
 
 def in_turn(*fates: Fate) -> Fate:
     """One for each round."""
-    left = list(fates)
-    return left.pop(0)
+    left = iter(fates)
+
+    def next_one(reply: Message) -> Pushed | None:
+        return next(left)(reply)
+
+    return next_one
 
 
 BAD_REPLIES = [
