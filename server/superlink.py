@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -61,8 +62,26 @@ _LOCK_WAIT = 60
 """Seconds that a call waits for a database that another holds, such as a backup."""
 _CONNECTIONS, _CONNECTION_WAIT = 32, 2 * _LOCK_WAIT
 """With the database, and seconds that a call waits for one of them."""
+_PUSHES = 10_000
+"""Replies on their way that are remembered."""
 _KEY_SECONDS, _ERRORS_SECONDS, _TOKENS_SECONDS, _SAID_SECONDS = 1.0, 2.0, 1.0, 60.0
 
+_ROUTINE = frozenset(
+    f"/v1/runtime/{each}"
+    for each in ("pull-messages", "push-messages", "pull-object", "push-object", "confirm-message-received")
+)
+"""What a ServerApp asks many times a round, five times a second some of it: no line of the log is one such question."""
+
+_log = logging.getLogger("flwr")
+
+_OWN_MESSAGE = "SELECT 1 FROM message_ins WHERE message_id = ? AND dst_node_id = ?"
+_ASKED = "SELECT run_id, message_type, group_id FROM message_ins WHERE message_id = ? AND dst_node_id = ?"
+_ANSWERED = "SELECT message_id FROM message_res WHERE reply_to_message_id = ?"
+_WAITING = "SELECT 1 FROM message_ins WHERE dst_node_id = ? AND delivered_at = '' LIMIT 1"
+_OWN_OBJECT = (
+    "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_ins WHERE dst_node_id = ? UNION "
+    "SELECT child_id FROM object_children JOIN part ON parent_id = part.id) SELECT 1 FROM part WHERE id = ?"
+)
 _ROUTINE = frozenset(
     f"/v1/runtime/{each}"
     for each in ("pull-messages", "push-messages", "pull-object", "push-object", "confirm-message-received")
@@ -320,17 +339,34 @@ def _ended_by(method: str, handler: Any) -> Any:
     return grpc.stream_unary_rpc_method_handler(end)
 
 
+@dataclass
+class Push:
+    """Of a reply whose parts are on their way: whose, how many bytes came, and which parts are stored."""
+
+    node: int
+    size: int = 0
+    stored: set[str] = field(default_factory=set)
+
+
 class Fleet(FleetServicer):  # type: ignore[misc]
     """Flower's Fleet API, for calls that keep the rules."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._pushed: OrderedDict[str, int] = OrderedDict()
+        self._pushes: OrderedDict[str, Push] = OrderedDict()
         self._lock = threading.Lock()
 
     def _first(self, query: str, *values: object) -> tuple[Any, ...] | None:
         row: tuple[Any, ...] | None = self.state_factory.state().first(query, *values)
         return row
+
+    def _push_of(self, session: str, node: int) -> Push:
+        """What came under a session: its name is a secret of who pushed the reply, also where it is not known here."""
+        with self._lock:
+            found = self._pushes.setdefault(session, Push(node))
+            while len(self._pushes) > _PUSHES:
+                self._pushes.popitem(last=False)
+        return found
 
     def PushMessages(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A reply, as itself, to a message that was sent to this node."""
@@ -338,7 +374,9 @@ class Fleet(FleetServicer):  # type: ignore[misc]
         why = self._fault_of(request, node)
         if why:
             _refuse(context, node, "PushMessages", why)
-        return super().PushMessages(request, context)
+        response = super().PushMessages(request, context)
+        self._push_of(response.session_id, node)
+        return response
 
     def _fault_of(self, request: Any, node: int) -> str:
         """What is wrong with a reply; nothing where it may be stored."""
@@ -354,7 +392,7 @@ class Fleet(FleetServicer):  # type: ignore[misc]
             return "a message of, or to, another node"
         asked = self._first(_ASKED, said.reply_to_message_id, uint64_to_int64(node))
         if asked is None:
-            return "a reply to nothing that this node was sent"
+            return "a reply to nothing that it was sent, or to what is over"
         if asked != (uint64_to_int64(said.run_id), said.message_type, said.group_id):
             return "a reply of another run or type"
         before = self._first(_ANSWERED, said.reply_to_message_id)
@@ -365,22 +403,20 @@ class Fleet(FleetServicer):  # type: ignore[misc]
         return "" if _size(tree) <= OBJECTS_IN_REPLY else f"a tree of more than {OBJECTS_IN_REPLY} objects"
 
     def PushObject(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """A part of a reply that this node gave, of no more bytes than it may have."""
-        node, size = request.node.node_id, len(request.object_content)
-        if self._first(_OWN_SESSION, request.session_id, uint64_to_int64(node)) is None:
-            # A reply that came too late is gone, and its parts with it: Flower's SuperNode knows what that means.
-            _said.refused(
-                f"node {node} ({_address(context)})", "PushObject", "a part of no reply of this node"
-            )
-            return message_pb2.PushObjectResponse(stored=False)
-        with self._lock:
-            whole = self._pushed.pop(request.session_id, 0) + size
-            self._pushed[request.session_id] = whole
-            while len(self._pushed) > 10_000:
-                self._pushed.popitem(last=False)
-        if size > LARGEST_OBJECT or whole > 2 * LARGEST_REPLY:  # twice: a call that was cut off is made again
+        """A part of a reply that this node gave, of no more bytes than it may have; the same again is well."""
+        node, name, size = request.node.node_id, request.object_id, len(request.object_content)
+        push = self._push_of(request.session_id, node)
+        if not request.session_id or push.node != node:
+            _refuse(context, node, "PushObject", "a part of no reply of this node")
+        if name in push.stored:  # the answer to the call before was lost
+            return message_pb2.PushObjectResponse(stored=True)
+        push.size += size
+        if size > LARGEST_OBJECT or push.size > 2 * LARGEST_REPLY:  # twice: what failed is sent again
             _refuse(context, node, "PushObject", "a reply of too many bytes")
-        return super().PushObject(request, context)
+        response = super().PushObject(request, context)
+        if response.stored:
+            push.stored.add(name)
+        return response
 
     def PullObject(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A part of a message for this node; of all others it is not said whether they are here."""

@@ -187,6 +187,11 @@ def identify(message: Message) -> None:
     vars(message.metadata)["_message_id"] = message.object_id
 
 
+def words() -> RecordDict:
+    """A content like no other."""
+    return RecordDict({"words": ConfigRecord({"words": os.urandom(16)})})
+
+
 def reply_to(asked: Message, caller: Caller, content: RecordDict | None = None, **metadata: Any) -> Message:
     """What a node answers: a refusal, or something else, with whatever else in its metadata."""
     content = content or answer_to_records(Refusal(Reason.POLICY))

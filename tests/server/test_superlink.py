@@ -22,7 +22,7 @@ from sqlalchemy import text
 from common.wire import Update, answer_to_records
 from server import superlink
 from simulations.faults.raw_calls import closed, connect, half_open
-from tests.server.fleet import PLAIN, Caller, Fleet, fleet, reply_to
+from tests.server.fleet import PLAIN, Caller, Fleet, fleet, reply_to, words
 
 DENIED, UNSIGNED = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED
 EXHAUSTED, INVALID = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT
@@ -151,12 +151,25 @@ def test_a_reply_has_no_more_bytes_than_a_release_and_a_margin(guarded: Fleet) -
 
 def test_a_part_is_taken_of_a_nodes_own_reply_alone(guarded: Fleet) -> None:
     asked = guarded.send(guarded.c)
-    reply = reply_to(asked, guarded.c)
+    reply = reply_to(asked, guarded.c, words())
     said = guarded.c.push(reply)
-    for session in (said.session_id, "", "unknown"):
-        answers = guarded.d.push_objects(reply, guarded.run, session)
-        assert [each.stored for each in answers] == [False] * 3
-    assert [each.stored for each in guarded.c.push_objects(reply, guarded.run, said.session_id)] == [True] * 3
+    for session in (said.session_id, ""):
+        assert guarded.d.push_objects(reply, guarded.run, session) == [DENIED] * 3
+    assert [each.stored for each in guarded.d.push_objects(reply, guarded.run, "unknown")] == [False] * 3
+    for _ in range(2):  # the same again, as where an answer is lost on its way
+        stored = guarded.c.push_objects(reply, guarded.run, said.session_id)
+        assert [each.stored for each in stored] == [True] * 3
+
+
+def test_the_parts_of_a_reply_are_taken_after_its_head_was_fetched(guarded: Fleet) -> None:
+    asked = guarded.send(guarded.c)
+    reply = reply_to(asked, guarded.c, words())
+    said = guarded.c.push(reply)
+    guarded.state.delete_messages(
+        {asked.metadata.message_id}
+    )  # as where a ServerApp asks for replies just now
+    stored = guarded.c.push_objects(reply, guarded.run, said.session_id)
+    assert [each.stored for each in stored] == [True] * 3
 
 
 def test_another_nodes_update_is_given_to_nobody_who_knows_its_name(guarded: Fleet, plain: Fleet) -> None:
