@@ -59,8 +59,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            for left in (folder / SOCKET).parent.glob("*"):  # or a copy of the folder would meet them
-                left.unlink()
+            for left in (folder / SOCKET).parent.glob("*"):
+                if left.is_socket():  # or a copy of the folder would meet them
+                    left.unlink()
     finally:
         os.close(descriptor)
 

@@ -167,6 +167,32 @@ def expired_certificate(place: Place) -> Shown:
     )
 
 
+def new_authority_in_steps(place: Place) -> Shown:
+    """The server's authority is replaced in its three steps; after each, every site is connected."""
+    said = place.well("server", "renew", place.server, "--authority")
+    place.up["server"].end()
+    place.start_server()
+    place.wait_online(*SITES)  # none has the new one yet
+    for name in SITES:
+        place.up[name].end()
+        place.well("site", "connect", place.folder / name, "--invitation", place.server / "invitation.json")
+        place.start_site(name)
+    place.wait_online(*SITES)  # under the old one still
+    place.well("server", "renew", place.server, "--switch")
+    place.up["server"].end()
+    place.start_server()
+    place.wait_online(*SITES)
+    place.well("server", "renew", place.server, "--drop")
+    before = whole_run(place, "authority")
+    return Shown(
+        "authority",
+        before,
+        [f"`server renew --authority`: {found(said, 'goes on under the old one')}"],
+        SITES,
+        "all sites were connected after each step, and none got a new node key",
+    )
+
+
 def second_server(place: Place) -> str:
     """A second server wants the first one's port; what it says."""
     second = place.folder / "second"
@@ -234,4 +260,5 @@ FAULTS = (
     Fault("bundle", "bundle not on a site's list", unlisted_bundle),
     Fault("port", "port in use, at server and site", port_in_use),
     Fault("expired", "the server's certificate has expired", expired_certificate),
+    Fault("authority", "the server's authority is replaced", new_authority_in_steps),
 )
