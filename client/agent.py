@@ -29,6 +29,7 @@ from client.site_folder import SECRET as SITE_SECRET
 from client.site_folder import Site
 from client.site_log import SITE_LOG, Shown, keep_short
 from client.worker import SOCKET
+from common.daily import Daily
 from common.logs import set_up_logs
 from common.supervision import Supervised
 
@@ -58,8 +59,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            for left in (folder / SOCKET).parent.glob("*"):  # or a copy of the folder would meet them
-                left.unlink()
+            for left in (folder / SOCKET).parent.glob("*"):
+                if left.is_socket():  # or a copy of the folder would meet them
+                    left.unlink()
     finally:
         os.close(descriptor)
 
@@ -147,14 +149,15 @@ class Agent:
     def _run(self, end: threading.Event, shown: Shown, on_connected: Callable[[], None]) -> None:
         _log.info("site %s begins", self.site.name)
         _log.info("metrics for Prometheus: http://127.0.0.1:%d/metrics", self.metrics_port)
-        if warning := authority_warning(self.folder):
-            _log.warning("%s", warning)
+        self._warn_of_authority()
+        daily = Daily(self._warn_of_authority)
         worker, (supernode, starter) = self._worker(), self._flower()
         link = self._link(supernode, on_connected)
         try:
             for each in (worker, supernode, starter):
                 each.start()
             while not end.wait(_TICK):
+                daily.look()
                 if link.look() == TAKEN:
                     link.end()
                     for each in (starter, supernode):
@@ -177,6 +180,10 @@ class Agent:
             for each in (starter, supernode, worker):
                 each.stop()
             _log.info("down")
+
+    def _warn_of_authority(self) -> None:
+        if warning := authority_warning(self.folder):
+            _log.warning("%s", warning)
 
     def _link(self, supernode: Supervised, on_connected: Callable[[], None]) -> Link:
         command = [sys.executable, "-m", "client.probe", str(self.folder)]

@@ -9,8 +9,7 @@ import datetime
 import ipaddress
 import logging
 import ssl
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,6 @@ _log = logging.getLogger("fedtide.server")
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 825
 SOON = datetime.timedelta(days=30)
 """An end that is nearer is warned of."""
-_DAY_SECONDS = 86_400.0
 
 
 def new_authority(*, days: int = AUTHORITY_DAYS) -> tuple[bytes, bytes]:
@@ -184,20 +182,10 @@ def certificate_ends(server: Deployment) -> Ends:
         return Ends(end, authority_end, [str(error)])
 
 
-class CertificateWatch:
-    """Says in the log, once a day, what is wrong with the certificates or ends soon."""
-
-    def __init__(self, server: Deployment, clock: Callable[[], float] = time.monotonic) -> None:
-        """The first time a day from now; `clock` in seconds."""
-        self._server, self._clock = server, clock
-        self._next = clock() + _DAY_SECONDS
-
-    def look(self) -> None:
-        """To be called often."""
-        if self._clock() >= self._next:
-            self._next = self._clock() + _DAY_SECONDS
-            for warning in certificate_ends(self._server).warnings:
-                _log.warning("%s", warning)
+def warn_of_ends(server: Deployment) -> None:
+    """Says in the log what is wrong with a server's certificates or ends soon."""
+    for warning in certificate_ends(server).warnings:
+        _log.warning("%s", warning)
 
 
 def _near(

@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from common.daily import Daily
 from common.supervision import Supervised, wait_until
 from server.bundle_guard import write_commands
-from server.certificates import CertificateWatch, check_certificates
+from server.certificates import check_certificates, warn_of_ends
 from server.deployment import Deployment, DeploymentError, open_locked
 from server.monitoring import serve_metrics
 from server.nodes import pending_changes, register_nodes
@@ -120,7 +121,7 @@ def _wait(process: Supervised, ready: Callable[[], bool], end: threading.Event) 
 
 def _tend(server: Deployment, superlink: Supervised, superexec: Supervised, end: threading.Event) -> None:
     """Restarts what dies, registers what was enrolled and says what certificates end soon, until the end."""
-    look, certificates = 0.0, CertificateWatch(server)
+    look, certificates = 0.0, Daily(lambda: warn_of_ends(server))
     while not end.wait(_TEND_SECONDS):
         certificates.look()
         for each in (superlink, superexec):

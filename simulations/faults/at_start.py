@@ -145,7 +145,9 @@ def expired_certificate(place: Place) -> Shown:
     kept = connection.read_text()
     with _shown_certificate(expired, key, place.folder, place.host) as port:
         connection.write_text(kept.replace(str(place.ports[0]), str(port)))
-        checked = _checked(place, VICTIM, "has expired: the server's owner runs `fedtide server renew`")
+        checked = _checked(
+            place, VICTIM, "certificate expired on .*the server's owner runs `fedtide server renew`"
+        )
         connection.write_text(kept)
     place.up["server"].end()
     (tls / "server.crt").write_bytes(expired)
@@ -162,6 +164,32 @@ def expired_certificate(place: Place) -> Shown:
         [checked, f"`server up`: {said}" if said else ""],
         SITES,
         "all sites came back by themselves",
+    )
+
+
+def new_authority_in_steps(place: Place) -> Shown:
+    """The server's authority is replaced in its three steps; after each, every site is connected."""
+    said = place.well("server", "renew", place.server, "--authority")
+    place.up["server"].end()
+    place.start_server()
+    place.wait_online(*SITES)  # none has the new one yet
+    for name in SITES:
+        place.up[name].end()
+        place.well("site", "connect", place.folder / name, "--invitation", place.server / "invitation.json")
+        place.start_site(name)
+    place.wait_online(*SITES)  # under the old one still
+    place.well("server", "renew", place.server, "--switch")
+    place.up["server"].end()
+    place.start_server()
+    place.wait_online(*SITES)
+    place.well("server", "renew", place.server, "--drop")
+    before = whole_run(place, "authority")
+    return Shown(
+        "authority",
+        before,
+        [f"`server renew --authority`: {found(said, 'goes on under the old one')}"],
+        SITES,
+        "all sites were connected after each step, and none got a new node key",
     )
 
 
@@ -232,4 +260,5 @@ FAULTS = (
     Fault("bundle", "bundle not on a site's list", unlisted_bundle),
     Fault("port", "port in use, at server and site", port_in_use),
     Fault("expired", "the server's certificate has expired", expired_certificate),
+    Fault("authority", "the server's authority is replaced", new_authority_in_steps),
 )

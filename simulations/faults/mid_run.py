@@ -98,6 +98,21 @@ def server_killed(place: Place) -> Shown:
     return Shown("server-killed", before, [f"`server run`: {said}" if said else ""], SITES)
 
 
+def server_restored(place: Place) -> Shown:
+    """The server's machine is lost in a round; a copy that was made while it was up is put in its place."""
+    run, before = _in_training(place, "server-restored")
+    copy = place.folder / "copy"
+    said = place.well("server", "backup", place.server, copy).partition(";")[0]
+    place.up["server"].kill()
+    place.until(lambda: run.process.poll() is not None, "the end of the run's command")
+    shutil.rmtree(place.server)
+    shutil.move(copy, place.server)
+    place.start_server()
+    place.wait_online(*SITES)
+    ended_well(place, place.begin("server-restored"))
+    return Shown("server-restored", before, [f"`server backup`: {said}"], SITES)
+
+
 def server_app_killed(place: Place) -> Shown:
     """The process that leads the rounds; then the same command goes on with the run."""
     run, before = _in_training(place, "serverapp-killed")
@@ -198,6 +213,7 @@ FAULTS = (
     Fault("site", "all of a site killed (-9) in a round, started again 5 s later", site_killed),
     Fault("superlink", "SuperLink killed (-9) in a round", superlink_killed),
     Fault("server", "`server up` killed (-9) in a round, started again 10 s later", server_killed),
+    Fault("restored", "the server's machine lost in a round, put back from a hot copy", server_restored),
     Fault("serverapp", "ServerApp killed (-9) in a round, run again", server_app_killed),
     Fault("network", "network between a site and the server cut for a minute", network_cut),
     Fault("slow", "a site's worker stopped past the deadline, then woken", slow_site),

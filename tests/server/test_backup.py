@@ -46,11 +46,13 @@ class Place(Sites):
         shutil.copytree(self.registry, self.server.registry)
         self.registry, self.count = self.server.registry, 0
 
-    def begun(self) -> RunFolder:
+    def begun(self, **options: Any) -> RunFolder:
         self.count += 1  # a run of an earlier one's name is the same to a site
+        plan = self.first.plan
+        of_server = plan.server.model_validate({**plan.server.model_dump(), **options})
         run = RunFolder.create(
             self.server.runs,
-            self.first.plan.model_copy(update={"name": f"run-{self.count}"}),
+            plan.model_copy(update={"name": f"run-{self.count}", "server": of_server}),
             Catalog.load(self.folder / "sites" / "catalog.jsonl"),
         )
         run.save_round(0, self.first.run.round_state(0))
@@ -150,6 +152,30 @@ def test_a_server_that_dies_at_a_copys_moment_goes_on_from_the_copy(
     assert len(records(run)) < 2
     start(place, run)
     check_whole(place, run)
+
+
+def test_where_another_site_answers_in_time_than_before_later_rounds_are_lost_and_nobody_pays_twice(
+    place: Place, tmp_path: Path
+) -> None:
+    """What docs/server.md says of an older copy: then the parameters are others than those that sites answered to."""
+    run, left = place.begun(quorum=2, grace=0.05, round_deadline=60.0), [2]
+
+    def hook() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            back_up(place.server, tmp_path / "copy")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_each_write(patch, hook)
+        start(place, run, "silent")
+    before = [place.charges(number, run) for number in range(NODES)]
+    assert before == [[1, 2], [1, 2], []]
+    place.restore(tmp_path / "copy")
+    start(place, run)
+    first, second = records(run)
+    assert first["admitted"] == ["site-0", "site-1", "site-2"]
+    assert [each["reason"] for each in second["left_out"]] == ["wrong_request", "wrong_request"]
+    assert [place.charges(number, run) for number in range(NODES)] == [[1, 2], [1, 2], [1, 2]]
 
 
 def test_a_round_that_ends_meanwhile_is_copied_whole_and_never_mixed(

@@ -16,8 +16,8 @@ from cryptography import x509
 from prometheus_client import CollectorRegistry, generate_latest
 from typer.testing import CliRunner
 
+from common.daily import Daily
 from server.certificates import (
-    CertificateWatch,
     authorities,
     certificate_ends,
     check_certificates,
@@ -25,6 +25,7 @@ from server.certificates import (
     names_of,
     new_authority,
     new_server_certificate,
+    warn_of_ends,
 )
 from server.cli import app
 from server.deployment import Deployment, DeploymentError
@@ -108,7 +109,7 @@ def test_the_end_that_is_near_is_said_in_status_log_and_gauge(
     warnings = check_certificates(server)
     assert len(warnings) == bool(said)
     now = [0.0]
-    watch = CertificateWatch(server, lambda: now[0])
+    watch = Daily(lambda: warn_of_ends(server), lambda: now[0])
     with caplog.at_level(logging.WARNING):
         for now[0] in (0.0, 86_399.0, 86_400.0, 86_401.0, 172_799.0, 172_801.0):
             watch.look()
