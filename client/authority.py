@@ -17,7 +17,7 @@ from client.connection import AUTHORITY, ConnectionSetupError
 SOON = timedelta(days=30)
 """An end that is nearer is warned of."""
 NEW_AUTHORITY = (
-    "ask the server's owner for its new ca.crt, which `fedtide server renew --authority` there makes"
+    "ask the server's owner for its new invitation.json, which `fedtide server renew --authority` there makes"
 )
 
 

@@ -16,6 +16,7 @@ import typer
 from client.upkeep_cli import app as upkeep
 
 if TYPE_CHECKING:
+    from common.invitation import Invitation
     from common.privacy.mechanisms import Event
 
 app = typer.Typer(
@@ -56,15 +57,25 @@ def _folders(given: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _server(address: str | None, ca: Path | None) -> tuple[str, Path] | None:
-    from common.cli import UserError
+InvitationFile = Annotated[
+    Path | None,
+    typer.Option("--invitation", help="The server's invitation.json; compare its fingerprint by telephone."),
+]
 
-    if address is not None and ca is not None:
-        return address, ca
-    if address is None and ca is None:
-        return None
-    raise UserError(
-        "--server and --ca go together: the address, and the tls/ca.crt that the server's owner gave you"
+
+def _invited(file: Path | None) -> Invitation | None:
+    from client.connection import read_invitation
+
+    return None if file is None else read_invitation(file)
+
+
+def _say_invitation(invitation: Invitation) -> None:
+    from common.privacy.enrolment import fingerprint
+
+    print(f"Invitation fingerprint: {fingerprint(invitation.digest)}")
+    print(
+        "Compare it with the server's owner by telephone before the site goes up: whoever's key stands in the "
+        "invitation can spend what the policy allows."
     )
 
 
@@ -107,11 +118,7 @@ def init(
     ] = None,
     minimum_events: Annotated[int, typer.Option(help="Users with fewer are left out.")] = 3,
     max_events_per_user: Annotated[int, typer.Option(help="Users with more are taken for robots.")] = 10_000,
-    server_address: Annotated[
-        str | None,
-        typer.Option("--server", help="HOST:PORT of the server; with it the site gets a node key."),
-    ] = None,
-    ca: Annotated[Path | None, typer.Option(help="The server's tls/ca.crt; together with --server.")] = None,
+    invitation: InvitationFile = None,
     language_model: Annotated[
         list[str] | None,
         typer.Option(
@@ -167,7 +174,7 @@ def init(
                 performance=performance_of(
                     engine=engine, device=device, threads=threads, micro_batch=micro_batch
                 ),
-                server=_server(server_address, ca),
+                invitation=(invited := _invited(invitation)),
                 progress=progress,
             )
     except ValueError as error:
@@ -187,6 +194,7 @@ def init(
             "enrolment": str(site.folder / ENROLMENT),
             "typical_runs_admitted": runs,
             "node_key": made.node_key,
+            "invitation_sha256": None if invited is None else invited.digest,
         }
         print(json.dumps(facts, indent=2))
         return
@@ -197,6 +205,8 @@ def init(
     say(f"Key fingerprint: {fingerprint(made.key_id)}")
     if made.node_key is not None:
         say(f"Node key fingerprint: {node_fingerprint(made.node_key)}")
+    if invited is not None:
+        _say_invitation(invited)
     say(f"Guarantee: (epsilon {epsilon:g}, delta {delta:g}) for each user, whatever is run on this data.")
     if not whole:
         say(
@@ -215,26 +225,31 @@ def init(
 
 
 @app.command()
-def connect(
-    folder: Folder,
-    server_address: Annotated[
-        str | None, typer.Option("--server", help="HOST:PORT of the server; else the one that the site has.")
-    ] = None,
-    ca: Annotated[Path | None, typer.Option(help="The server's tls/ca.crt; together with --server.")] = None,
-) -> None:
-    """Give a site a new node key, or another server; its ledger and data stay as they are.
+def connect(folder: Folder, invitation: InvitationFile = None) -> None:
+    """Take a server's invitation, or give the site a new node key; its ledger and data stay as they are.
 
-    The server enrols the new enrolment.json under the site's old name.
+    With --invitation the site keeps its node key, if it has one: of the same server, nothing is to be enrolled again.
+    Without, it gets a new one, and the server enrols the new enrolment.json under the site's old name.
     """
     from client.making import ENROLMENT, connect_site
     from common.privacy.enrolment import node_fingerprint
 
-    node_key = connect_site(folder, _server(server_address, ca))
-    print(f"Node key fingerprint: {node_fingerprint(node_key)}")
-    print(
-        f"Hand {folder / ENROLMENT} to the server: `fedtide server enroll` under the site's name; then "
-        f"`fedtide site check {folder}`."
-    )
+    invited = _invited(invitation)
+    node_key, is_new = connect_site(folder, invited)
+    if invited is not None:
+        print(f"The site's server is {invited.host}, port {invited.port}.")
+        _say_invitation(invited)
+    print(f"Node key fingerprint: {node_fingerprint(node_key)}{'' if is_new else ', as before'}")
+    if is_new:
+        print(
+            f"Hand {folder / ENROLMENT} to the server: `fedtide server enroll` under the site's name; then "
+            f"`fedtide site check {folder}`."
+        )
+    else:
+        print(
+            f"Next: `fedtide site check {folder}`. A server that has not enrolled this site needs "
+            f"{folder / ENROLMENT}."
+        )
 
 
 def _runs_admitted(ledger_folder: Path, events: list[Event]) -> tuple[float, bool]:

@@ -1,17 +1,16 @@
 """How a site reaches its server: the address, the server's certificate authority, and the node's own key.
 
-The node key opens the connection and nothing more: receipts are signed with the ledger's key, which is another one.
+Where the server is and how it is known comes from its invitation (`common/invitation.py`). The node key opens the
+connection and nothing more: receipts are signed with the ledger's key, which is another one.
 """
 
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -22,6 +21,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from client.private_files import check_private, write_private
+from client.server_key import trust, trusted_key
+from common.invitation import Invitation
+from common.privacy.faults import ReceiptError
 
 CONNECTION, NODE_KEY, NODE_PUBLIC, AUTHORITY = "connection.json", "node.key", "node.pub", "ca.crt"
 
@@ -64,6 +66,7 @@ class Connection:
 
         Raises:
             ConnectionSetupError: the site has none, or it is not in order.
+            NoServerKeyError: it was made before servers signed what they ask.
             LoosePermissionsError: others may read the key.
         """
         try:
@@ -71,8 +74,8 @@ class Connection:
             host, port = str(fields["host"]), int(fields["port"])
         except FileNotFoundError as error:
             raise ConnectionSetupError(
-                f"{folder} knows no server: tell it one with `fedtide site connect {folder} --server HOST:PORT "
-                "--ca ca.crt`"
+                f"{folder} knows no server: tell it one with `fedtide site connect {folder} --invitation FILE`, of "
+                "the server's invitation.json"
             ) from error
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ConnectionSetupError(f"{folder / CONNECTION} cannot be read: restore it") from error
@@ -80,6 +83,7 @@ class Connection:
         for file in (found.node_key, found.authority):
             if not file.is_file():
                 raise ConnectionSetupError(f"{file} is missing: restore it from the backup of the site")
+        trusted_key(folder)
         check_private(found.node_key)
         return found
 
@@ -104,60 +108,56 @@ class Connection:
         return key
 
 
-def parse_server(text: str) -> tuple[str, int]:
-    """HOST:PORT as host and port.
+def read_invitation(file: Path) -> Invitation:
+    """A server's invitation.
 
     Raises:
-        ConnectionSetupError: it is something else.
+        ConnectionSetupError: the file holds none.
     """
-    host, colon, port = text.strip().rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or "/" in host or any(each.isspace() for each in host):
-        raise ConnectionSetupError(f"--server {text!r} must read HOST:PORT, such as fedtide.example.org:9092")
-    if not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise ConnectionSetupError(f"--server {text!r} has port {port!r}, but a port is 1 to 65535")
-    return host, int(port)
-
-
-def check_authority(data: bytes, name: Path) -> None:
-    """Raises `ConnectionSetupError` for bytes that are no PEM certificates that an ssl context takes."""
     try:
-        found = x509.load_pem_x509_certificates(data)
-        ssl.create_default_context(cadata=data.decode("ascii"))
-    except (ValueError, ssl.SSLError) as error:
-        raise ConnectionSetupError(
-            f"{name} holds no certificate in PEM: give the server's tls/ca.crt"
-        ) from error
-    if b"PRIVATE KEY" in data or not found:
-        raise ConnectionSetupError(f"{name} must hold certificates alone: give the server's tls/ca.crt")
-
-
-def make_connection(folder: Path, server: str, authority: Path) -> str:
-    """Writes a site's connection: address, authority, and a new node key (EC P-384, OpenSSH, mode 600).
-
-    Returns:
-        The public key as one OpenSSH line.
-
-    Raises:
-        ConnectionSetupError: the address or the authority is wrong.
-    """
-    host, port = parse_server(server)
-    try:
-        data = authority.expanduser().read_bytes()
+        return Invitation.from_bytes(file.expanduser().read_bytes())
     except OSError as error:
         raise ConnectionSetupError(
-            f"--ca {authority} cannot be read ({error.strerror}): give the server's tls/ca.crt"
+            f"--invitation {file} cannot be read ({error.strerror}): give the server's invitation.json"
         ) from error
-    check_authority(data, authority)
-    (folder / AUTHORITY).write_bytes(data)
+    except ReceiptError as error:
+        raise ConnectionSetupError(
+            f"{file} holds no invitation ({error}): ask the server's owner for invitation.json, which `fedtide server "
+            "invitation` writes"
+        ) from error
+
+
+def write_connection(folder: Path, invitation: Invitation) -> None:
+    """Writes into a folder where a site's server is, and how it is known; no key of the site's."""
+    (folder / AUTHORITY).write_bytes(invitation.authority)
+    fields = {"host": invitation.host, "port": invitation.port}
+    (folder / CONNECTION).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    trust(folder, invitation.signing_key)
+
+
+def invitation_of(connection: Connection) -> Invitation:
+    """What a site holds of its server, as the invitation that it came from: its fingerprint can be compared again.
+
+    Raises:
+        NoServerKeyError: the site was made before servers signed.
+    """
+    return Invitation(
+        connection.host, connection.port, connection.authority.read_bytes(), trusted_key(connection.folder)
+    )
+
+
+def new_node_key(folder: Path) -> str:
+    """Writes a new node key (EC P-384, OpenSSH, mode 600); returns the public one as an OpenSSH line."""
     key = ec.generate_private_key(ec.SECP384R1())
     write_private(folder / NODE_KEY, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
+    line = public_line(key)
     (folder / NODE_PUBLIC).write_text(line + "\n", encoding="ascii")
-    (folder / CONNECTION).write_text(
-        json.dumps({"host": host, "port": port}, indent=2) + "\n", encoding="utf-8"
-    )
     return line
+
+
+def public_line(key: ec.EllipticCurvePrivateKey) -> str:
+    """The public half of a node key, one OpenSSH line."""
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
 
 
 def own_network(environment: Mapping[str, str], host: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.connection import Connection, make_connection
+from client.connection import NODE_KEY, Connection, new_node_key, public_line, write_connection
 from client.ledger import Ledger
 from client.policy import Limits, Performance
 from client.private_files import FOLDER_MODE, sync_folder
@@ -31,6 +31,7 @@ from common.events.cleaning import CleaningPolicy, CleaningReport, Progress, cle
 from common.events.deidentify import load_secret, new_secret
 from common.events.histories import Histories
 from common.events.readers import scan_log
+from common.invitation import Invitation
 from common.privacy.enrolment import enrolment_to_bytes
 from common.privacy.mechanisms import Event
 
@@ -79,7 +80,7 @@ def make_site(
     metrics: bool = False,
     language_models: Mapping[str, str] | None = None,
     performance: Performance | None = None,
-    server: tuple[str, Path] | None = None,
+    invitation: Invitation | None = None,
     progress: Progress | None = None,
 ) -> MadeSite:
     """A new site in a folder that does not exist yet or is empty.
@@ -93,12 +94,11 @@ def make_site(
         metrics: whether noisy metrics may be released.
         language_models: that a plan may name, beside the default one: name -> the site's own folder.
         performance: how it computes; None: as by default.
-        server: HOST:PORT and the file of its certificate authority; None for a site without a connection.
+        invitation: the server's; None for a site without a connection.
         progress: told how far the log is read and bound, which may take long.
 
     Raises:
         SiteError: the folder holds something, or there are too few users.
-        ConnectionSetupError: the server's address or authority is wrong.
         LogError, SecretError, LedgerError, ValueError: what was given is wrong.
     """
     folder = folder.expanduser().resolve()
@@ -115,7 +115,10 @@ def make_site(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(mode=FOLDER_MODE)
     try:
-        node_key = None if server is None else make_connection(partial, *server)
+        node_key = None
+        if invitation is not None:
+            write_connection(partial, invitation)
+            node_key = new_node_key(partial)
         secret = new_secret(partial / SECRET)
         catalog = read_catalog(sources.catalog, columns=sources.catalog_columns)
         log = scan_log(sources.logs, sources.format, sources.columns)
@@ -164,33 +167,40 @@ def make_site(
     return MadeSite(replace(site, folder=folder), key_id, report, node_key)
 
 
-def connect_site(folder: Path, server: tuple[str, Path] | None = None) -> str:
-    """A new node key and connection for a site that exists; ledger, data and policy stay as they are.
+def connect_site(folder: Path, invitation: Invitation | None = None) -> tuple[str, bool]:
+    """A connection for a site that exists; ledger, data and policy stay as they are.
 
     Args:
-        server: HOST:PORT and the file of its certificate authority; None for those that the site has.
+        invitation: another of the server's, or another server's: the site keeps the node key that it has. None: it gets
+            a new node key, and stays with its server.
 
     Returns:
-        The node's public key as one OpenSSH line; `enrolment.json` holds it too, for the server to enrol again.
+        The node's public key as one OpenSSH line, and whether it is new: then `enrolment.json` holds it for the server
+        to enrol again.
 
     Raises:
         SiteError: there is no site, or it is up.
-        ConnectionSetupError: the address or the authority is wrong.
+        ConnectionSetupError, NoServerKeyError: it has no connection, and is given no invitation.
     """
     from client.agent import alone
 
     site = Site.load(folder)
     folder = site.folder.expanduser().resolve()
-    if server is None:
-        held = Connection.load(folder)
-        server = held.address, held.authority
+    held = None
+    if invitation is None:
+        Connection.load(folder)
+    elif (folder / NODE_KEY).is_file():
+        held = public_line(Connection(folder, invitation.host, invitation.port).private_key())
     with alone(folder):
         partial = Path(tempfile.mkdtemp(prefix=".connection-", dir=folder))
         try:
-            node_key = make_connection(partial, *server)
-            with Ledger.open(site.ledger_folder) as ledger:
-                enrolment = enrolment_to_bytes(ledger.entries()[0], node_key) + b"\n"
-            (partial / ENROLMENT).write_bytes(enrolment)
+            if invitation is not None:
+                write_connection(partial, invitation)
+            node_key = held or new_node_key(partial)
+            if held is None:
+                with Ledger.open(site.ledger_folder) as ledger:
+                    enrolment = enrolment_to_bytes(ledger.entries()[0], node_key) + b"\n"
+                (partial / ENROLMENT).write_bytes(enrolment)
             write_units(partial, folder)
             shutil.rmtree(folder / UNITS, ignore_errors=True)
             for each in partial.iterdir():
@@ -198,7 +208,7 @@ def connect_site(folder: Path, server: tuple[str, Path] | None = None) -> str:
             sync_folder(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return node_key
+    return node_key, held is None
 
 
 def commitment(histories: Histories, secret: bytes, progress: Progress | None = None) -> str:

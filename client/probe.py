@@ -50,7 +50,7 @@ def reach(connection: Connection) -> str:
             return str(opened.getpeername()[0])
     except socket.gaierror as error:
         raise ProbeError(
-            f"the name {connection.host} is not known: check --server, or this machine's DNS"
+            f"the name {connection.host} is not known: check the invitation, or this machine's DNS"
         ) from error
     except OSError as error:
         raise ProbeError(
@@ -62,10 +62,10 @@ def reach(connection: Connection) -> str:
 _DATED = (9, 10)
 _CERTIFICATE_FAULTS = dict.fromkeys(
     (18, 19, 20),
-    "does not come from ca.crt: ask the server's owner for the ca.crt of today, and whether the authority is a new one",
+    "does not come from ca.crt: ask the server's owner for the invitation of today, and whether the authority is new",
 ) | {
-    62: "is for another name: use the name that it was made for in --server",
-    64: "is for another address: use the one that it was made for in --server",
+    62: "is for another name: ask the server's owner for a new invitation.json",
+    64: "is for another address: ask the server's owner for a new invitation.json",
 }
 """OpenSSL's codes of what may be wrong with a certificate; of a date it does not say whose it is."""
 

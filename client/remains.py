@@ -45,6 +45,7 @@ _KNOWN = (
     ("node.pub", "the public half of the connection's key", False, FREE),
     ("ca.crt", "the server's authority", False, FREE),
     ("connection.json", "the server's address", False, FREE),
+    ("server-key", "the public key that the server's requests are signed with", False, FREE),
     ("worker", "where the site's own programs meet", False, FREE),
     ("units", "files that keep the site up", False, FREE),
     ("flwr", "what the connection's own programs keep", False, FREE),

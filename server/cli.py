@@ -41,32 +41,48 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Make a server: an authority and a certificate, secrets, a registry, systemd unit and compose file."""
-    from server.certificates import fingerprint
     from server.deployment import Deployment
+    from server.invitations import write_invitation
     from server.setup import make_server
 
     server = Deployment(folder.expanduser().resolve(), host, port, control_port, metrics_port)
     make_server(server)
-    print_ = fingerprint(server.authority.read_bytes())
+    digest = write_invitation(server).digest
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if as_json:
         made = {
             "folder": str(server.folder),
             "server": address,
-            "ca": str(server.authority),
-            "ca_sha256": print_,
+            "invitation": str(server.invitation),
+            "invitation_sha256": digest,
         }
         print(json.dumps(made | {"units": [str(file) for file in sorted(server.units.iterdir())]}, indent=2))
         return
     print(
         f"The server's folder is {server.folder}; keep a backup of it, as its keys and registry are not made twice."
     )
-    print(f"Authority, SHA-256: {print_}")
-    print("Give sites tls/ca.crt and that fingerprint. Next:")
+    _say_invitation(server)
+    print("Give sites the invitation, and read that fingerprint to them by telephone. Next:")
     print(f"  fedtide server up {server.folder}")
     print(
-        f"  fedtide site init SITE --server {address} --ca ca.crt --logs LOG --catalog CATALOG ...   (at each site)"
+        "  fedtide site init SITE --invitation invitation.json --logs LOG --catalog CATALOG ...   (at each site)"
     )
+
+
+@app.command()
+def invitation(folder: Folder, as_json: AsJson = False) -> None:
+    """Write what sites are given, of the server as it is now, and say its fingerprint: nothing in it is secret.
+
+    A site takes it in by `fedtide site init` or `fedtide site connect`, and both people compare the fingerprint.
+    """
+    from server.invitations import write_invitation
+
+    server = _load(folder)
+    if not as_json:
+        _say_invitation(server)
+        return
+    digest = write_invitation(server).digest
+    print(json.dumps({"invitation": str(server.invitation), "invitation_sha256": digest}, indent=2))
 
 
 @app.command()
@@ -115,22 +131,36 @@ def renew(
     if authority and not begin_authority(server):
         _say_authority(server)
         print(
-            "The server goes on under the old one. Give every site the new tls/ca.crt; then "
-            f"`fedtide server renew {server.folder} --switch`."
+            "The server goes on under the old one. Give every site the new invitation (`fedtide site connect SITE "
+            f"--invitation FILE` there); then `fedtide server renew {server.folder} --switch`."
         )
+        _say_invitation(server)
         return
     if drop:
         print(f"{server.authority} holds the authority in use, and {drop_authority(server)} less.")
         return
     if authority:
         _say_authority(server)
-        print("The old one has expired, so every site needs the new tls/ca.crt before it can connect.")
+        print("The old one has expired, so every site needs the new invitation before it can connect.")
+        _say_invitation(server)
     elif switch:
         switch_authority(server)
-        print("A site that does not have the new tls/ca.crt is cut off until it has.")
+        print("A site that has not taken the new invitation in is cut off until it has.")
     else:
         server = renew_certificate(server, host)
     _say_certificate(server)
+    if host is not None:
+        print("Sites that are to use the new name take the new invitation in; they need no new enrolment.")
+        _say_invitation(server)
+
+
+def _say_invitation(server: Deployment) -> None:
+    from common.privacy.enrolment import fingerprint
+    from server.invitations import write_invitation
+
+    digest = write_invitation(server).digest
+    print(f"Invitation: {server.invitation}")
+    print(f"Invitation fingerprint: {fingerprint(digest)}")
 
 
 def _say_authority(server: Deployment) -> None:
@@ -217,7 +247,7 @@ def enroll(
     said = {
         "registered": "Its node is registered: the site may connect.",
         "pending": "The server is not up: `fedtide server up` will register its node.",
-        "none": "The file names no node key, so no node of this site can connect: make the site with --server.",
+        "none": "The file names no node key, so no node of this site can connect: `fedtide site connect` makes it one.",
     }
     if done.node is not None:
         print(said[done.node])

@@ -108,6 +108,11 @@ class Deployment:
         return self.folder / "tls" / "ca.crt"
 
     @property
+    def invitation(self) -> Path:
+        """What sites are given: where the server is, and how it is known."""
+        return self.folder / "invitation.json"
+
+    @property
     def authority_key(self) -> Path:
         return self.folder / "tls" / "ca.key"
 

@@ -1,8 +1,9 @@
 """A new certificate of the server, a new name in it, and a new authority, so that no site is cut off on the way.
 
-Sites trust what stands in their copy of tls/ca.crt. A new authority therefore comes in three steps: it is made, and
-ca.crt holds both, while the server's certificate stays under the one that all sites have; once they have the new
-ca.crt, the certificate is made under the new one; once that is shown, the old one leaves ca.crt.
+Sites trust the authorities of tls/ca.crt as the invitation brought them. A new authority therefore comes in three
+steps: it is made, and ca.crt and invitation hold both, while the server's certificate stays under the one that all
+sites have; once they have the new invitation, the certificate is made under the new one; once that is shown, the old
+one leaves ca.crt.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from server.certificates import (
     new_server_certificate,
 )
 from server.deployment import Deployment, DeploymentError
+from server.invitations import write_invitation
 
 _HOST_LINE = re.compile(r"(?m)^host *=.*$")
 
@@ -59,6 +61,7 @@ def renew_certificate(server: Deployment, host: str | None = None) -> Deployment
         config = server.folder / "server.toml"
         text = _HOST_LINE.sub(lambda _: f'host = "{host}"', config.read_text(encoding="utf-8"), count=1)
         _put(config, text.encode(), 0o600)
+        write_invitation(named)
     return named
 
 
@@ -77,7 +80,7 @@ def begin_authority(server: Deployment) -> bool:
     signing = _signing(server)
     if _waiting(server) is not None:
         raise DeploymentError(
-            f"a new authority was made already: give every site the new {server.authority}, then "
+            f"a new authority was made already: give every site the new {server.invitation}, then "
             f"`fedtide server renew {server.folder} --switch`"
         )
     certificate, key = new_authority()
@@ -121,7 +124,7 @@ def drop_authority(server: Deployment) -> int:
     known, signing = authorities(server.authority), _signing(server)
     if _waiting(server) is not None or issuer_among(loaded(server.certificate), known) != signing:
         raise DeploymentError(
-            "the server's certificate is under the old authority: once every site has the new ca.crt, "
+            "the server's certificate is under the old authority: once every site has the new invitation, "
             f"`fedtide server renew {server.folder} --switch` makes one under the new"
         )
     if server.running() and not _shows_one_under(server, signing):
@@ -171,6 +174,7 @@ def _sign(server: Deployment, authority: x509.Certificate, key: Path) -> None:
 
 def _put_authorities(server: Deployment, found: Sequence[x509.Certificate]) -> None:
     _put(server.authority, b"".join(each.public_bytes(Encoding.PEM) for each in found), 0o644)
+    write_invitation(server)
 
 
 def _shows_one_under(server: Deployment, authority: x509.Certificate) -> bool:

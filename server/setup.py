@@ -10,7 +10,7 @@ from pathlib import Path
 
 from server.certificates import new_authority, new_server_certificate
 from server.deployment import Deployment, DeploymentError
-from server.registry import Registry
+from server.invitations import write_invitation
 from server.units import unit_files
 
 _SECRET_BYTES = 48
@@ -61,7 +61,7 @@ def _fill(made: Deployment, final: Deployment) -> None:
     _write(made.key, key, 0o600)
     # Flower reads the file as raw bytes: no line end.
     _write(made.secret, secrets.token_hex(_SECRET_BYTES).encode(), 0o600)
-    Registry(made.registry)
+    write_invitation(made)  # which makes the registry, and its key
     for name, text in unit_files(final, str(Path(sys.executable).parent / "fedtide")).items():
         _write(made.units / name, text.encode(), 0o644)
     _write(made.folder / "server.toml", made.to_toml().encode(), 0o600)

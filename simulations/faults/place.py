@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from common.invitation import Invitation
 from simulations.faults.tiny import USERS_AT_LEAST, tiny_plan, write_data, write_language_model
 
 VICTIM, OTHERS = "west", ("east", "north")
@@ -227,10 +228,12 @@ class Place:
     def make_site(self, name: str) -> None:
         """A site's folder; not enrolled, not up."""
         host = self.host if name == VICTIM else "127.0.0.1"
-        data = self.folder / "data"
+        data, invitation = self.folder / "data", self.folder / f"{name}.invitation.json"
+        given = Invitation.from_bytes((self.server / "invitation.json").read_bytes())
+        invitation.write_bytes(replace(given, host=host).to_bytes() + b"\n")
         self.well(
-            "site", "init", self.folder / name, "--server", f"{host}:{self.ports[0]}",
-            "--ca", self.server / "tls" / "ca.crt", "--logs", data / "log.csv", "--catalog", data / "catalog.csv",
+            "site", "init", self.folder / name, "--invitation", invitation,
+            "--logs", data / "log.csv", "--catalog", data / "catalog.csv",
             "--epsilon", 20, "--delta", 1e-5, "--users-at-least", USERS_AT_LEAST,
             "--typical-plan", self.folder / "typical.json", "--language-model", f"{self.model}={self.model}",
             "--threads", 1,

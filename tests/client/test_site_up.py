@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("north", "south"):
             made = init(
                 root / name, root / "data",
-                "--server", f"localhost:{ports[0]}", "--ca", root / "server" / "tls" / "ca.crt",
+                "--invitation", root / "server" / "invitation.json",
                 "--language-model", f"tiny={model}",
             )  # fmt: skip
             assert made.exit_code == 0, made.output

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from client.connection import NODE_KEY, NODE_PUBLIC
 from client.site_folder import SECRET
+from common.invitation import Invitation
 from simulations.faults.place import below, command_of
 from tests.server.pushed import faults_of, replies_of
 from tests.server.recording_proxy import RecordingProxy
@@ -121,6 +122,9 @@ def deployed(folder: Path) -> Iterator[Place]:
         "server", "init", place.server, "--host", "127.0.0.1", "--port", ports["fleet_port"],
         "--control-port", ports["control_port"], "--metrics-port", ports["metrics_port"],
     )  # fmt: skip
+    given = Invitation.from_bytes((place.server / "invitation.json").read_bytes())
+    invitation = folder / "invitation.json"
+    invitation.write_bytes(replace(given, port=fleet).to_bytes() + b"\n")
     place.proxy.start(place.server / "tls")
     try:
         place.up("server", place.server)
@@ -128,8 +132,8 @@ def deployed(folder: Path) -> Iterator[Place]:
             users, paths = USERS - (name == ONE_LESS), os.environ.get("PYTHONPATH", "")
             log, catalog = tiny_files(folder / "data" / name, users)
             place.well(
-                "site", "init", folder / name, "--server", f"127.0.0.1:{fleet}",
-                "--ca", place.server / "tls" / "ca.crt", "--logs", log, "--catalog", catalog,
+                "site", "init", folder / name, "--invitation", invitation,
+                "--logs", log, "--catalog", catalog,
                 "--epsilon", 20, "--delta", 1e-5, "--users-at-least", USERS - 20,
                 "--typical-plan", folder / "plan.json", "--language-model", f"{model}={model}",
             )  # fmt: skip
