@@ -1,8 +1,11 @@
 """What stands at the server in the place of Flower's `flwr-serverapp`: runs this server's own bundle, and no other.
 
 Flower's Control API asks nobody who they are, so whoever has an account on the server's machine can hand it an app,
-whose code would run as the server's user. SuperExec starts one process a run, by name, from PATH: `fedtide server up`
-puts a folder of its own first there, whose `flwr-serverapp` is this module and whose other commands refuse.
+whose code would run as the server's user, or name a run that its owner has stopped. So the ServerApp, which signs what
+sites are asked, begins once for each `fedtide server run`, which leaves a file in the run's folder for it.
+
+SuperExec starts one process a run, by name, from PATH: `fedtide server up` puts a folder of its own first there, whose
+`flwr-serverapp` is this module and whose other commands refuse.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from server.deployment import Deployment
 GUARDED = "flwr-serverapp"
 REFUSED = ("flwr-clientapp", "flwr-simulation", "flwr-agentapp", "flwr-model", "flwr-connector")
 """What else Flower's executor starts when it is asked for (its TASK_TYPE_TO_COMMAND): refused at a server."""
+
+WANTED = ".wanted"
+"""In a run's folder: `fedtide server run` wants the ServerApp to begin, or go on with it, once."""
 
 _SCRIPT = """#!{python}
 import sys
@@ -66,6 +72,23 @@ def check_folders(config: dict[str, Any], server: Deployment) -> None:
         )
 
 
+def want(run: Path) -> None:
+    """Lets the ServerApp begin in a run's folder, once."""
+    (run / WANTED).touch(mode=0o600)
+
+
+def check_wanted(config: dict[str, Any]) -> None:
+    """Raises `RunRefusedError` for a run that no `fedtide server run` wants; its wish is fulfilled by this."""
+    run = Path(str(config.get(RUN_DIR)))
+    try:
+        (run / WANTED).unlink()
+    except OSError as error:
+        raise RunRefusedError(
+            f"the run in {run} was asked for, but not by `fedtide server run`: if it was not you, somebody with an "
+            "account on this machine did it"
+        ) from error
+
+
 def guarded_serverapp(folder: str) -> int:
     """`flwr-serverapp` of a server."""
     from flwr.superlink.cli import flwr_serverapp
@@ -84,6 +107,7 @@ def guarded_serverapp(folder: str) -> int:
     def configured(*more: Any, **named: Any) -> Any:
         config = configure(*more, **named)
         check_folders(config, server)
+        check_wanted(config)
         return config
 
     # Flower calls the first with the bundle's bytes, then the second, before it loads anything of the app.

@@ -15,6 +15,7 @@ from typing import Any
 from common.bundle import REGISTRY_DIR, RUN_DIR, bundle_data
 from common.config import Plan, read_plan
 from server.aggregation import check_aggregation
+from server.bundle_guard import want
 from server.control import control
 from server.deployment import Deployment, NotRunningError, open_locked
 from server.nodes import FlowerRun, flower_runs
@@ -167,6 +168,7 @@ def _submit(server: Deployment, run: RunFolder) -> tuple[int, bool]:
         return active.run_id, False
     run.ending_file.unlink(missing_ok=True)
     with control(server) as asked:
+        want(run.path)
         config = {RUN_DIR: str(run.path), REGISTRY_DIR: str(server.registry)}
         return asked.start(bundle_data(), config), True
 

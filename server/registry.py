@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -27,7 +27,9 @@ from common.privacy.entries import Entry
 from common.privacy.equivocation import EquivocationProof
 from common.privacy.faults import ReceiptError
 from common.privacy.rules import check_genesis
-from common.wire import Request, SignedRequest
+
+if TYPE_CHECKING:
+    from common.wire import Request, SignedRequest
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sites (key_id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE,
@@ -228,6 +230,8 @@ class Registry(RegistryReader):
 
     def signed(self, request: Request, *, expires: int, like: SignedRequest | None = None) -> SignedRequest:
         """The server's word for a request: see `SignedRequest.of`."""
+        from common.wire import SignedRequest  # of which torch is a part
+
         return SignedRequest.of(request, self._key, expires=expires, like=like)
 
     def derived(self, *words: str) -> bytes:

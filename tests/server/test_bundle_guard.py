@@ -14,6 +14,8 @@ from server.bundle_guard import (
     RunRefusedError,
     check_bundle,
     check_folders,
+    check_wanted,
+    want,
     write_commands,
 )
 from server.deployment import Deployment
@@ -47,6 +49,19 @@ def test_folders_elsewhere_are_refused(server: Deployment) -> None:
     ):
         with pytest.raises(RunRefusedError, match="this server's are in"):
             check_folders({**good, **change}, server)
+
+
+def test_a_run_is_begun_once_for_each_time_that_it_is_wanted(server: Deployment) -> None:
+    run = server.runs / "a.incomplete"
+    config = {"run-dir": str(run)}
+    for _ in range(2):  # nor where there is no such run
+        with pytest.raises(RunRefusedError, match="but not by `fedtide server run`"):
+            check_wanted(config)
+        run.mkdir(parents=True, exist_ok=True)
+    want(run)
+    check_wanted(config)
+    with pytest.raises(RunRefusedError, match="but not by `fedtide server run`"):
+        check_wanted(config)
 
 
 def test_other_commands_refuse_and_all_of_flowers_are_covered(server: Deployment) -> None:

@@ -27,7 +27,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from client.connection import NODE_KEY, NODE_PUBLIC
 from client.site_folder import SECRET
+from common.bundle import REGISTRY_DIR, RUN_DIR, bundle_data
 from common.invitation import Invitation
+from server.control import control
+from server.deployment import Deployment
+from server.nodes import flower_runs
+from server.registry import Registry
 from simulations.faults.place import below, command_of
 from tests.server.pushed import faults_of, replies_of
 from tests.server.recording_proxy import RecordingProxy
@@ -323,6 +328,50 @@ def test_a_server_put_back_from_a_copy_made_in_a_run_goes_on_and_charges_nobody_
         )
         assert again.returncode == 0, f"{again.stderr}\n{place.logs()}"
         check_whole(place, again.stdout)
+        for name in SITES:
+            status = json.loads(place.well("site", "status", place.folder / name, "--json"))
+            assert status["charges"] == 3
+
+
+@pytest.mark.skipif(not FAULTS, reason="takes minutes: FEDTIDE_FAULTS=1 runs it")
+@pytest.mark.timeout(1200)
+def test_who_has_the_control_port_begins_no_run(tmp_path: Path) -> None:
+    """A run that its owner stopped, and one of their own under the server's key or another: no site is asked."""
+    with deployed(tmp_path) as place:
+        done = subprocess.run(
+            run_command(place), env=place.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{done.stderr}\n{place.logs()}"
+        whole = Path(json.loads(done.stdout)["run"])
+        stopped, elsewhere = (
+            whole.with_name("20260101-000000-stopped.incomplete"),
+            tmp_path / "own.incomplete",
+        )
+        for run in (stopped, elsewhere):
+            (run / "rounds").mkdir(parents=True)
+            for name in ("plan.json", "catalog.jsonl", "rounds/00000.safetensors"):
+                shutil.copy(whole / name, run / name)
+        other = Registry(tmp_path / "registry")
+        assert other.server_key
+        server = Deployment.load(place.server)
+        begun = []
+        for run, registry in (
+            (stopped, server.registry),
+            (elsewhere, server.registry),
+            (stopped, tmp_path / "registry"),
+        ):
+            with control(server) as asked:
+                begun.append(asked.start(bundle_data(), {RUN_DIR: str(run), REGISTRY_DIR: str(registry)}))
+        ended = {run.run_id: run.status for run in flower_runs(server)}
+
+        def over() -> bool:
+            ended.update({run.run_id: run.status for run in flower_runs(server)})
+            return all(ended[run].startswith("finished") for run in begun)
+
+        place.until(over)
+        assert {ended[run] for run in begun} == {"finished:failed"}
+        assert not (stopped / "rounds.jsonl").exists()
+        assert not (elsewhere / "rounds.jsonl").exists()
         for name in SITES:
             status = json.loads(place.well("site", "status", place.folder / name, "--json"))
             assert status["charges"] == 3
