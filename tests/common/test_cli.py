@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from common.cli import COMMANDS, main
+from common.config import Plan, PlanError, read_plan
 from tests.tiny import own_cache, tiny_files, tiny_language_model
 
 
@@ -51,6 +53,30 @@ def help_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     return (tiny_language_model(folder / "model"), *tiny_files(folder / "data"))
+
+
+def test_another_epsilon_on_the_command_line_calibrates_a_plans_noise_anew(
+    tiny: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, seen = tmp_path / "plan.toml", list[Plan]()
+    with suppress(SystemExit):
+        main(["plan", "--users-per-site", "50", "--sites", "10", "--epsilon", "4", "--out", str(plan)])
+    stated = read_plan(plan)
+    assert stated.privacy.noise_multiplier is not None
+
+    def simulated(_: object, plan: Plan, *more: object) -> None:
+        seen.append(plan)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("simulations.federation.simulate", simulated)
+    with pytest.raises(SystemExit):
+        main(["simulate", str(plan), "--epsilon", "2", "--log", str(tiny[1]), "--catalog", str(tiny[2])])
+    calibrated = seen[0].calibrated()
+    assert calibrated.privacy.noise_multiplier is not None
+    assert calibrated.privacy.epsilon == 2
+    assert calibrated.privacy.noise_multiplier > stated.privacy.noise_multiplier
+    with pytest.raises(PlanError, match=r"leave privacy\.noise_multiplier, .* out, so that it is calibrated"):
+        stated.model_copy(update={"privacy": stated.privacy.model_copy(update={"epsilon": 2.0})}).calibrated()
 
 
 def simulate_says(

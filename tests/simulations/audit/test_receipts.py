@@ -17,8 +17,9 @@ from client.site_folder import Site
 from common.config import Plan
 from common.privacy.mechanisms import PoissonSubsampledGaussian
 from common.wire import state_from_bytes, state_to_bytes
+from server.privacy_record import Releases
 from server.registry import Registry
-from server.runs import RunError
+from server.runs import RunError, RunFolder
 from simulations.audit.cli import app
 from simulations.audit.receipts import audit_receipts
 from tests.tiny import tiny_run
@@ -59,6 +60,16 @@ def test_an_honest_run_holds_and_every_accountant_is_shown(run: Path) -> None:
         assert figures["pld"] <= figures["rdp"]
         assert figures["rdp_google"] == pytest.approx(figures["rdp"], rel=0.05)
         assert site["share"] > 0.5
+
+
+def test_the_curve_of_epsilon_is_of_what_was_released(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [line["epsilon"] for line in lines if "epsilon" in line]
+    assert curve == sorted(curve)
+    assert curve[-1] == pytest.approx(json.loads((run / "privacy.json").read_text())["epsilon"])
+    released, nothing = Releases(), Releases()
+    assert [released.add(RunFolder.finished(run).receipts(number)) for number in (1, 2)] == curve
+    assert nothing.add([]) == 0.0
 
 
 def test_a_run_whose_plan_said_more_than_plans_do_now_is_left_to_its_own_version(run: Path) -> None:
