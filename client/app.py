@@ -52,9 +52,9 @@ def answered(
         note: told of the request, where it was one, and of the answer; for the site's own metrics.
         until: when the message expires, in seconds since 1970.
     """
-    from client.site import answer, refusal_of
+    from client.site import answer, named, refusal_of
     from client.site_folder import Site
-    from common.wire import answer_to_records, request_from_records
+    from common.wire import Refusal, answer_to_records, request_from_records
 
     reply: Update | Refusal
     request: Request | None = None
@@ -63,6 +63,8 @@ def answered(
         reply = answer(site, request, until=until)
     except Exception as error:
         reply = refusal_of(error)
+    if request is not None and isinstance(reply, Refusal):
+        _log.info("%s: refused: %s", named(request), reply.reason.value)
     note(request, reply)
     return answer_to_records(reply)
 
