@@ -243,8 +243,8 @@ def test_the_log_has_a_line_for_each_charge_and_each_answer(
     logging.getLogger("fedtide.site").propagate = True
     with caplog.at_level(logging.INFO, "fedtide.site"):
         for _ in range(2):
-            answered(lambda: site.folder, content_for(site, request_))
-        answered(lambda: site.folder, content_for(site, replace(request_, nonce="cd" * 16)))
+            answered(lambda: site.folder, content_for(site.folder, request_))
+        answered(lambda: site.folder, content_for(site.folder, replace(request_, nonce="cd" * 16)))
     said = [each for each in dict.fromkeys(caplog.messages) if each.startswith("run run-a, round 1, ")]
     words = [each.partition(": ")[2] for each in said]
     assert [each.partition(";")[0] for each in words] == [
