@@ -40,11 +40,11 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import content_to_bytes, question_from_bytes
-from client.connection import make_connection
 from client.private_files import write_private
 from client.worker import SOCKET, listen, serve_one
 from common.bundle import bundle_files
 from server.certificates import new_authority, new_server_certificate
+from tests.client.test_connection import connected, invited
 
 NODE_ID, RUN_ID = 4711, 12
 NOT_ACTIVATED = json.dumps(
@@ -251,7 +251,7 @@ class Node:
     def __init__(self, folder: Path, fleet_port: int, own_port: int, starter: Sequence[str]) -> None:
         self.folder = folder
         self.kept_up = True
-        make_connection(folder, f"localhost:{fleet_port}", folder.parent / "ca.crt")
+        connected(folder, invited((folder.parent / "ca.crt").read_bytes(), port=fleet_port))
         write_private(folder / "superexec.secret", os.urandom(32))
         environment = {
             **os.environ,

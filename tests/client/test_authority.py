@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from client.authority import authority_end, authority_warning
 from client.check import Finding, check_site
 from client.cli import app
-from client.connection import Connection, ConnectionSetupError, make_connection
+from client.connection import Connection, ConnectionSetupError
 from client.making import SECRET
 from client.probe import ProbeError, certificate
 from common.events.deidentify import new_secret
-from tests.client.test_connection import init
+from tests.client.test_connection import connected, init, invitation, invited
 from tests.server.dated_certificates import Dated, dated, shown
 
 OLD = dated(-3000, 0.9)
@@ -27,10 +27,8 @@ OLD_EXPIRED, NEW, COMING = dated(-3000, -1), dated(-1, 3000, name="the new autho
 
 def site(folder: Path, port: int, *known: Dated) -> Connection:
     folder.mkdir(mode=0o700, exist_ok=True)
-    ca = folder.with_name("given.crt")
-    ca.write_bytes(b"".join(each.pem for each in known))
     new_secret(folder / SECRET)
-    make_connection(folder, f"127.0.0.1:{port}", ca)
+    connected(folder, invited(b"".join(each.pem for each in known), "127.0.0.1", port))
     return Connection.load(folder)
 
 
@@ -47,7 +45,7 @@ def site(folder: Path, port: int, *known: Dated) -> Connection:
         ([OLD_EXPIRED], OLD_EXPIRED, (-30, -1), r"^the authority that signed .* expired on .*--authority`"),
         ([OLD_EXPIRED, NEW], OLD_EXPIRED, (-30, 30), r"ca\.crt holds the next one.*--switch`"),
         ([COMING], COMING, (-1, 30), r"^the authority in ca\.crt is not valid before .*this machine's clock"),
-        ([OLD], NEW, (-1, 300), r"does not come from ca\.crt: .*ca\.crt of today"),
+        ([OLD], NEW, (-1, 300), r"does not come from ca\.crt: .*invitation of today"),
     ],
 )
 def test_what_has_expired_is_told(
@@ -109,9 +107,8 @@ def test_check_names_the_expired_authority_and_tests_nothing_behind_it(tmp_path:
 
 
 def test_status_says_the_authoritys_end(tmp_path: Path) -> None:
-    ca = tmp_path / "ca.crt"
-    ca.write_bytes(dated(-1, 9.5).pem)
-    made = init(tmp_path / "north", tmp_path / "data", "--server", "one.example:9092", "--ca", ca)
+    given = invitation(tmp_path / "invitation.json", ca=dated(-1, 9.5).pem)
+    made = init(tmp_path / "north", tmp_path / "data", "--invitation", given)
     assert made.exit_code == 0, made.output
 
     def status(*options: str) -> str:

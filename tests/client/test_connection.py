@@ -22,7 +22,14 @@ from typer.testing import CliRunner
 
 from client.agent import Agent, AgentError, alone
 from client.cli import app
-from client.connection import Connection, ConnectionSetupError, invitation_of, own_network
+from client.connection import (
+    Connection,
+    ConnectionSetupError,
+    invitation_of,
+    new_node_key,
+    own_network,
+    write_connection,
+)
 from client.private_files import LoosePermissionsError
 from client.server_key import SERVER_KEY, NoServerKeyError, trusted_key
 from client.site_folder import Site
@@ -54,12 +61,22 @@ def authority(file: Path) -> Path:
     return file
 
 
-def invitation(file: Path, host: str = "localhost", port: int = 9092) -> Path:
-    """A new server's invitation."""
-    ca = authority(file.with_suffix(".crt")).read_bytes()
-    key = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
-    file.write_bytes(Invitation(host, port, ca, key).to_bytes() + b"\n")
+def invited(ca: bytes, host: str = "localhost", port: int = 9092) -> Invitation:
+    """By a new server with this authority."""
+    return Invitation(host, port, ca, Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex())
+
+
+def invitation(file: Path, host: str = "localhost", port: int = 9092, ca: bytes = b"") -> Path:
+    """The file of a new server's invitation."""
+    ca = ca or authority(file.with_suffix(".crt")).read_bytes()
+    file.write_bytes(invited(ca, host, port).to_bytes() + b"\n")
     return file
+
+
+def connected(folder: Path, given: Invitation) -> None:
+    """Gives a folder the connection of a site, and nothing else of one."""
+    write_connection(folder, given)
+    new_node_key(folder)
 
 
 def init(folder: Path, data: Path, *more: object) -> Result:
