@@ -39,6 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     run = RunFolder(Path(folder))
     registry = str(context.run_config.get("registry-dir") or os.environ.get(REGISTRY_FOLDER, ""))
     with run.at_work():
+        run.check_version()
         run.ending_file.unlink(missing_ok=True)
         try:
             with _logged(run.path / "server.log"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server import membership_cli
+from server import membership_cli, run_cli
 
 if TYPE_CHECKING:
     from server.deployment import Deployment
@@ -253,80 +253,16 @@ def enroll(
         print(said[done.node])
 
 
-for _command in (membership_cli.sites, membership_cli.remove, membership_cli.bar, membership_cli.unbar):
+for _command in (
+    membership_cli.sites,
+    membership_cli.remove,
+    membership_cli.bar,
+    membership_cli.unbar,
+    run_cli.fits,
+    run_cli.run,
+    run_cli.discard,
+):
     app.command()(_command)
-
-
-@app.command()
-def run(
-    folder: Folder,
-    plan: Annotated[
-        Path | None, typer.Argument(metavar="[PLAN]", help="TOML or JSON; not needed with --resume.")
-    ] = None,
-    catalog: Annotated[
-        Path | None, typer.Option(help="The public catalog, the same as the sites have; for a new run.")
-    ] = None,
-    catalog_columns: Annotated[str | None, typer.Option(help="Of the catalog: item=...,text=...")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this unfinished run.")] = None,
-    stop: Annotated[
-        bool, typer.Option("--stop", help="End the server's work on the run; it can go on later.")
-    ] = False,
-    offline: Annotated[bool, typer.Option(help="Fetch nothing; use what is on this machine.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train a plan across the enrolled sites, and follow it to its end.
-
-    The same command goes on with a run that was cut off, and follows one that is at work. Ctrl-C ends the
-    following only.
-    """
-    from rich.console import Console
-
-    from common.columns import column_mapping
-    from server.launch import LaunchError, find_run, launch
-    from server.launch import stop as stop_run
-    from server.run_console import ConsoleWatcher, run_summary
-
-    server = _load(folder)
-    if stop:
-        from common.config import read_plan
-
-        found = find_run(server, None if plan is None else read_plan(plan), resume)
-        if found is None or not stop_run(server, found):
-            raise LaunchError(
-                "the server is not at work on such a run: `fedtide server status` lists the runs"
-            )
-        print(f"{found.name} is stopped; the same command without --stop goes on with it.")
-        return
-    console = Console(stderr=as_json)
-    try:
-        columns = column_mapping(catalog_columns, "--catalog-columns")
-        done = launch(
-            server, plan, catalog, ConsoleWatcher(console), resume=resume, columns=columns, offline=offline
-        )
-    except KeyboardInterrupt:
-        console.print(
-            "No longer followed: what the server has begun goes on. The same command follows it again; "
-            "with --stop it ends.",
-            highlight=False,
-        )
-        raise typer.Exit(1) from None
-    summary = run_summary(done)
-    if as_json:
-        print(json.dumps(summary, indent=2))
-        return
-    console.print(
-        f"[bold]Completed[/bold]: {summary['aggregated']} of {summary['rounds']} rounds aggregated, "
-        f"{summary['admitted']} releases admitted; epsilon {summary['epsilon']:.3f} in this run at the "
-        "site that spent most. "
-        f"Everything is in {done.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"Next: fedtide audit receipts {done.path} --registry {server.registry}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 @app.command()

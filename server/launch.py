@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from common.bundle import REGISTRY_DIR, RUN_DIR, bundle_data
-from common.config import Plan, read_plan
+from common.config import Plan, make_plan, read_plan
 from server.aggregation import check_aggregation
 from server.bundle_guard import want
 from server.control import control
 from server.deployment import Deployment, NotRunningError, open_locked
+from server.fitting import Fit, fit_of_plan, fit_of_rest
 from server.nodes import FlowerRun, flower_runs
 from server.privacy_record import privacy_record
 from server.registry import RegistryReader
@@ -35,6 +36,14 @@ class LaunchError(RuntimeError):
     """A run did not end well, or cannot be begun; the message says why and what to do."""
 
 
+class DoesNotFitError(LaunchError):
+    """The plan, or what remains of a run, cannot be finished with the budgets that sites have left."""
+
+    def __init__(self, said: str, fit: Fit) -> None:
+        super().__init__(said)
+        self.fit = fit
+
+
 class CutOffError(LaunchError):
     """The ServerApp ended without a word."""
 
@@ -44,6 +53,8 @@ class Watcher:
     """What a console is told; every hook does nothing unless it is replaced."""
 
     on_phase: Callable[[str], None] = lambda phase: None
+    on_fit: Callable[[Fit], None] = lambda fit: None
+    on_waiting: Callable[[int, int], None] = lambda round, more: None
     on_begin: Callable[[RunFolder, Plan, bool], None] = lambda run, plan, again: None
     on_round: Callable[[dict[str, Any]], None] = lambda record: None
 
@@ -68,7 +79,15 @@ def unfinished_runs(server: Deployment, name: str) -> list[RunFolder]:
     """The runs of a plan's name that are not whole yet, oldest first."""
     folders = (path for path in server.runs.glob(f"*{INCOMPLETE}") if (path / "plan.json").is_file())
     runs = sorted(map(RunFolder, folders), key=lambda run: run.name)
-    return [run for run in runs if run.plan().name == name]
+    return [run for run in runs if _plan_name(run) == name]
+
+
+def _plan_name(run: RunFolder) -> str:
+    """The name in a run's plan, which another version may have written, with fields unknown here."""
+    try:
+        return str(json.loads((run.path / "plan.json").read_bytes())["name"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def find_run(server: Deployment, plan: Plan | None, resume: str | None) -> RunFolder | None:
@@ -76,14 +95,16 @@ def find_run(server: Deployment, plan: Plan | None, resume: str | None) -> RunFo
 
     Raises:
         LaunchError: the named run is not there or is whole; or it is not clear which run is meant.
+        RunError: another version began it.
     """
     if resume is not None:
         path = server.runs / (Path(resume).name.removesuffix(INCOMPLETE) + INCOMPLETE)
         if not (path / "plan.json").is_file():
             raise LaunchError(
-                f"{resume} is no unfinished run in {server.runs}: `fedtide server status` lists the runs"
+                f"{resume} is no unfinished run in {server.runs}: `fedtide server status {server.folder}` lists "
+                "the runs"
             )
-        return RunFolder(path)
+        return _of_this_version(RunFolder(path))
     if plan is None:
         raise LaunchError("give a plan, or --resume with the name of an unfinished run")
     found = unfinished_runs(server, plan.name)
@@ -94,16 +115,54 @@ def find_run(server: Deployment, plan: Plan | None, resume: str | None) -> RunFo
         raise LaunchError(
             f"several runs of plan {plan.name!r} are unfinished ({names}): choose one with --resume"
         )
-    (run,) = found
+    run = _of_this_version(found[0])
     begun = run.plan()
     if plan.catalog is None:
         plan = plan.model_copy(update={"catalog": begun.catalog})
     if prepare_plan(server, plan, begun.server.expected_sites).digest() != begun.digest():
         raise LaunchError(
             f"the unfinished run {run.name} has another plan of the name {plan.name!r}: `--resume {run.name}` goes on "
-            "with it, and another name in the plan begins a new run"
+            "with it, and `--name` with another one begins a new run"
         )
     return run
+
+
+def _of_this_version(run: RunFolder) -> RunFolder:
+    """The run, unless it has still to be worked on and another version began it; see `RunFolder.check_version`."""
+    ending = run.ending()
+    if ending is None or ending["status"] != "completed":
+        run.check_version()
+    return run
+
+
+def named(plan: Plan, name: str | None) -> Plan:
+    """The plan under another name, where one is given.
+
+    Raises:
+        PlanError: it is none.
+    """
+    return plan if name is None else make_plan(plan.model_dump() | {"name": name})
+
+
+def discard(server: Deployment, name: str) -> Path:
+    """Puts an unfinished run away; where it lies then.
+
+    Raises:
+        LaunchError: there is no such run, or the server is at work on it.
+        RunError: a process is at work in its folder.
+    """
+    name = Path(name).name.removesuffix(INCOMPLETE)
+    run = RunFolder(server.runs / (name + INCOMPLETE))
+    if not (run.path / "plan.json").is_file():
+        raise LaunchError(
+            f"{name} is no unfinished run in {server.runs}: `fedtide server status {server.folder}` lists the runs"
+        )
+    active = flower_run(server, run)
+    if server.running() and active is not None and active.active:
+        raise LaunchError(
+            f"the server is at work on {name}: `fedtide server run {server.folder} --resume {name} --stop` ends that"
+        )
+    return run.discard()
 
 
 def begin_run(
@@ -189,7 +248,7 @@ def follow(server: Deployment, run: RunFolder, flower_id: int, watcher: Watcher)
     Raises:
         LaunchError: the run did not end well, or the server went down.
     """
-    seen, look = 0, time.monotonic() + _FLOWER_SECONDS
+    seen, look, waiting = 0, time.monotonic() + _FLOWER_SECONDS, None
     ended_at: float | None = None
     while True:
         for record in list(run.records())[seen:]:
@@ -197,6 +256,10 @@ def follow(server: Deployment, run: RunFolder, flower_id: int, watcher: Watcher)
             watcher.on_round(record)
         if not run.path.is_dir():  # whoever else followed it was quicker
             return _whole(run)
+        if (now_waiting := run.waiting()) != waiting:
+            waiting = now_waiting
+            if waiting is not None:
+                watcher.on_waiting(waiting["round"], waiting["more"])
         if run.ending() is not None:
             ended_at = ended_at or time.monotonic()
         now = time.monotonic()
@@ -237,13 +300,18 @@ def conclude(server: Deployment, run: RunFolder, flower: str) -> RunFolder:
         return _whole(run)
     ending, rounds, planned = run.ending(), len(list(run.records())), len(run.plan().schedule())
     again = "the same command goes on where it stopped"
+    if rounds >= planned:  # nothing is left to be asked, so it would fail again
+        again = (
+            f"as all its rounds are over, `fedtide server discard {server.folder} {run.name}` puts it away, and the "
+            "same command begins a new run"
+        )
     if ending is None:
         raise CutOffError(
             f"the run was cut off after {rounds} of {planned} rounds (Flower says: {flower}); {again}; "
             f"{run.path} is kept"
         )
     if ending["status"] != "completed":
-        raise LaunchError(f"the run failed: {ending['reason']}; {run.path} is kept, and {again}")
+        raise LaunchError(f"the run ended early: {ending['reason']}; {run.path} is kept, and {again}")
     if rounds != planned or not (run.path / "model.safetensors").is_file():
         raise LaunchError(
             f"the run says that it is complete, but has {rounds} of {planned} rounds; {run.path} is kept as it is"
@@ -272,22 +340,28 @@ def launch(
     watcher: Watcher,
     *,
     resume: str | None = None,
+    name: str | None = None,
     columns: dict[str, str] | None = None,
     offline: bool = False,
 ) -> RunFolder:
     """Begins a run or goes on with one, and follows it to its end.
 
+    Args:
+        name: of the plan, in place of its own.
+
     Raises:
+        DoesNotFitError: it could not be finished with the budgets that sites have left; nothing was begun or asked.
         LaunchError: the run did not end well, or it is not clear what is meant.
         NotRunningError, DeploymentError, PlanError, RunError: the server is down, or what was given is wrong.
     """
     if not server.running():
         raise NotRunningError(f"the server is not up: start it with `fedtide server up {server.folder}`")
-    plan = None if plan_file is None else read_plan(plan_file)
+    plan = None if plan_file is None else named(read_plan(plan_file), name)
     run = find_run(server, plan, resume)
     again = run is not None
     if run is None:
         assert plan is not None
+        _check_fits(fit_of_plan(prepare_plan(server, plan), plan, RegistryReader(server.registry)), watcher)
         watcher.on_phase("building the model's start")
         run = begin_run(server, plan, catalog_file, columns, offline=offline)
     elif (ending := run.ending()) is not None and ending["status"] == "completed":
@@ -296,6 +370,9 @@ def launch(
         raise LaunchError(
             f"{run.path} was cut off before its start was written: delete it, nothing was asked yet"
         )
+    if again:
+        rest = run.plan().schedule()[len(list(run.records())) :]
+        _check_fits(fit_of_rest(run.plan(), rest, run.name, RegistryReader(server.registry)), watcher, run)
     watcher.on_begin(run, run.plan(), again)
     watcher.on_phase("handing the run to the server")
     flower_id, new = submit(server, run)
@@ -308,3 +385,16 @@ def launch(
         # It was killed before this command began, which Flower notices a minute later.
         watcher.on_phase("it had been cut off: handing the run to the server again")
         return follow(server, run, submit(server, run)[0], watcher)
+
+
+def _check_fits(fit: Fit, watcher: Watcher, run: RunFolder | None = None) -> None:
+    watcher.on_fit(fit)
+    if fit.fits:
+        return
+    if run is None:
+        raise DoesNotFitError(f"the plan cannot be finished, and is not begun: its {fit.why_not()}", fit)
+    raise DoesNotFitError(
+        f"the run {run.name} cannot be finished, and nobody is asked more: its remaining {fit.why_not()}; `fedtide "
+        f"server discard {run.path.parent.parent} {run.name}` puts it away",
+        fit,
+    )

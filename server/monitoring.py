@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from server.deployment import Deployment, DeploymentError
-from server.overview import COMPLETED, FAILED, INTERRUPTED, RUNNING, overview
+from server.overview import COMPLETED, DISCARDED, FAILED, INTERRUPTED, RUNNING, overview
 from server.registry import RegistryError
 
 _log = logging.getLogger("fedtide.server")
@@ -52,7 +52,7 @@ class ServerCollector(Collector):
         yield GaugeMetricFamily("fedtide_sites_barred", "Sites that are barred.", value=barred)
         runs = GaugeMetricFamily("fedtide_runs", "Runs, by state.", labels=["state"])
         states = Counter(run.state for run in found.runs)
-        for state in (COMPLETED, FAILED, RUNNING, INTERRUPTED):
+        for state in (COMPLETED, FAILED, RUNNING, INTERRUPTED, DISCARDED):
             runs.add_metric([state], states[state])
         yield runs
         yield _counted("fedtide_rounds", "Rounds that ended.", sum(run.rounds for run in found.runs))

@@ -14,8 +14,9 @@ from server.deployment import Deployment
 from server.nodes import enrolled_keys, flower_runs, known_nodes
 from server.registry import RegistryReader
 
-INCOMPLETE = ".incomplete"
+INCOMPLETE, DISCARDED_FOLDER = ".incomplete", ".discarded"
 COMPLETED, FAILED, RUNNING, INTERRUPTED = "completed", "failed", "running", "interrupted"
+DISCARDED = "discarded"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RunLine:
     """One run's folder.
 
     Attributes:
-        state: "completed", "failed", "running" or "interrupted" (the same command continues it).
+        state: "completed", "failed", "running", "interrupted" (the same command continues it), or "discarded".
         reason: of a failure.
         refusals: reason -> how often an answer was left out for it.
         by_site: site -> admitted releases.
@@ -150,7 +151,10 @@ def run_line(folder: Path, *, active: bool) -> RunLine:
     status, reason = ending(folder) or ("", "")
     if status not in (COMPLETED, FAILED):
         status = RUNNING if active else INTERRUPTED
-    line = RunLine(folder.name.removesuffix(INCOMPLETE), status, reason=reason)
+    if folder.name.endswith(DISCARDED_FOLDER):
+        status = DISCARDED
+    name = folder.name.removesuffix(INCOMPLETE).removesuffix(DISCARDED_FOLDER)
+    line = RunLine(name, status, reason=reason)
     refusals: Counter[str] = Counter()
     by_site: Counter[str] = Counter()
     for record in round_records(folder):

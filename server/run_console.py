@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Plan
+from server.fitting import Fit
 from server.launch import PRIVACY, Watcher
 from server.runs import RunFolder
 from server.status import counted
@@ -26,11 +27,21 @@ class ConsoleWatcher(Watcher):
         self._console = console
         self._told: set[int] = set()
         self.on_phase = self._phase
+        self.on_fit = self._fit
+        self.on_waiting = self._waiting
         self.on_begin = self._begin
         self.on_round = self._round
 
     def _phase(self, phase: str) -> None:
         self._console.print(f"{phase} …", style="dim")
+
+    def _fit(self, fit: Fit) -> None:
+        print_fit(self._console, fit)
+
+    def _waiting(self, round: int, more: int) -> None:
+        self._console.print(
+            f"round {round}: waiting for {more} more {'site' if more == 1 else 'sites'} …", style="dim"
+        )
 
     def _begin(self, run: RunFolder, plan: Plan, again: bool) -> None:
         self._console.print(
@@ -43,6 +54,29 @@ class ConsoleWatcher(Watcher):
         if record["round"] not in self._told:
             self._console.print(round_row(record, header=not self._told))
             self._told.add(record["round"])
+
+
+def print_fit(console: Console, fit: Fit) -> None:
+    """What the rounds cost each site and what it has left, in shares of its own budget."""
+    table = Table(title="what it costs, of each site's budget, as far as receipts tell")
+    for column in ("site", "costs", "left", "rounds that fit", ""):
+        table.add_column(column, justify="left" if column in ("site", "") else "right")
+    shown = sorted(fit.budgets, key=lambda each: (each.fits, each.site))[:_MOST_SITES]
+    for each in shown:
+        state = "withdrawn" if each.withdrawn else "" if each.fits else "does not fit"
+        table.add_row(
+            each.site,
+            f"{each.cost / each.cap:.1%}",
+            f"{each.left / each.cap:.1%}",
+            f"{each.affords} of {fit.rounds}",
+            state,
+        )
+    console.print(table)
+    if len(fit.budgets) > len(shown):
+        console.print(f"and {len(fit.budgets) - len(shown)} more sites; {fit.paying} can be asked all rounds")
+
+
+_MOST_SITES = 40
 
 
 def round_row(record: dict[str, Any], *, header: bool) -> Table:

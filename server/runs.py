@@ -14,17 +14,21 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from common.bundle import APP_NAME, installed_code
 from common.config import Plan, PlanError, read_plan, read_recorded_plan
 from common.events.catalog import Catalog
 from common.precision import decoded
 from common.wire import State, state_from_bytes, state_to_bytes
 
 INCOMPLETE = ".incomplete"
+DISCARDED = ".discarded"
+"""Ends the name of an unfinished run that nobody goes on with; what it was charged for stays in it as evidence."""
 
 
 class RunError(RuntimeError):
@@ -114,6 +118,11 @@ def _disk_error(path: Path, error: OSError) -> RunError:
     return RunError(f"{path} cannot be written ({error.strerror}): check the folder's rights and the disk")
 
 
+def installed_version() -> dict[str, str]:
+    """What a run belongs to: the digest of the code that sites and server share, and Fedtide's version."""
+    return {"code": installed_code(), "version": version(APP_NAME)}
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and records of one run."""
@@ -122,11 +131,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, plan: Plan, catalog: Catalog) -> RunFolder:
-        """A new folder under `root`, with the plan and the public catalog in it."""
+        """A new folder under `root`, with the plan, the version of the code and the public catalog in it."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-            path = root / f"{stamp}-{plan.name}{suffix}{INCOMPLETE}"
-            if (root / path.name.removesuffix(INCOMPLETE)).exists():
+            name = f"{stamp}-{plan.name}{suffix}"
+            path = root / f"{name}{INCOMPLETE}"
+            if (root / name).exists() or (root / f"{name}{DISCARDED}").exists():
                 continue
             try:
                 path.mkdir(parents=True)
@@ -136,6 +146,7 @@ class RunFolder:
                 raise _disk_error(path, error) from error
             break
         run = cls(path)
+        write_whole(run.version_file, json.dumps(installed_version()).encode() + b"\n")
         write_whole(path / "plan.json", plan.to_json().encode())
         try:
             (path / "rounds").mkdir()
@@ -153,7 +164,7 @@ class RunFolder:
         """
         if not path.is_dir():
             raise RunError(f"there is no run folder {path}: `ls runs` shows them")
-        if path.name.endswith(INCOMPLETE) or not (path / "model.safetensors").is_file():
+        if path.name.endswith((INCOMPLETE, DISCARDED)) or not (path / "model.safetensors").is_file():
             raise RunError(f"the run in {path} did not end well, so it has no model: run it again")
         return cls(path)
 
@@ -181,7 +192,32 @@ class RunFolder:
     @property
     def name(self) -> str:
         """The run's public name."""
-        return self.path.name.removesuffix(INCOMPLETE)
+        return self.path.name.removesuffix(INCOMPLETE).removesuffix(DISCARDED)
+
+    @property
+    def version_file(self) -> Path:
+        """Which version of the code began the run, as JSON: see `installed_version`."""
+        return self.path / "version.json"
+
+    def check_version(self) -> None:
+        """Whether the installed version may go on with the run: sites of another would refuse what it asks, or err.
+
+        Raises:
+            RunError: another version began it, or one from before versions were noted.
+        """
+        here = installed_version()
+        try:
+            said = json.loads(self.version_file.read_bytes())
+            code, version = str(said["code"]), str(said["version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            code, version = "", "of before versions were noted"
+        if code != here["code"]:
+            began = f"{version} (code {code[:16]})" if code else f"one {version}"
+            raise RunError(
+                f"the unfinished run {self.name} was begun by another version of Fedtide, {began}, and this one is "
+                f"{here['version']} (code {here['code'][:16]}): go on with it under the version that began it, or put "
+                f"it away with `fedtide server discard {self.path.parent.parent} {self.name}`"
+            )
 
     @property
     def catalog_file(self) -> Path:
@@ -395,6 +431,20 @@ class RunFolder:
         except FileNotFoundError:
             return None
         return {"round": int(said["round"]), "more": int(said["more"])}
+
+    def discard(self) -> Path:
+        """Puts an unfinished run away, for good: nothing takes it up again, and its receipts stay as evidence.
+
+        Returns:
+            Where it lies now.
+
+        Raises:
+            RunError: a process is at work in it.
+        """
+        with self.at_work():
+            away = self.path.with_name(self.name + DISCARDED)
+            self.path.rename(away)
+        return away
 
     def finish(self) -> RunFolder:
         """Takes the ending `.incomplete` off: the run is whole from now on."""

@@ -127,7 +127,7 @@ def test_only_the_runs_own_ending_and_rounds_make_it_whole(
     with pytest.raises(CutOffError, match=r"cut off after 1 of 2 rounds .*finished:completed"):
         conclude(server, run, "finished:completed")
     run.save_ending("failed", "the disk is full")
-    with pytest.raises(LaunchError, match="the run failed: the disk is full"):
+    with pytest.raises(LaunchError, match="the run ended early: the disk is full"):
         conclude(server, run, "finished:completed")
     run.save_ending("completed")
     with pytest.raises(LaunchError, match="has 1 of 2 rounds"):
