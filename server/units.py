@@ -43,6 +43,10 @@ UMask=0077
 NoNewPrivileges=true
 PrivateTmp=true
 ProtectSystem=strict
+ProtectProc=invisible
+LimitNOFILE=65536
+MemoryMax=8G
+TasksMax=4096
 ReadWritePaths={_quoted(server.folder)} {_quoted(f"-{home()}")}
 
 [Install]
@@ -78,6 +82,10 @@ services:
     init: true
     stop_grace_period: 40s
     read_only: true
+    mem_limit: 8g
+    pids_limit: 4096
+    ulimits:
+      nofile: 65536
     cap_drop: [ALL]
     security_opt: ["no-new-privileges:true"]
     tmpfs: [/tmp]
