@@ -53,9 +53,9 @@ def answered(
         until: when the message expires, in seconds since 1970.
     """
     from client.origin import heard
-    from client.site import answer, refusal_of
+    from client.site import answer, named, refusal_of
     from client.site_folder import Site
-    from common.wire import answer_to_records
+    from common.wire import Refusal, answer_to_records
 
     reply: Update | Refusal
     request: Request | None = None
@@ -65,6 +65,8 @@ def answered(
         reply = answer(site, asked)
     except Exception as error:
         reply = refusal_of(error)
+    if request is not None and isinstance(reply, Refusal):
+        _log.info("%s: refused: %s", named(request), reply.reason.value)
     note(request, reply)
     return answer_to_records(reply)
 

@@ -132,6 +132,8 @@ class Link:
         self._hear()
         if not alive and not self._ended:
             self._ended = True
+            if (self._supernode.code or 0) < 0:  # it was killed, which was said
+                return ""
             text = self._text()
             self._explain("the supernode ended", text)
             return TAKEN if TAKEN in text else ""

@@ -94,6 +94,7 @@ class Charged:
             return self.failed(error)
         content = self.request.phase.content
         receipt = self.ledger.release(self.reservation, data, content=content, anchored_seq=self.held)
+        self.say("answered with a release")
         return Update(data, receipt.to_bytes())
 
     def failed(self, error: Exception) -> Refusal:
@@ -102,7 +103,25 @@ class Charged:
         _log.error(
             "site %s failed in a round after its reservation: %s", self.site.name, type(error).__name__
         )
+        self.say("answered without a release")
         return Refusal(Reason.FAILED)
+
+    def say(self, what: str) -> None:
+        """A line for the site's own log: which request, what came of it, what it cost, what is left."""
+        body, cap = self.reservation.body, self.ledger.genesis.cap
+        _log.info(
+            "%s: %s; %s costs %.3f %% of the budget, and %.3f %% is left",
+            named(self.request),
+            what,
+            body.event,
+            100 * body.charge / cap,
+            100 * (1 - body.spent / cap),
+        )
+
+
+def named(request: Request) -> str:
+    """A request by its run, round and phase."""
+    return f"run {request.run}, round {request.round}, {request.phase.value}"
 
 
 def answer(site: Site, asked: Asked, *, generators: Generators = SECURE) -> Update | Refusal:
@@ -163,6 +182,7 @@ def _charge(
         return refusal_of(OriginError("it is for another site"))
     kept = ledger.outbox(request.run, request.round, nonce=request.nonce)
     if kept is not None:  # a retry sends the same bytes
+        _log.info("%s: answered with the bytes that it was answered with before", named(request))
         update, receipt = kept
         return Update(update, receipt.to_bytes())
     try:  # no user's data is looked at here, so the error's text may be logged
@@ -191,7 +211,9 @@ def _charge(
         return Refusal(Reason.POLICY)
     if isinstance(reservation, Refusal):
         return reservation
-    return Charged(site, request, plan, catalog, model, ledger, reservation, held)
+    charged = Charged(site, request, plan, catalog, model, ledger, reservation, held)
+    charged.say("charged")
+    return charged
 
 
 def _anchored(ledger: Ledger, request: Request) -> int:

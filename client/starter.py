@@ -23,42 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.supervision import ANSWERED, Pulse, end_with_parent
+from common.executor import report_failed, run_loop
+from common.supervision import Pulse, end_with_parent
 
 _FAILED = 1
 _OUTDATED = 10.0
 """Seconds that a ClientApp may take to end once the SuperNode gives the next task: it gives one at a time."""
-_LONGEST_WAIT = 2.0
-"""Seconds between two tries to reach the SuperNode, which is on this machine."""
 _log = logging.getLogger("fedtide.site")
-
-
-class _ToldOfWaits:
-    """Stands for the module `time` in Flower's loop: it sleeps there when the SuperNode has just answered."""
-
-    def __init__(self, pulse: Pulse) -> None:
-        self._pulse = pulse
-
-    def sleep(self, seconds: float) -> None:
-        self._pulse.show(ANSWERED)
-        time.sleep(seconds)
-
-
-def patient(make: Callable[[], Any], pulse: Pulse) -> Callable[[], Any]:
-    """A maker of Flower's retries that are never far apart, and show that they are made."""
-
-    def made() -> Any:
-        invoker = make()
-        wait = invoker.wait_function
-
-        def waited(seconds: float) -> None:
-            pulse.show()
-            wait(min(seconds, _LONGEST_WAIT))
-
-        invoker.wait_function = waited
-        return invoker
-
-    return made
 
 
 @dataclass
@@ -187,28 +158,10 @@ def _say_killed() -> None:
 
 def _report_failed(spec: Any) -> None:
     """Tells the SuperNode that a task came to nothing, so that it does not wait for it."""
-    from flwr.common.constant import SubStatus
-    from flwr.proto.runtime_pb2 import PushTaskOutputRequest
-    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
-    from flwr.supercore.runtime import RuntimeHttpClient
-
-    client = RuntimeHttpClient.from_server_address(
-        server_address=spec.runtime_api_address,
-        insecure=True,  # on loopback
-        root_certificates=None,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
-            RuntimeTokenHttpInterceptor(spec.token),
-        ],
-    )
     try:
-        client.PushTaskOutput(
-            PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="it came to nothing")
-        )
+        report_failed(spec)
     except Exception as error:  # it is over already, or the SuperNode is: either way it does not wait
         _log.info("a task that came to nothing was over at the SuperNode: %s", type(error).__name__)
-    finally:
-        client.close()
 
 
 def _given(arguments: list[str] | None) -> argparse.Namespace:
@@ -241,8 +194,6 @@ def main(arguments: list[str] | None = None) -> None:
     # All that a ClientApp needs, imported before the first.
     import flwr.cli.build
     import flwr.supernode.runtime.run_clientapp  # noqa: F401
-    from flwr.supercore.auth import load_superexec_auth_secret
-    from flwr.supercore.superexec import run_superexec as flower
 
     import client.app
     import client.policy  # noqa: F401
@@ -271,19 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
         return started
 
     executor = ForkingExecutor(run, fresh, elsewhere, pulse)
-    for name, own in (
-        ("get_executor", lambda *_, **__: executor),
-        ("make_simple_http_retry_invoker", patient(flower.make_simple_http_retry_invoker, pulse)),
-        ("time", _ToldOfWaits(pulse)),
-    ):
-        if not hasattr(flower, name):
-            raise RuntimeError(f"this version of Flower has no {name}: install flwr 1.39")
-        setattr(flower, name, own)
-    flower.run_superexec(
-        runtime_api_address=given.address,
-        insecure=True,  # on loopback
-        superexec_auth_secret=load_superexec_auth_secret(secret_file=str(given.secret)),
-    )
+    run_loop(executor, pulse, address=given.address, secret=given.secret)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ Flower's Control API asks nobody who they are, so whoever has an account on the 
 whose code would run as the server's user, or name a run that its owner has stopped. So the ServerApp, which signs what
 sites are asked, begins once for each `fedtide server run`, which leaves a file in the run's folder for it.
 
-SuperExec starts one process a run, by name, from PATH: `fedtide server up` puts a folder of its own first there, whose
-`flwr-serverapp` is this module and whose other commands refuse.
+`superexec.py` starts this module for each run, and refuses all else.
 """
 
 from __future__ import annotations
@@ -19,36 +18,14 @@ from common.bundle import REGISTRY_DIR, RUN_DIR
 from server.deployment import Deployment
 
 GUARDED = "flwr-serverapp"
-REFUSED = ("flwr-clientapp", "flwr-simulation", "flwr-agentapp", "flwr-model", "flwr-connector")
-"""What else Flower's executor starts when it is asked for (its TASK_TYPE_TO_COMMAND): refused at a server."""
+"""What Flower calls the program, and what a process list shows of it."""
 
 WANTED = ".wanted"
 """In a run's folder: `fedtide server run` wants the ServerApp to begin, or go on with it, once."""
 
-_SCRIPT = """#!{python}
-import sys
-
-from server.bundle_guard import {function}
-
-sys.exit({function}({argument!r}))
-"""
-
 
 class RunRefusedError(RuntimeError):
     """This server does not run that."""
-
-
-def write_commands(server: Deployment) -> Path:
-    """Writes the commands that stand first on the PATH of the server's executor; their folder."""
-    folder = server.folder / "bin"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    commands = {GUARDED: ("guarded_serverapp", str(server.folder))}
-    commands |= {name: ("refused_command", name) for name in REFUSED}
-    for name, (function, argument) in commands.items():
-        file = folder / name
-        file.write_text(_SCRIPT.format(python=sys.executable, function=function, argument=argument))
-        file.chmod(0o700)
-    return folder
 
 
 def check_bundle(content: bytes, allowed: str) -> None:
@@ -89,15 +66,14 @@ def check_wanted(config: dict[str, Any]) -> None:
         ) from error
 
 
-def guarded_serverapp(folder: str) -> int:
-    """`flwr-serverapp` of a server."""
+def guarded_serverapp(server: Deployment) -> int:
+    """`flwr-serverapp` of a server; Flower reads its arguments from `sys.argv`."""
     from flwr.superlink.cli import flwr_serverapp
     from flwr.superlink.runtime import run_serverapp as function
 
     from common.bundle import bundle_hash
 
     flower = sys.modules[function.__module__]
-    server = Deployment.load(Path(folder))
     install, configure = flower.install_from_fab, flower.get_fused_config_from_dir
 
     def let_in(content: bytes, *more: Any, **named: Any) -> Any:
@@ -116,9 +92,13 @@ def guarded_serverapp(folder: str) -> int:
     return 0
 
 
-def refused_command(name: str) -> int:
-    """Stands for a command that a server never runs."""
-    print(
-        f"the server was asked to run {name}: refused, as a server runs the ServerApp alone", file=sys.stderr
-    )
-    return 1
+def main() -> None:
+    """Runs the task whose token stands on standard input, for the server whose folder is the first argument."""
+    program, folder, *given = sys.argv
+    token = sys.stdin.buffer.readline().decode("ascii").strip()
+    sys.argv = [program, *(each for each in given if each != GUARDED), "--token", token]
+    sys.exit(guarded_serverapp(Deployment.load(Path(folder))))
+
+
+if __name__ == "__main__":
+    main()

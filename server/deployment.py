@@ -192,12 +192,9 @@ class Deployment:
             "--superexec-auth-secret-file", str(self.secret),
         ]  # fmt: skip
 
-    def superexec_command(self, program: str = "flower-superexec") -> list[str]:
+    def superexec_command(self) -> list[str]:
         """What starts SuperExec, which starts a process for each run."""
-        return [
-            program, "--runtime-api-address", self.control, "--root-certificates", str(self.authority),
-            "--superexec-auth-secret-file", str(self.secret),
-        ]  # fmt: skip
+        return [sys.executable, "-m", "server.superexec", str(self.folder)]
 
     def check_private(self) -> None:
         """Raises `DeploymentError` if anyone but the owner has a right on the keys, or one is missing."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import signal
 import socket
 import threading
@@ -13,7 +12,6 @@ from collections.abc import Callable
 
 from common.daily import Daily
 from common.supervision import Supervised, wait_until
-from server.bundle_guard import write_commands
 from server.certificates import check_certificates, warn_of_ends
 from server.deployment import Deployment, DeploymentError, open_locked
 from server.monitoring import serve_metrics
@@ -25,6 +23,8 @@ _READY_SECONDS = 60.0
 _STEADY_SECONDS = 2.0
 _TEND_SECONDS, _NODES_SECONDS = 0.5, 2.0
 _NODES_AGAIN_SECONDS = 60.0
+_SILENT = 60.0
+"""Seconds without a sign of life after which SuperExec is started again."""
 
 
 def check_startable(server: Deployment) -> None:
@@ -76,15 +76,14 @@ def operate(server: Deployment, *, on_ready: Callable[[], None] = lambda: None) 
 
 def _operate(server: Deployment, end: threading.Event, on_ready: Callable[[], None]) -> None:
     environment = server.environment()
-    guarded = os.pathsep.join([str(write_commands(server)), environment["PATH"]])
     superlink, superexec = (
         Supervised(
-            name, command, environment={**environment, "PATH": path}, folder=server.folder,
-            log=server.logs / f"{name}.log", logger=_log,
+            name, command, environment=environment, folder=server.folder,
+            log=server.logs / f"{name}.log", logger=_log, silence=silence,
         )
-        for name, path, command in (
-            ("superlink", environment["PATH"], server.superlink_command()),
-            ("superexec", guarded, server.superexec_command()),
+        for name, silence, command in (
+            ("superlink", None, server.superlink_command()),
+            ("superexec", _SILENT, server.superexec_command()),
         )
     )  # fmt: skip
     metrics = serve_metrics(server)

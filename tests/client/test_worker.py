@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from client.policy import Limits
 from client.site_folder import Site
 from client.worker import SOCKET, WorkerError, ask, listen, serve_one
 from common.events.histories import Histories
+from common.supervision import Pulse
 from common.wire import (
     Reason,
     Refusal,
@@ -234,6 +236,62 @@ def test_histories_that_changed_on_disk_are_read_again(tmp_path: Path) -> None:
     assert again.items[0] == changed[0]
 
 
+def test_the_log_has_a_line_for_each_charge_and_each_answer(
+    tmp_path: Path, request_: Request, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = made_site(tmp_path / "site", request_)
+    logging.getLogger("fedtide.site").propagate = True
+    with caplog.at_level(logging.INFO, "fedtide.site"):
+        for _ in range(2):
+            answered(lambda: site.folder, content_for(site.folder, request_))
+        answered(lambda: site.folder, content_for(site.folder, replace(request_, nonce="cd" * 16)))
+    said = [each for each in dict.fromkeys(caplog.messages) if each.startswith("run run-a, round 1, ")]
+    words = [each.partition(": ")[2] for each in said]
+    assert [each.partition(";")[0] for each in words] == [
+        "charged",
+        "answered with a release",
+        "answered with the bytes that it was answered with before",
+        "refused: policy",
+    ]
+    with Ledger.open(site.ledger_folder) as ledger:
+        status = ledger.status()
+    for each in words[:2]:
+        assert str(status.events[0]) in each
+        assert f"{100 * (1 - status.share):.3f} % is left" in each
+
+
+def test_a_worker_that_hangs_gives_no_sign_of_life_and_one_that_computes_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    monkeypatch.setenv("FEDTIDE_PULSE", str(writing))
+    monkeypatch.setattr(worker.Busy, "_LOOK", 0.05)
+    monkeypatch.setattr(worker.Busy, "_PATIENCE", 0.5)
+    busy = worker.Busy(Pulse())
+    busy.watch()
+
+    def signs(doing: Callable[[], object]) -> int:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            doing()
+        with suppress(BlockingIOError):
+            os.read(reading, 1 << 16)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            doing()
+        try:
+            return len(os.read(reading, 1 << 16))
+        except BlockingIOError:
+            return 0
+
+    assert signs(lambda: time.sleep(0.05)) > 0  # it waits for a request
+    with busy.answering():
+        assert signs(lambda: sum(range(1000))) > 0  # it computes
+        assert signs(lambda: time.sleep(0.05)) == 0  # it hangs
+    assert signs(lambda: time.sleep(0.05)) > 0
+
+
 def test_another_users_worker_and_another_users_request_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -317,6 +375,7 @@ def test_metrics_tell_rounds_refusals_and_budget_and_no_exact_time(tmp_path: Pat
         "fedtide_site_refusals_total",
         "fedtide_site_budget_left",
         "fedtide_site_step_seconds",
+        "fedtide_connected",
     }
 
 

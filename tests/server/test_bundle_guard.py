@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from common.bundle import bundle_files, bundle_hash
+from common.supervision import Pulse
 from server.bundle_guard import (
-    GUARDED,
-    REFUSED,
     RunRefusedError,
     check_bundle,
     check_folders,
     check_wanted,
     want,
-    write_commands,
 )
 from server.deployment import Deployment
+from server.superexec import ServerApps
 
 
 @pytest.fixture
@@ -64,13 +66,51 @@ def test_a_run_is_begun_once_for_each_time_that_it_is_wanted(server: Deployment)
         check_wanted(config)
 
 
-def test_other_commands_refuse_and_all_of_flowers_are_covered(server: Deployment) -> None:
-    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+def test_the_executor_starts_nothing_but_server_apps(
+    server: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
 
-    folder = write_commands(server)
-    assert (
-        {file.name for file in folder.iterdir()} == {GUARDED, *REFUSED} == set(TASK_TYPE_TO_COMMAND.values())
-    )
-    done = subprocess.run([str(folder / "flwr-simulation")], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "asked to run flwr-simulation: refused" in done.stderr
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("it started something"))
+    apps = ServerApps(server, Pulse())
+    for kind in set(TaskType) - {TaskType.SERVER_APP}:
+        spec = ExecutionSpec(kind, "127.0.0.1:9", "a token", True, None, False, None, False, 1)
+        assert apps.launch(spec).status == LaunchResultStatus.FAILED
+        assert f"asked to run {TASK_TYPE_TO_COMMAND[kind]}: refused" in capsys.readouterr().err
+
+
+def test_the_token_of_a_server_app_stands_in_no_argument(
+    server: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.superexec.executor import ExecutionSpec
+
+    started: list[subprocess.Popen[bytes]] = []
+    begin = subprocess.Popen
+
+    def kept(command: list[str], **given: Any) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "server.bundle_guard"]
+        echo = [
+            sys.executable,
+            "-c",
+            "import sys, time; print(sys.stdin.readline(), flush=True); time.sleep(60)",
+        ]
+        started.append(begin([*echo, *command[3:]], **{**given, "stdout": subprocess.PIPE}))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", kept)
+    token = "ab" * 32
+    spec = ExecutionSpec(TaskType.SERVER_APP, "127.0.0.1:9", token, False, "ca.crt", False, 1, False, 1)
+    ServerApps(server, Pulse()).launch(spec)
+    (process,) = started
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().decode().strip() == token  # it came another way
+        arguments = Path(f"/proc/{process.pid}/cmdline").read_text()
+        assert "flwr-serverapp" in arguments
+        assert "127.0.0.1:9" in arguments
+        assert token not in arguments
+    finally:
+        process.kill()
+        process.wait()

@@ -155,7 +155,7 @@ def test_a_server_lives_through_kills_learns_of_sites_and_ends_with_nothing_left
         assert "is up already" in str(again.exception)
 
         pids = children(process.pid)
-        for program in ("server.superlink", "flower-superexec"):
+        for program in ("server.superlink", "server.superexec"):
             os.kill(pids[program], signal.SIGKILL)
         until(lambda: len(children(process.pid)) == 2 and server.answers(), log)
         assert not set(pids.values()) & set(children(process.pid).values())
