@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import fab_to_proto, message_from_proto, message_to_proto, run_to_proto
@@ -40,11 +41,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import content_to_bytes, question_from_bytes
+from client.connection import new_node_key, write_connection
 from client.private_files import write_private
 from client.worker import SOCKET, listen, serve_one
 from common.bundle import bundle_files
+from common.invitation import Invitation
 from server.certificates import new_authority, new_server_certificate
-from tests.client.test_connection import connected, invited
 
 NODE_ID, RUN_ID = 4711, 12
 NOT_ACTIVATED = json.dumps(
@@ -197,14 +199,16 @@ class Fleet(FleetServicer):  # type: ignore[misc]
 
 @contextmanager
 def fleet_at(folder: Path) -> Iterator[tuple[Fleet, int]]:
-    """A Fleet API that listens on loopback with a certificate of folder/ca.crt; the port."""
+    """A Fleet API that listens on loopback, with an invitation to it in folder/invitation.json; the port."""
     authority, authority_key = new_authority()
     certificate, key = new_server_certificate(authority, authority_key, "localhost")
-    (folder / "ca.crt").write_bytes(authority)
     fleet = Fleet()
     server = grpc.server(ThreadPoolExecutor(32))
     add_FleetServicer_to_server(fleet, server)
     port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([(key, certificate)]))
+    signing = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    invitation = Invitation("localhost", port, authority, signing)
+    (folder / "invitation.json").write_bytes(invitation.to_bytes())
     server.start()
     try:
         yield fleet, port
@@ -251,7 +255,8 @@ class Node:
     def __init__(self, folder: Path, fleet_port: int, own_port: int, starter: Sequence[str]) -> None:
         self.folder = folder
         self.kept_up = True
-        connected(folder, invited((folder.parent / "ca.crt").read_bytes(), port=fleet_port))
+        write_connection(folder, Invitation.from_bytes((folder.parent / "invitation.json").read_bytes()))
+        new_node_key(folder)
         write_private(folder / "superexec.secret", os.urandom(32))
         environment = {
             **os.environ,

@@ -52,9 +52,9 @@ def up(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Path]]:
     root = tmp_path_factory.mktemp("watched")
-    with fleet_at(root) as (fleet, port), pytest.MonkeyPatch.context() as patch:
+    with fleet_at(root) as (fleet, _), pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDTIDE_HOME", str(root / "home"))
-        made = init(root / "site", root / "data", "--server", f"localhost:{port}", "--ca", root / "ca.crt")
+        made = init(root / "site", root / "data", "--invitation", root / "invitation.json")
         assert made.exit_code == 0, made.output
         yield fleet, root / "site"
 
