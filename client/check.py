@@ -56,8 +56,9 @@ def check_site(folder: Path, progress: Progress | None = None) -> Iterator[Findi
         progress: told how far large histories are compared with the ledger's word.
     """
     from client.authority import authority_end, authority_warning
-    from client.connection import Connection
+    from client.connection import Connection, invitation_of
     from client.site_folder import Site
+    from common.privacy.enrolment import fingerprint
 
     sites: list[Site] = []
     connections: list[Connection] = []
@@ -71,7 +72,8 @@ def check_site(folder: Path, progress: Progress | None = None) -> Iterator[Findi
         _private_files(folder)
         connections.append(Connection.load(folder))
         connections[0].private_key()
-        return f"private; server {connections[0].address}"
+        digest = invitation_of(connections[0]).digest
+        return f"private; server {connections[0].address}, whose invitation reads {fingerprint(digest)}"
 
     yield _tested("policy", load)
 

@@ -27,6 +27,8 @@ from client.probe import Heard, ProbeError, certificate, clock_ahead, fleet, rea
 from client.remains import LOOK, remains
 from client.site_folder import Site
 from common.events.catalog import Catalog
+from common.invitation import Invitation
+from common.privacy.enrolment import fingerprint
 from common.supervision import Supervised
 from tests.client.test_connection import authority, init
 from tests.tiny import tiny_language_model
@@ -103,6 +105,8 @@ def test_everything_holds_for_an_enrolled_site_and_nothing_is_spent(place: Path)
     findings = found(place / "north")
     assert [each for each in findings.values() if each.holds is not True] == []
     assert "120 users" in findings["logs"].said
+    given = Invitation.from_bytes((place / "server" / "invitation.json").read_bytes())
+    assert fingerprint(given.digest) in findings["keys"].said
     assert Catalog.load(Site.load(place / "north").catalog).digest() in findings["catalog"].said
     assert entries(place / "north") == before
 
