@@ -124,7 +124,7 @@ def serve_light_nodes(folder: Path, address: str, authority: Path) -> None:
 
 
 def register(place: Place, count: int) -> Path:
-    """Makes and registers light nodes' keys; the folder with the private ones.
+    """Enrolls light nodes, each with a ledger that nothing is ever charged in; the folder with their private keys.
 
     Into Flower's database by Flower's own code: a command for each takes seconds.
     """
@@ -141,16 +141,26 @@ def register(place: Place, count: int) -> Path:
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
     from flwr.superlink.federation import NoOpFederationManager
 
+    from client.ledger import Ledger
+    from common.privacy.mechanisms import GaussianSum
+    from server.deployment import Deployment
+    from server.nodes import keep_node_key
+    from server.registry import Registry
+
     folder = place.folder / "light"
     folder.mkdir()
-    database = str(place.server / "state.db")
+    server = Deployment.load(place.server)
+    database, registry = str(server.database), Registry(server.registry)
     state = LinkStateFactory(database, NoOpFederationManager(), ObjectStoreFactory(database)).state()
     for number in range(count):
-        key = ec.generate_private_key(ec.SECP384R1())
-        line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        name, key = f"light{number:02}", ec.generate_private_key(ec.SECP384R1())
+        ledger = folder / f"{name}-ledger"
+        with Ledger.create(ledger, epsilon=20.0, delta=1e-5, typical_plan=[GaussianSum(8.0)]) as made:
+            registry.enroll(name, made.entries()[0])
         state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key_to_bytes(key.public_key()), 30.0)
-        (place.server / "nodes" / f"light{number:02}.pub").write_text(line + "\n")
-        (folder / f"{number:02}.pem").write_bytes(
+        line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        keep_node_key(server, name, line)
+        (folder / f"{name}.pem").write_bytes(
             key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
         )
     return folder

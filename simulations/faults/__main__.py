@@ -22,24 +22,25 @@ from simulations.faults.place import FaultError, deployed
 from simulations.faults.rows import Row, judged
 
 FAULTS = {fault.name: fault for fault in (*at_start.FAULTS, *mid_run.FAULTS)}
-ATTACKER = "attacker"
+ATTACKER, MEMBER = "attacker", "member"
+OTHERS = (ATTACKER, MEMBER)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m simulations.faults", description=__doc__)
     parser.add_argument(
-        "scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join((*FAULTS, ATTACKER))}; else all"
+        "scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join((*FAULTS, *OTHERS))}; else all"
     )
     parser.add_argument("--output", type=Path, default=Path("docs/faults.md"))
     parser.add_argument("--results", type=Path, default=Path("runs/faults"), help="JSON by scenario, kept")
     parser.add_argument("--keep", type=Path, help="an empty folder for the deployment, which is then kept")
     given = parser.parse_args()
-    unknown = [each for each in given.scenarios if each not in (*FAULTS, ATTACKER)]
+    unknown = [each for each in given.scenarios if each not in (*FAULTS, *OTHERS)]
     if unknown:
-        parser.error(f"{unknown[0]!r} is no scenario: choose from {', '.join((*FAULTS, ATTACKER))}")
+        parser.error(f"{unknown[0]!r} is no scenario: choose from {', '.join((*FAULTS, *OTHERS))}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    chosen = given.scenarios or [*FAULTS, ATTACKER]
+    chosen = given.scenarios or [*FAULTS, *OTHERS]
     console = Console()
     with tempfile.TemporaryDirectory(prefix="fedtide-faults-") as aside:
         folder = given.keep or Path(aside)
@@ -60,11 +61,12 @@ def _run(folder: Path, chosen: list[str], results: Path, console: Console) -> No
     results.mkdir(parents=True, exist_ok=True)
     with deployed(folder) as place:
         for name in chosen:
-            if name == ATTACKER:
+            if name in OTHERS:
                 from simulations.faults.attacker import ON_MACHINE, Tried, attack
+                from simulations.faults.member import betray
 
                 try:
-                    tried = attack(place)
+                    tried = attack(place) if name == ATTACKER else betray(place)
                 except FaultError as error:
                     tried = [Tried("", "the tries themselves", str(error), False)]
                 kept = {

@@ -24,7 +24,8 @@ from simulations.faults.tiny import STEPS
 NOBODY = 65534
 FROM_NETWORK, ON_MACHINE = "another machine", "another account on the server's machine"
 ENROLLED = "an enrolled site"
-_DEADLINE = 240.0
+_DEADLINE, _MEMORY = 400.0, 200_000_000
+"""Seconds; bytes."""
 
 
 @dataclass
@@ -72,10 +73,12 @@ def _beside_a_round(place: Place, open_: Path, intruder: subprocess.Popen[str]) 
     """
     place.until_training(OTHERS[0], 2, STEPS - 20)
     before = mark(place, "attack", SITES)
+    link = place.up["server"].part("server.superlink")
+    held = peak_memory(link)
     fetching = place.up["server"].part("flwr-serverapp")
     os.kill(fetching, signal.SIGSTOP)
     try:
-        sender = _node_id(place, _public_key(place, OTHERS[0]))
+        sender = node_id_of(place, public_key_of(place, OTHERS[0]))
         place.until(lambda: update_objects(place, sender), f"an update of {OTHERS[0]} at the server")
         known = _known(place, open_ / "ca.crt", update_objects(place, sender))
         aside = open_ / "known.aside"
@@ -83,12 +86,21 @@ def _beside_a_round(place: Place, open_: Path, intruder: subprocess.Popen[str]) 
         aside.chmod(0o644)
         aside.replace(open_ / "known.json")
         found = [Tried(FROM_NETWORK, *each) for each in _tried(intruder)]
+        more = peak_memory(link) - held
+        said = f"{more / 1e6:.0f} MB more at the peak than the {held / 1e6:.0f} MB before"
+        found.append(Tried(FROM_NETWORK, "fill SuperLink's memory by all this", said, more < _MEMORY))
         found += [Tried(ENROLLED, *each) for each in _enrolled(place, known)]
         if not set(known["objects"]) <= set(update_objects(place, sender)):
             raise FaultError("the update was taken away from the server while it was tried to read it")
     finally:
         os.kill(fetching, signal.SIGCONT)
     return before, found
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes that a process held at most."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def update_objects(place: Place, sender: int) -> list[str]:
@@ -106,7 +118,7 @@ def update_objects(place: Place, sender: int) -> list[str]:
 
 
 def _enrolled(place: Place, known: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """The same questions with sites' own keys: were they not answered, a stranger's refusal would say nothing."""
+    """The same questions with sites' own keys. What it may have is asked for last, so that a refusal says something."""
     from flwr.proto import fab_pb2, message_pb2
     from flwr.proto.fleet_pb2_grpc import FleetStub
     from flwr.proto.node_pb2 import Node
@@ -114,14 +126,14 @@ def _enrolled(place: Place, known: dict[str, Any]) -> Iterator[tuple[str, str, b
     from simulations.faults.intruder import answered, channel
 
     stub, run = FleetStub(channel(known)), known["run"]
-    for site, whose in ((OTHERS[0], "its own"), (VICTIM, "another site's")):
-        node = Node(node_id=_node_id(place, _public_key(place, site)))
+    for site, whose in ((OTHERS[0], "its own, sent"), (VICTIM, "another site's")):
+        node = Node(node_id=node_id_of(place, public_key_of(place, site)))
         for number, name in enumerate(known["objects"]):
             update = message_pb2.PullObjectRequest(node=node, run_id=run, object_id=name)
-            said, refused = answered(stub.PullObject, update, _signed(place, site, datetime.now(UTC)))
-            yield f"read {whose} update, its id known ({number + 1})", said, not refused
+            said, refused = answered(stub.PullObject, update, signed_as(place, site, datetime.now(UTC)))
+            yield f"read {whose} update, its id known ({number + 1})", said, refused
     fab = fab_pb2.GetFabRequest(node=node, hash_str=known["bundle"], run_id=run)
-    said, refused = answered(stub.GetFab, fab, _signed(place, VICTIM, datetime.now(UTC)))
+    said, refused = answered(stub.GetFab, fab, signed_as(place, VICTIM, datetime.now(UTC)))
     yield "fetch the bundle of a run, its hash known", said, not refused
 
 
@@ -151,7 +163,7 @@ def _as_nobody(place: Place, folder: Path, where: str) -> subprocess.Popen[str]:
 
 
 def _tried(intruder: subprocess.Popen[str]) -> list[tuple[str, str, bool]]:
-    said, wrong = intruder.communicate(timeout=300)
+    said, wrong = intruder.communicate(timeout=600)
     if intruder.returncode:
         raise FaultError(f"the intruder could not try: {wrong[-500:]}")
     return [(what, came_to, holds) for what, came_to, holds in json.loads(said.splitlines()[-1])]
@@ -161,7 +173,7 @@ def _known(place: Place, authority: Path, objects: list[str]) -> dict[str, Any]:
     """What the intruder is given: ports, ids and public keys, which are no secrets, and an old signed header."""
     with sqlite3.connect(f"{(place.server / 'state.db').as_uri()}?mode=ro", uri=True, timeout=10) as db:
         (run,) = db.execute("SELECT run_id FROM run ORDER BY rowid DESC LIMIT 1").fetchone()
-    public = _public_key(place, VICTIM)
+    public = public_key_of(place, VICTIM)
     return {
         "host": place.host,
         **dict(zip(("fleet", "control", "metrics"), place.ports, strict=True)),
@@ -170,16 +182,16 @@ def _known(place: Place, authority: Path, objects: list[str]) -> dict[str, Any]:
         "run": run % 2**64,
         "objects": objects[:2],
         "bundle": bundle_hash(),
-        "victim": _node_id(place, public),
+        "victim": node_id_of(place, public),
         "victim_key": public.hex(),
         "stale": [
             [name, value.hex() if isinstance(value, bytes) else value]
-            for name, value in _signed(place, VICTIM, datetime.now(UTC) - timedelta(minutes=10))
+            for name, value in signed_as(place, VICTIM, datetime.now(UTC) - timedelta(minutes=10))
         ],
     }
 
 
-def _public_key(place: Place, site: str) -> bytes:
+def public_key_of(place: Place, site: str) -> bytes:
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     from client.connection import Connection
@@ -188,7 +200,7 @@ def _public_key(place: Place, site: str) -> bytes:
     return public
 
 
-def _signed(place: Place, site: str, when: datetime) -> list[tuple[str, Any]]:
+def signed_as(place: Place, site: str, when: datetime) -> list[tuple[str, Any]]:
     """The headers that a site's SuperNode would show at a time."""
     from flwr.common.constant import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
     from flwr.supercore.primitives.asymmetric import sign_message
@@ -197,13 +209,13 @@ def _signed(place: Place, site: str, when: datetime) -> list[tuple[str, Any]]:
 
     key, stamp = Connection.load(place.folder / site).private_key(), when.isoformat()
     return [
-        (PUBLIC_KEY_HEADER, _public_key(place, site)),
+        (PUBLIC_KEY_HEADER, public_key_of(place, site)),
         (TIMESTAMP_HEADER, stamp),
         (SIGNATURE_HEADER, sign_message(key, stamp.encode("ascii"))),
     ]
 
 
-def _node_id(place: Place, public: bytes) -> int:
+def node_id_of(place: Place, public: bytes) -> int:
     from cryptography.hazmat.primitives.serialization import (
         Encoding,
         PublicFormat,

@@ -18,6 +18,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from simulations.faults.stranger import standing_still
+
 _APP = """import os
 from pathlib import Path
 from flwr.serverapp import ServerApp
@@ -49,6 +51,7 @@ def from_network(known: dict[str, Any]) -> Iterator[Tried]:
         yield _connect(known, name)
     yield from _other_services(known)
     yield from _as_a_node(known)
+    yield from standing_still(known)
 
 
 def _connect(known: dict[str, Any], name: str) -> Tried:
@@ -126,6 +129,8 @@ def _as_a_node(known: dict[str, Any]) -> Iterator[Tried]:
 
     node = Node(node_id=victim)
     pull = fleet_pb2.PullMessagesRequest(node=node)
+    others = fleet_pb2.ActivateNodeRequest(public_key=victim_key, heartbeat_interval=1800.0)
+    yield "activate a site's node, to keep its place", *answered(stub.ActivateNode, others, headers(public))
     yield (
         "register an own key at the Fleet API",
         *answered(stub.RegisterNode, fleet_pb2.RegisterNodeFleetRequest(public_key=public), headers(public)),

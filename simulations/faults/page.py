@@ -69,10 +69,10 @@ def write_page(results: Path, names: Sequence[str], output: Path) -> int:
     """Writes the page from what is kept of each scenario; how many rows it has."""
     kept = {
         name: json.loads(file.read_text())
-        for name in (*names, "attacker")
+        for name in (*names, "attacker", "member")
         if (file := results / f"{name}.json").exists()
     }
-    attacker = kept.pop("attacker", None)
+    attacker, member = kept.pop("attacker", None), kept.pop("member", None)
     head = ["fault", "what came of it", "the message that says what to do", *_CHECKS, "result"]
     lines = ["# Faults", "", _HOW, "## What broke, and what was left", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(_row, kept.values()), ""]
@@ -89,18 +89,29 @@ def write_page(results: Path, names: Sequence[str], output: Path) -> int:
         ]
         lines += [*_attacks(attacker, FROM_NETWORK), *_attacks(attacker, "")[2:], ""]
         lines += [
-            f"{ENROLLED.capitalize()} asks for the same with its own node key, at the same moment, and is answered, so "
-            "what was refused above was there. Flower looks whether a key is enrolled, not whose update it asks for: "
-            "between two sites stands that an update's id is the sha256 of its bytes, which its sender and the server "
-            "alone know, and that it lies there until the ServerApp fetches it, which looks five times a second.",
+            f"{ENROLLED.capitalize()} asks for the same with its own node key, at the same moment, while the update "
+            "lies at the server: it is given what belongs to messages for itself, and is not told of anything else "
+            "(`server/superlink.py`).",
             "",
-            *_attacks(attacker, ENROLLED, "answered"),
+            *_attacks(attacker, ENROLLED, "as it should be"),
             "",
         ]
         said = (
             "what it may, it may because Flower's control port asks nobody for a key (docs/threat-model.md)"
         )
         lines += [f"As {ON_MACHINE}, measured; {said}:", "", *_attacks(attacker, ON_MACHINE), ""]
+    if member is not None:
+        from simulations.faults.member import MEMBER
+
+        lines += ["## A malicious site", ""]
+        lines += [
+            f"As {MEMBER}: a fourth one, with its own key and node, that calls the server by a program of its own and "
+            "does another wrong in each round of a run, beside three honest ones:",
+            "",
+            *_attacks(member, MEMBER, "holds"),
+            *_attacks(member, "")[2:],
+            "",
+        ]
     lines += [
         "## How it was run",
         "",
@@ -113,4 +124,4 @@ def write_page(results: Path, names: Sequence[str], output: Path) -> int:
         "",
     ]
     output.write_text("\n".join(lines), encoding="utf-8")
-    return len(kept) + (0 if attacker is None else len(attacker["tried"]))
+    return len(kept) + sum(len(each["tried"]) for each in (attacker, member) if each is not None)

@@ -57,6 +57,7 @@ class Caller:
     authority: bytes
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP384R1()))
     node: int = 0
+    heard: str = ""
 
     @property
     def public(self) -> bytes:
@@ -84,6 +85,7 @@ class Caller:
             headers = self.headers() if signed else []
             return getattr(self.stub, method)(request, metadata=headers, timeout=timeout)
         except grpc.RpcError as error:
+            self.heard = str(error.details())
             return error.code()
 
     def activate(self) -> Any:

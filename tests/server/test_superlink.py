@@ -220,8 +220,11 @@ def test_who_shows_no_enrolled_key_hears_what_flower_says(guarded: Fleet, plain:
     }
     for signed in (True, False):
         for method, request in requests.items():
-            heard = [made.stranger.ask(method, request, signed=signed) for made in (plain, guarded)]
-            assert isinstance(heard[0], grpc.StatusCode)
+            heard = [
+                (made.stranger.ask(method, request, signed=signed), made.stranger.heard)
+                for made in (plain, guarded)
+            ]
+            assert isinstance(heard[0][0], grpc.StatusCode)
             assert heard[0] == heard[1], method
     assert guarded.d.ask("PullMessages", requests["PullMessages"]) == UNSIGNED
     garbage = [("flwr-public-key-bin", b"x"), ("flwr-timestamp", "x"), ("flwr-signature-bin", b"x")]
