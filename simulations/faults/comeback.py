@@ -36,7 +36,7 @@ class Hurt:
     """What was done to a process, and what came of it.
 
     Attributes:
-        seconds: from then until an answer of the site was admitted; None where none was in time.
+        seconds: from then until an answer of the site to a later round was admitted; None where none was in time.
         rounds: that were over meanwhile without the site.
     """
 
@@ -79,10 +79,13 @@ def _pid(place: Place, process: str) -> int:
 
 
 def _admitted(place: Place, after: int) -> tuple[bool, int]:
-    """Whether the victim is in a round after so many, and in how many of them it is not."""
+    """Whether the victim is in a round that began when so many were over, and in how many since then it is not.
+
+    The one that was going on then may be answered by what was not hurt.
+    """
     lines = [json.loads(line) for line in place.lines(NAME, "rounds.jsonl")[after:]]
     missed = [VICTIM not in line["admitted"] for line in lines]
-    return not all(missed), sum(missed)
+    return not all(missed[1:]), sum(missed)
 
 
 def hurt(place: Place, process: str, way: str, phase: str) -> Hurt:
