@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,8 +118,9 @@ class FleetCalls:
         self._unanswered = 0
         if name == "ActivateNode":
             self._activated, self._heard = True, time.monotonic()
-            self._node_file.parent.mkdir(mode=0o700, exist_ok=True)
-            self._node_file.write_text(str(answer.node_id), encoding="ascii")
+            with suppress(OSError):  # a full disk: this node is back in a minute then, and not at once
+                self._node_file.parent.mkdir(mode=0o700, exist_ok=True)
+                self._node_file.write_text(str(answer.node_id), encoding="ascii")
         elif name == "SendNodeHeartbeat":
             self._heard = time.monotonic()
         elif name == "PullMessages" and time.monotonic() - self._heard > _UNHEARD:
@@ -131,13 +133,13 @@ class FleetCalls:
         """Whether the server took this node for the one that died before, and was told."""
         from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 
-        if name != "ActivateNode" or "2004" not in str(error.details()) or not self._node_file.exists():
+        if name != "ActivateNode" or "2004" not in str(error.details()):
             return False
-        node = int(self._node_file.read_text(encoding="ascii"))
-        self._node_file.unlink()
         try:
+            node = int(self._node_file.read_text(encoding="ascii"))
+            self._node_file.unlink()
             self._made("DeactivateNode", deactivate, DeactivateNodeRequest(node_id=node), _DEADLINE)
-        except grpc.RpcError:
+        except (OSError, ValueError, grpc.RpcError):
             return False
         return True
 

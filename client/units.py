@@ -27,6 +27,7 @@ TimeoutStopSec=60
 UMask=0077
 NoNewPrivileges=true
 PrivateTmp=true
+ProtectProc=invisible
 ProtectSystem=strict
 ReadWritePaths="{folder}" "-{home}"
 

@@ -42,6 +42,7 @@ KillMode=mixed
 UMask=0077
 NoNewPrivileges=true
 PrivateTmp=true
+ProtectProc=invisible
 ProtectSystem=strict
 ProtectProc=invisible
 LimitNOFILE=65536

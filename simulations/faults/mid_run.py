@@ -56,7 +56,7 @@ def worker_killed(place: Place) -> Shown:
 
 
 def client_app_killed(place: Place) -> Shown:
-    """The ClientApp that the site forks for a message; a round later, what Flower's executor starts for it."""
+    """The ClientApp that the starter forks for a message; a round later, the starter, and the ClientApp with it."""
     site = place.up[VICTIM]
     run, before = _in_training(place, "clientapp", 3)
     forked = below(site.part("client.starter"))
@@ -64,11 +64,14 @@ def client_app_killed(place: Place) -> Shown:
         raise FaultError(f"{len(forked)} ClientApps run below {VICTIM}'s starter, not one")
     os.kill(forked.pop(), signal.SIGKILL)
     place.until_training(VICTIM, _ROUND + 1)
-    os.kill(site.part("flwr-clientapp"), signal.SIGKILL)
+    os.kill(site.part("client.starter"), signal.SIGKILL)
     before.touched.append((VICTIM, _ROUND + 1))
     ended_well(place, run)
-    said = found((place.folder / VICTIM / "logs" / "site.log").read_text(), "ClientApp was killed.*memory")
-    messages = [f"site: {said}" if said else ""]
+    log = (place.folder / VICTIM / "logs" / "site.log").read_text()
+    messages = [
+        f"site: {said}" if (said := found(log, pattern)) else ""
+        for pattern in ("ClientApp was killed.*memory", "starter ended with code -9.*started again")
+    ]
     for number in (_ROUND, _ROUND + 1):
         messages.append(_server_log(place, "clientapp", f"round {number}: {VICTIM} is left out"))
     return Shown("clientapp", before, messages)
@@ -207,7 +210,7 @@ FAULTS = (
     Fault("worker", "a site's worker killed (-9) in a round, as for want of memory", worker_killed),
     Fault(
         "clientapp",
-        "a site's ClientApp killed (-9) in a round, and again in the next",
+        "a site's ClientApp killed (-9) in a round, and its starter in the next",
         client_app_killed,
     ),
     Fault("site", "all of a site killed (-9) in a round, started again 5 s later", site_killed),

@@ -29,6 +29,10 @@ training, by a tiny language model on made-up users. What a row says is judged b
   those that the kept updates make when each is applied once.
 """
 
+_HURT = """One run that goes on and on; west's processes are hurt one after another, each when the site is back from the
+one before. A process that stands still is killed after 60 s without a sign of life (the worker: 120 s) and started
+again; `site up`, where it is killed, is started again 5 s later, as a service manager does."""
+
 
 def _cell(text: str, places: Sequence[str] = ()) -> str:
     for place in places:
@@ -65,20 +69,40 @@ def _attacks(found: dict[str, Any], who: str, good: str = "kept out") -> list[st
     return lines
 
 
+def _comeback(found: dict[str, Any]) -> list[str]:
+    """The table of a site's processes, with the seconds of each."""
+    lines = ["## A site's processes, hurt one by one", "", _HURT, ""]
+    lines += [
+        "| process | how | when | admitted again after | rounds without the site |",
+        "|---|---|---|---|---|",
+    ]
+    for each in found["hurts"]:
+        seconds = "NOT AT ALL" if each["seconds"] is None else f"{each['seconds']:.0f} s"
+        lines.append(
+            f"| {each['process']} | {each['way']} | {each['phase']} | {seconds} | {each['rounds']} |"
+        )
+    said = (
+        "; ".join(found["faults"]) or "every admitted update is a charged release, and no round applied twice"
+    )
+    return [*lines, "", f"Afterwards: {_cell(said, _places(found))}.", ""]
+
+
 def write_page(results: Path, names: Sequence[str], output: Path) -> int:
     """Writes the page from what is kept of each scenario; how many rows it has."""
     kept = {
         name: json.loads(file.read_text())
-        for name in (*names, "attacker", "member")
+        for name in (*names, "comeback", "attacker", "member")
         if (file := results / f"{name}.json").exists()
     }
-    attacker, member = kept.pop("attacker", None), kept.pop("member", None)
+    attacker, member, comeback = (kept.pop(name, None) for name in ("attacker", "member", "comeback"))
     head = ["fault", "what came of it", "the message that says what to do", *_CHECKS, "result"]
     lines = ["# Faults", "", _HOW, "## What broke, and what was left", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(_row, kept.values()), ""]
     missing = [name for name in names if name not in kept]
     if missing:
         lines += [f"Not run: {', '.join(missing)}.", ""]
+    if comeback is not None:
+        lines += _comeback(comeback)
     if attacker is not None:
         from simulations.faults.attacker import ENROLLED, FROM_NETWORK, ON_MACHINE
 

@@ -363,15 +363,16 @@ def node_at(
     folder: Path,
     prepare: Callable[[Fleet], None] = lambda _: None,
     starter: Sequence[str] = ("-m", "client.starter"),
+    ready: Callable[[Fleet], bool] = lambda fleet: fleet.calls["PullMessages"] > 1,
 ) -> Iterator[tuple[Fleet, Node]]:
     """A Fleet API, made ready to fail, and a node that is connected to it."""
     with fleet_at(folder) as (fleet, port):
         prepare(fleet)
         site = folder / "site"
-        site.mkdir(mode=0o700)
+        site.mkdir(mode=0o700, exist_ok=True)
         node = Node(site, port, free_port(), starter)
         try:
-            until(lambda: fleet.calls["PullMessages"] > 1, what=node.said("supernode"))
+            until(lambda: ready(fleet), what=node.said("supernode"))
             yield fleet, node
         finally:
             node.end()

@@ -143,6 +143,17 @@ def test_a_supernode_that_was_killed_is_back_at_once_as_the_server_is_told(
     assert fleet.calls["DeactivateNode"] == before + 1
 
 
+def test_where_the_node_s_number_cannot_be_kept_the_site_works_all_the_same(tmp_path: Path) -> None:
+    def prepare(fleet: Fleet) -> None:
+        (tmp_path / "site" / NODE).mkdir(parents=True)  # it can be neither written nor read
+        fleet.online = True
+        fleet.ends_with("PullMessages", grpc.StatusCode.INTERNAL)
+
+    with node_at(tmp_path, prepare, ready=lambda fleet: fleet.calls["ActivateNode"] > 1) as (fleet, node):
+        fleet.online = False  # the server has missed the heartbeats of the one before
+        answered(fleet, node)
+
+
 def test_a_copy_of_a_site_does_not_push_the_other_one_out(connected: tuple[Fleet, Node]) -> None:
     fleet, node = connected
     until((node.folder / NODE).exists)

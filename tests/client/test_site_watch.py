@@ -92,7 +92,7 @@ def test_what_stands_still_is_started_again_and_a_message_is_answered(place: tup
         for sent in (signal.SIGSTOP, signal.SIGCONT):
             for pid in everything:
                 os.kill(pid, sent)
-            time.sleep(25 if sent is signal.SIGSTOP else 0)
+            time.sleep(16 if sent is signal.SIGSTOP else 0)
         answered(fleet, log)
         assert log.read_text().count("no sign of life") == said
         for file in ("supernode.log", "worker.log", "site.log"):

@@ -273,7 +273,9 @@ def test_statistics_alone_make_a_model(folder: Path) -> None:
 
 def test_a_run_that_no_sites_can_pay_for_to_its_end_asks_nobody_anything(folder: Path) -> None:
     """The ledgers would admit popularity, and no more."""
-    with pytest.raises(RunError, match="fit the budgets of 0 sites, and each needs 1: it ends before round 1"):
+    with pytest.raises(
+        RunError, match="fit the budgets of 0 sites, and each needs 1: it ends before round 1"
+    ):
         tiny_run(folder, plan={**ALL_PHASES, "name": "poor"}, site_budget=4.0)
     (path,) = (folder / "runs").glob("*poor.incomplete")
     assert not (path / "rounds.jsonl").exists()
