@@ -34,6 +34,9 @@ FOLDERS = {"rounds": "[0-9]*.safetensors", "updates": "[0-9]*.safetensors", EVID
 PUBLIC_TABLES = {"sites", "entries", "anchors", "nodes", "proofs"}
 """Of a registry: who is enrolled, what sites signed, and what the server signed. Its key lies in a file beside it."""
 
+OWNERS_TABLES = {"outs"}
+"""Of a registry: which sites its owner takes no part with, and why, in words that are not for others: left out."""
+
 PACKED = "packed.json"
 """Says which run was packed, and whether its sites were simulated."""
 
@@ -121,11 +124,18 @@ def _copy_registry(source: Path, target: Path) -> None:
         tables = {
             str(row[0]) for row in reading.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
-        if tables - PUBLIC_TABLES:
+        if unknown := tables - PUBLIC_TABLES - OWNERS_TABLES:
             raise RunError(
-                f"the registry has a table {min(tables - PUBLIC_TABLES)!r}, which is not known to be public, so "
+                f"the registry has a table {min(unknown)!r}, which is not known to be public, so "
                 "nothing is packed: pack with the version that made it"
             )
         reading.execute("VACUUM INTO ?", (str(target),))  # rows that were deleted stay behind
     finally:
         reading.close()
+    copied = sqlite3.connect(target, isolation_level=None)
+    try:
+        for name in sorted(tables & OWNERS_TABLES):
+            copied.execute(f"DROP TABLE {name}")
+        copied.execute("VACUUM")
+    finally:
+        copied.close()

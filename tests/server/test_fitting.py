@@ -51,8 +51,9 @@ def server(tmp_path: Path) -> Deployment:
             if name == "south":
                 event = PoissonSubsampledGaussian(sampling_rate=0.5, noise_multiplier=4.0, steps=150)
                 ledger.reserve(
-                    run="before", round=1, attempt=1, nonce="0" * 32, plan_hash="a" * 64, model_hash="b" * 64,
-                    event=event, clip_norm=1.0, normaliser=50.0, learning_rate=0.1,
+                    run="before", round=1, attempt=1, nonce="0" * 32, event=event,
+                    plan_hash="a" * 64, model_hash="b" * 64,
+                    clip_norm=1.0, normaliser=50.0, learning_rate=0.1,
                 )  # fmt: skip
                 registry.accept(chain.extended(ledger.entries()[1:]))
     return made

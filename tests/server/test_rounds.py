@@ -247,9 +247,13 @@ def test_a_server_that_lost_what_it_chose_chooses_the_same_again(sites: Sites) -
 
 def forget_all_but_the_start(run: RunFolder) -> None:
     """As a copy from before the first round has it."""
-    start = ("plan.json", "version.json", "catalog.jsonl", "00000.safetensors")
     for file in run.path.rglob("*"):
-        if file.is_file() and file.name not in start:
+        if file.is_file() and file.name not in (
+            "plan.json",
+            "version.json",
+            "catalog.jsonl",
+            "00000.safetensors",
+        ):
             file.unlink()
 
 

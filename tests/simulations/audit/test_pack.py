@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from server.registry import Registry, RegistryReader
 from server.runs import RunError
 from simulations.audit.cli import app
 from simulations.audit.pack import pack
@@ -93,6 +94,19 @@ def test_a_table_of_the_registry_that_is_not_known_to_be_public_stays_and_so_do_
     with pytest.raises(RunError, match="'passwords', which is not known to be public"):
         pack(run, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_whom_the_owner_took_out_and_why_is_not_in_it(honest: Path, tmp_path: Path) -> None:
+    run, place = tmp_path / honest.name, tmp_path / "packed"
+    shutil.copytree(honest, run)
+    registry = Registry(run / "registry")
+    first = registry.sites()[0]
+    registry.shut_out(first.name, "barred", "a quarrel of ours")
+    pack(run, place)
+    packed = place / "registry" / "registry.sqlite"
+    assert b"a quarrel of ours" not in packed.read_bytes()
+    assert not any(site.shut_out for site in RegistryReader(packed.parent).sites())
+    assert [site.shut_out for site in RegistryReader(run / "registry").sites()].count(True) == 1
 
 
 def test_what_is_there_is_not_written_over_and_no_run_is_told(honest: Path, tmp_path: Path) -> None:
