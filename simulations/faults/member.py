@@ -87,6 +87,7 @@ class Member:
 
 def betray(place: Place) -> list[Tried]:
     """All tries, one kind a round; last, whether the run came to its end with all others in it."""
+    from flwr.proto import fleet_pb2
     from flwr.proto.fleet_pb2_grpc import FleetStub
 
     from simulations.faults.intruder import channel
@@ -109,6 +110,10 @@ def betray(place: Place) -> list[Tried]:
             kind(member, message)
         time.sleep(0.5)
     ended_well(place, run)
+    member.ask(
+        "DeactivateNode", fleet_pb2.DeactivateNodeRequest(node_id=member.node)
+    )  # later runs wait for none
+    place.well("server", "remove", place.server, NAME)
     faults = judge(place, "member", before, SITES, SITES)
     wrong = "; ".join(fault for each in faults.values() for fault in each)
     said = f"whole; sites admitted by round: {_admitted(place)}; every check holds"
