@@ -33,7 +33,8 @@ _LOOKS, _OFTEN, _OFTEN_FOR = 3.0, 0.5, 60.0
 _IDLE = 20.0
 _BEFORE = """Before SuperLink had its guard, which also asks the database for less (`server/superlink.py`), the same
 run of the version before it (76d93bd), in turn with the guarded one within half an hour of 2026-12-01 and at the same
-load, took 10.2 s a round (9.6 to 15.0 s) and 191 ms of SuperLink's CPU for a node and round; with it, 5.5 s and 100 ms."""
+load, took 10.2 s a round (9.6 to 15.0 s) and 191 ms of SuperLink's CPU for a node and round; with it, 5.5 s and
+100 ms."""
 
 
 @dataclass(frozen=True)
