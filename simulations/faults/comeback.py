@@ -66,15 +66,12 @@ def _plan(place: Place) -> Path:
     return file
 
 
-def _pid(place: Place, process: str) -> int:
+def _pid(place: Place, process: str) -> int | None:
     site = place.up[VICTIM]
     if process == SITE_UP:
         return site.process.pid
     if process == "ClientApp":
-        forked = below(site.part(_PARTS["starter"]))
-        if not forked:
-            raise FaultError(f"no ClientApp runs below {VICTIM}'s starter")
-        return min(forked)
+        return min(below(site.part(_PARTS["starter"])), default=None)
     return site.part(_PARTS[process])
 
 
@@ -90,12 +87,14 @@ def _admitted(place: Place, after: int) -> tuple[bool, int]:
 
 def hurt(place: Place, process: str, way: str, phase: str) -> Hurt:
     """Hurts one process, and waits until the site is admitted again."""
-    if phase == TRAINING:
-        _until_any_training(place)
-    else:
-        done = len(place.lines(NAME, "rounds.jsonl"))
-        place.until(lambda: len(place.lines(NAME, "rounds.jsonl")) > done, "a round's end", 0.01)
-    after, pid, began = len(place.lines(NAME, "rounds.jsonl")), _pid(place, process), time.monotonic()
+    pid: int | None = None
+    while pid is None:  # a round may be over before its ClientApp is found
+        if phase == TRAINING:
+            _until_any_training(place)
+        else:
+            _until_a_round_ends(place)
+        pid = _pid(place, process)
+    after, began = len(place.lines(NAME, "rounds.jsonl")), time.monotonic()
     os.kill(pid, signal.SIGKILL if way == KILLED else signal.SIGSTOP)
     if way == PAUSED:
         time.sleep(_PAUSE)
@@ -127,6 +126,11 @@ def _until_any_training(place: Place) -> None:
         return False
 
     place.until(so, f"training at {VICTIM}", 0.01)
+
+
+def _until_a_round_ends(place: Place) -> None:
+    done = len(place.lines(NAME, "rounds.jsonl"))
+    place.until(lambda: len(place.lines(NAME, "rounds.jsonl")) > done, "a round's end", 0.01)
 
 
 def hurts(place: Place, told: Callable[[Hurt], None], chosen: list[tuple[str, str, str]]) -> list[str]:

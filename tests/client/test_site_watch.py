@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 from typer.testing import CliRunner
 
+from client import agent
 from client.ledger import Ledger
 from client.link import is_connected
 from common.cli import app
@@ -101,6 +103,24 @@ def test_what_stands_still_is_started_again_and_a_message_is_answered(place: tup
         answered(fleet, log)
         assert site.poll() is None
     assert not is_connected(folder)
+
+
+@pytest.mark.parametrize(
+    ("lived", "unanswered", "deaf"),
+    [
+        (1000.0, 1.0, False),
+        (1000.0, 100.0, True),
+        (50.0, 100.0, False),  # it has just begun
+        (1000.0, None, False),  # its executor has
+        (None, 100.0, False),  # it is down
+    ],
+)
+def test_a_supernode_that_answers_its_executor_no_more_is_noticed(
+    lived: float | None, unanswered: float | None, deaf: bool
+) -> None:
+    supernode = SimpleNamespace(pid=None if lived is None else 1, lived=lived)
+    starter = SimpleNamespace(pid=2, lived=100.0, unanswered=unanswered)
+    assert agent._is_deaf(supernode, starter) == deaf  # type: ignore[arg-type]
 
 
 def test_a_site_that_has_withdrawn_says_so_and_does_not_come_up(place: tuple[Fleet, Path]) -> None:
