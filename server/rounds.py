@@ -94,7 +94,7 @@ def run_rounds(
             nodes = wait_for_sites(grid, plan, run, registry, exchange.round, needed, names, held)
             began += time.monotonic() - waits
             if not asked_before:
-                there = max(len(nodes), needed)
+                there = max(len(nodes), fewest)
                 check_aggregation(plan.server, min(there, plan.server.sites_per_round or there))
             needed, asked_before, known = fewest, True, names()
             with registry.kept_open():

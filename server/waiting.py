@@ -42,37 +42,41 @@ def wait_for_sites(
 
     Args:
         number: of the round.
-        needed: how many sites it takes.
+        needed: how many sites are waited for, or all that take part where these are fewer; never less than the plan's
+            aggregation takes.
         names: node -> its site, as enrolled.
         held: key ids of sites whose releases of this round are held already, wherever they are now.
 
     Raises:
         RunError: there were too few until the plan's patience was over.
     """
+    fewest = fewest_updates(plan.server)
     end, pause, said = time.monotonic() + plan.server.patience, _SHORTEST_PAUSE, -1
     try:
         while True:
             known = known_sites(registry, names())
-            out = {site.key_id for site in registry.sites() if site.shut_out}
+            sites = registry.sites()
+            out = {site.key_id for site in sites if site.shut_out}
+            wanted = max(fewest, min(needed, len(sites) - len(out)))
             nodes = [node for node in connected(grid) if known.get(node) not in out]
             ready = {known[node] for node in nodes if node in known} | set(held)
             there = len(ready)
-            if there >= needed:
+            if there >= wanted:
                 return nodes or [node for node, key_id in known.items() if key_id in ready]
             if there != said:
                 said = there
-                away = [site.name for site in registry.sites() if site.key_id not in ready | out]
-                run.save_waiting(number, needed - there)
+                away = [site.name for site in sites if site.key_id not in ready | out]
+                run.save_waiting(number, wanted - there)
                 _log.warning(
                     "round %d: waiting for %d more sites, of %d that it needs%s",
                     number,
-                    needed - there,
-                    needed,
+                    wanted - there,
+                    wanted,
                     f"; not connected: {', '.join(away)}" if 0 < len(away) <= _MOST_NAMED else "",
                 )
             if time.monotonic() >= end:
                 raise RunError(
-                    f"{there} sites are connected after {plan.server.patience:g} s, but round {number} needs {needed}: "
+                    f"{there} sites are connected after {plan.server.patience:g} s, but round {number} needs {wanted}: "
                     "start more sites, and then this run again, which goes on; or begin one with a lower "
                     "server.minimum_sites"
                 )

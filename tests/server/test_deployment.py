@@ -366,7 +366,7 @@ def test_who_has_the_control_port_begins_no_run(tmp_path: Path) -> None:
         )
         for run in (stopped, elsewhere):
             (run / "rounds").mkdir(parents=True)
-            for name in ("plan.json", "catalog.jsonl", "rounds/00000.safetensors"):
+            for name in ("plan.json", "version.json", "catalog.jsonl", "rounds/00000.safetensors"):
                 shutil.copy(whole / name, run / name)
         other = Registry(tmp_path / "registry")
         assert other.server_key

@@ -130,7 +130,7 @@ def replayed(nursery: Nursery, run: RunFolder) -> RunFolder:
     """The same run without a crash: same name and start; sites answer from their outboxes, or refuse again."""
     again = RunFolder(nursery.folder / "replayed" / run.path.name)
     (again.path / "rounds").mkdir(parents=True)
-    for name in ("plan.json", "catalog.jsonl", "rounds/00000.safetensors"):
+    for name in ("plan.json", "version.json", "catalog.jsonl", "rounds/00000.safetensors"):
         shutil.copy(run.path / name, again.path / name)
     assert nursery.go_on(again) == 0
     return again
