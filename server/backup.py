@@ -3,7 +3,8 @@
 What is written last is copied first: a round's line in rounds.jsonl says that its checkpoint is there, a line in
 receipts.jsonl that its update is there and that the registry holds the site's chain up to it. So within a run the lines
 come before what they speak of, and the registry after all runs: it may know more than they, as after a crash, but never
-less. A run that ended a round meanwhile is copied again, what is new alone, so that a copy never mixes two rounds.
+less. A run that ended a round meanwhile is copied again, what is new alone, so that a copy never mixes two rounds. In
+the copy of Flower's database no run is at work and nothing is on its way: all of it is asked for again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from common.backup import BackupError, copy_database, copy_file, copy_files, new_copy
 from common.privacy.receipts import Receipt
 from server.deployment import Deployment
-from server.nodes import enrolled_keys
+from server.nodes import enrolled_keys, forget_what_is_at_work
 from server.overview import INCOMPLETE
 from server.registry import RegistryReader
 from server.runs import RunFolder
@@ -70,6 +71,7 @@ def back_up(server: Deployment, target: Path) -> BackedUp:
             )
         if server.database.is_file():
             copy_database(server.database, copy.database)
+            forget_what_is_at_work(copy.database)
         return _checked(copy, target)
 
 

@@ -1,6 +1,6 @@
 """The sites' nodes in SuperLink: their keys are kept in nodes/NAME.pub, and SuperLink is made to know just these.
 
-This is the only module that reads Flower's database, of the version that is pinned; it never writes to it.
+This is the only module that reads Flower's database, of the version that is pinned; it writes to a copy of it alone.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from common.privacy.enrolment import check_node_key
@@ -118,6 +119,33 @@ def flower_runs(server: Deployment) -> list[FlowerRun]:
         folder = str(json.loads(config or "{}").get("run-dir", ""))
         found.append(FlowerRun(run_id % 2**64, folder, status, details or ""))
     return found
+
+
+_ON_THEIR_WAY = (
+    "message_ins", "message_res", "task_message", "objects", "object_children", "run_objects",
+    "object_push_sessions", "object_push_session_pending", "object_push_session_roots",
+)  # fmt: skip
+"""Of Flower's database: messages and their parts, which are sent and deleted within a round."""
+
+
+def forget_what_is_at_work(database: Path) -> None:
+    """Ends, in a copy of Flower's database, the runs that were at work, and takes out what was on its way.
+
+    A server that is put back asks again for the same bytes, which have the same names as the parts that had come: those
+    of a run whose end Flower notices later would go with it.
+
+    Raises:
+        sqlite3.Error: Flower's database is another one than that of the pinned version.
+    """
+    now = datetime.now(UTC).isoformat(" ")
+    with closing(sqlite3.connect(database)) as db, db:
+        for table in _ON_THEIR_WAY:
+            db.execute(f"DELETE FROM {table}")
+        db.execute(
+            "UPDATE task SET finished_at = ?, sub_status = 'stopped', details = 'put back from a copy', token = NULL "
+            "WHERE finished_at IS NULL",
+            (now,),
+        )
 
 
 def enrolled_keys(server: Deployment) -> dict[str, str]:

@@ -29,7 +29,7 @@ from server.certificates import (
     new_authority,
     new_server_certificate,
 )
-from server.deployment import Deployment, DeploymentError
+from server.deployment import Deployment, DeploymentError, NotRunningError
 from server.invitations import write_invitation
 
 _HOST_LINE = re.compile(r"(?m)^host *=.*$")
@@ -129,7 +129,7 @@ def drop_authority(server: Deployment) -> int:
         )
     if server.running() and not _shows_one_under(server, signing):
         raise DeploymentError(
-            "the server that is up shows a certificate of the old authority, or none: restart `fedtide server up` first"
+            "the server that is up shows a certificate of the old authority: restart `fedtide server up` first"
         )
     _put_authorities(server, [signing])
     return len(known) - 1
@@ -185,8 +185,12 @@ def _shows_one_under(server: Deployment, authority: x509.Certificate) -> bool:
             context.wrap_socket(opened, server_hostname="127.0.0.1"),
         ):
             return True
-    except OSError:
+    except ssl.SSLCertVerificationError:
         return False
+    except OSError as error:
+        raise NotRunningError(
+            f"the server is up, but does not answer on {server.control} yet: wait a minute, then see {server.logs}"
+        ) from error
 
 
 def _put(path: Path, data: bytes, mode: int) -> None:

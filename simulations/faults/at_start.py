@@ -182,7 +182,8 @@ def new_authority_in_steps(place: Place) -> Shown:
     place.up["server"].end()
     place.start_server()
     place.wait_online(*SITES)
-    place.well("server", "renew", place.server, "--drop")
+    drop = ("server", "renew", place.server, "--drop")
+    place.until(lambda: not place.fedtide(*drop).returncode, "the end of the old authority", 1.0)
     before = whole_run(place, "authority")
     return Shown(
         "authority",

@@ -13,10 +13,17 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.superlink.federation import NoOpFederationManager
 from typer.testing import CliRunner
 
 import server.backup
@@ -27,6 +34,7 @@ from common.events.catalog import Catalog
 from server.backup import back_up
 from server.cli import app
 from server.deployment import Deployment
+from server.nodes import known_nodes
 from server.registry import Registry, RegistryReader
 from server.runs import RunFolder
 from server.setup import make_server
@@ -238,12 +246,8 @@ def test_a_copy_is_private_and_holds_no_socket_lock_or_half_written_file(
     (folder / "logs" / "superlink.log").write_text("a line\n")
     (folder / "runs" / ".a.1.partial").write_text("half")
     (folder / "up.lock").touch()
-    with socket.socket(socket.AF_UNIX) as listening, sqlite3.connect(place.server.database) as db:
+    with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "s"))
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("CREATE TABLE IF NOT EXISTS t (x)")
-        db.execute("INSERT INTO t VALUES (1)")
-        db.commit()
         done = CliRunner().invoke(app, ["backup", str(folder), str(tmp_path / "copy")])
         assert done.exit_code == 0, done.exception
     assert "every receipt was found in it" in done.output
@@ -258,9 +262,41 @@ def test_a_copy_is_private_and_holds_no_socket_lock_or_half_written_file(
     assert {str(each) for each in left_out if "-wal" not in each.name and "-shm" not in each.name} == {
         "s", "up.lock", "runs/.a.1.partial",
     }  # fmt: skip
-    with sqlite3.connect(copy.database) as db:
-        assert db.execute("SELECT count(*) FROM t").fetchone()[0] >= 1
     (folder / "s").unlink()
+
+
+def test_in_the_copy_nodes_are_known_no_run_is_at_work_and_nothing_is_on_its_way(
+    place: Place, tmp_path: Path
+) -> None:
+    database = place.server.database
+    objects = ObjectStoreFactory(str(database))
+    state = LinkStateFactory(str(database), NoOpFederationManager(), objects).state()
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    node = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key_to_bytes(key), 30.0)
+    with sqlite3.connect(database) as db:
+        db.execute(
+            "INSERT INTO objects (object_id, content, is_available, ref_count) VALUES ('a', x'00', 1, 0)"
+        )
+        db.execute(
+            "INSERT INTO task (task_id, type, run_id, token, pending_at) VALUES (1, 't', 1, 'word', ?)",
+            (datetime.now(UTC).isoformat(" "),),
+        )
+    done = back_up(place.server, tmp_path / "copy")
+    copy = Deployment.load(done.folder)
+    assert [each.node_id for each in known_nodes(copy)] == [node]
+    with sqlite3.connect(copy.database) as db:
+        assert db.execute("SELECT count(*) FROM objects").fetchone() == (0,)
+        assert db.execute("SELECT token, sub_status, finished_at IS NULL FROM task").fetchall() == [
+            (None, "stopped", 0)
+        ]
+    with sqlite3.connect(database) as db:  # the server's own is as it was
+        assert db.execute("SELECT count(*) FROM objects").fetchone() == (1,)
+        assert db.execute("SELECT token, finished_at FROM task").fetchall() == [("word", None)]
+        db.execute("DROP TABLE objects")
+    with pytest.raises(BackupError, match="no such table: objects"):  # another Flower's
+        back_up(place.server, tmp_path / "another")
+    for file in place.server.folder.glob("state.db*"):
+        file.unlink()
 
 
 def test_a_target_that_is_there_or_within_is_refused_and_a_damaged_folder_gives_no_copy(

@@ -9,6 +9,7 @@ import datetime
 import logging
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ from server.certificates import (
     warn_of_ends,
 )
 from server.cli import app
-from server.deployment import Deployment, DeploymentError
+from server.deployment import Deployment, DeploymentError, NotRunningError, open_locked
 from server.monitoring import ServerCollector
 from server.overview import overview
 from server.renewal import begin_authority, drop_authority, renew_certificate, switch_authority
 from server.setup import make_server
-from tests.server.dated_certificates import Dated, dated, takes
+from tests.server.dated_certificates import Dated, dated, shown, takes
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,25 @@ def test_a_new_authority_cuts_off_no_site_at_any_step(server: Deployment) -> Non
     assert accepted(server, server.authority.read_bytes())
     assert accepted(server, both)
     assert check_certificates(server) == []
+
+
+def test_the_old_authority_is_kept_while_the_server_that_is_up_shows_a_certificate_of_it(
+    server: Deployment, tmp_path: Path
+) -> None:
+    old = tmp_path / "old.crt", tmp_path / "old.key"
+    for source, kept in zip((server.certificate, server.key), old, strict=True):
+        shutil.copy(source, kept)
+    begin_authority(server)
+    switch_authority(server)
+    with open_locked(server.folder / "up.lock") as mine:
+        assert mine
+        with shown(*old) as port, pytest.raises(DeploymentError, match="restart `fedtide server up` first"):
+            drop_authority(replace(server, control_port=port))
+        with pytest.raises(NotRunningError, match="wait a minute"):
+            drop_authority(replace(server, control_port=port))  # nobody listens there any more
+        assert len(authorities(server.authority)) == 2
+        with shown(server.certificate, server.key) as port:
+            assert drop_authority(replace(server, control_port=port)) == 1
 
 
 def test_the_old_authority_near_its_end_is_said_until_the_switch(server: Deployment) -> None:

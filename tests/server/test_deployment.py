@@ -326,8 +326,11 @@ def test_a_server_put_back_from_a_copy_made_in_a_run_goes_on_and_charges_nobody_
         first = subprocess.Popen(
             run_command(place), env=place.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        runs = place.server / "runs"
+        runs, slow = place.server / "runs", place.started[-1].pid
         place.until(lambda: any(file.stat().st_size for file in runs.glob("*/rounds.jsonl")))
+        stopped = {slow} | below(slow)  # the last of the sites: so the copy is of a round that is at work
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
         said = json.loads(place.well("server", "backup", place.server, tmp_path / "copy", "--json"))
         assert (said["sites"], len(said["unfinished"])) == (list(SITES), 1)
         up = place.started[0]
@@ -335,7 +338,9 @@ def test_a_server_put_back_from_a_copy_made_in_a_run_goes_on_and_charges_nobody_
         up.kill()
         up.wait()
         place.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below_it))
-        first.wait(300)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        assert first.wait(300) != 0
         shutil.rmtree(place.server)
         shutil.move(tmp_path / "copy", place.server)
         place.started[0] = place.up("server", place.server)
