@@ -82,22 +82,6 @@ _OWN_OBJECT = (
     "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_ins WHERE dst_node_id = ? UNION "
     "SELECT child_id FROM object_children JOIN part ON parent_id = part.id) SELECT 1 FROM part WHERE id = ?"
 )
-_ROUTINE = frozenset(
-    f"/v1/runtime/{each}"
-    for each in ("pull-messages", "push-messages", "pull-object", "push-object", "confirm-message-received")
-)
-"""What a ServerApp asks many times a round, five times a second some of it: no line of the log is one such question."""
-
-_log = logging.getLogger("flwr")
-
-_OWN_MESSAGE = "SELECT 1 FROM message_ins WHERE message_id = ? AND dst_node_id = ?"
-_ASKED = "SELECT run_id, message_type, group_id FROM message_ins WHERE message_id = ? AND dst_node_id = ?"
-_ANSWERED = "SELECT message_id FROM message_res WHERE reply_to_message_id = ?"
-_WAITING = "SELECT 1 FROM message_ins WHERE dst_node_id = ? AND delivered_at = '' LIMIT 1"
-_OWN_OBJECT = (
-    "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_ins WHERE dst_node_id = ? UNION "
-    "SELECT child_id FROM object_children JOIN part ON parent_id = part.id) SELECT 1 FROM part WHERE id = ?"
-)
 _OWN_SESSION = (
     "SELECT 1 FROM object_push_session_roots JOIN message_res ON message_id = root_object_id "
     "WHERE session_id = ? AND src_node_id = ?"
