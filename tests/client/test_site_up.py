@@ -172,14 +172,8 @@ def test_up_restarts_its_worker_is_alone_and_leaves_nothing(place: Path) -> None
         assert "is up already" in second.stderr
         lines = [json.loads(line) for line in said.read_text().splitlines()]
         (address,) = [line["message"].split()[-1] for line in lines if "Prometheus" in line["message"]]
-        told = (
-            urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            .open(address, timeout=30)
-            .read()
-            .decode()
-        )
-        assert "fedtide_site_budget_left 1.0" in told
-        assert "fedtide_connected 1.0" in told
+        assert "fedtide_site_budget_left 1.0" in metrics_at(address)
+        wait_for(lambda: "fedtide_connected 1.0" in metrics_at(address))
         before = below(site.pid)
         worker = next(pid for pid, line in before.items() if "client.worker" in line)
         os.kill(worker, signal.SIGKILL)
@@ -193,6 +187,12 @@ def test_up_restarts_its_worker_is_alone_and_leaves_nothing(place: Path) -> None
     assert not [pid for pid in before if alive(pid)]
     assert '"message": "down"' in said.read_text()
     assert not [each.name for each in remains(folder) if each.after == LOOK]
+
+
+def metrics_at(address: str) -> str:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(address, timeout=30) as told:
+        return str(told.read().decode())
 
 
 def below(parent: int) -> dict[int, str]:

@@ -279,8 +279,10 @@ def test_a_run_that_no_sites_can_pay_for_to_its_end_asks_nobody_anything(folder:
         tiny_run(folder, plan={**ALL_PHASES, "name": "poor"}, site_budget=4.0)
     (path,) = (folder / "runs").glob("*poor.incomplete")
     assert not (path / "rounds.jsonl").exists()
-    for site in (path / "sites").iterdir():
-        with Ledger.open(site / "ledger") as ledger:
+    ledgers = list((path / "sites").glob("*/ledger"))
+    assert ledgers
+    for folder_of_ledger in ledgers:
+        with Ledger.open(folder_of_ledger) as ledger:
             assert not ledger.status().charges
 
 
