@@ -126,9 +126,10 @@ class Link:
         """Says when a connection stands, and what keeps it from standing; returns `TAKEN` where a port does."""
         alive, heard = self._supernode.pid is not None, self._supernode.unanswered
         connected = heard is not None and heard < _UNANSWERED
-        if connected != self._connected:
+        changed = connected != self._connected
+        self._tell(connected, at_once=changed)  # before it is said: who reads that may look
+        if changed:
             self._say(connected, alive)
-        self._tell(connected)
         self._hear()
         if not alive and not self._ended:
             self._ended = True
@@ -148,8 +149,7 @@ class Link:
         if self._asked is not None:
             self._asked.end()
         self._asked = None
-        self._told = -_TELL_SECONDS
-        self._tell(False)
+        self._tell(False, at_once=True)
 
     def _say(self, connected: bool, alive: bool) -> None:
         self._connected = connected
@@ -181,11 +181,13 @@ class Link:
             if not self._connected:
                 _log.warning("%s: %s", self._about, hint(self._text(), word))
 
-    def _tell(self, connected: bool) -> None:
-        if time.monotonic() - self._told >= _TELL_SECONDS:
+    def _tell(self, connected: bool, *, at_once: bool = False) -> None:
+        if at_once or time.monotonic() - self._told >= _TELL_SECONDS:
             self._told = time.monotonic()
+            aside = self._file.with_name(f".{self._file.name}")
             with suppress(OSError):
-                self._file.write_text(str(int(connected)), encoding="ascii")
+                aside.write_text(str(int(connected)), encoding="ascii")
+                aside.replace(self._file)  # whoever reads meanwhile reads the one or the other
 
     def _text(self) -> str:
         """The last part of the SuperNode's log since it was started; from its beginning where it was begun anew."""

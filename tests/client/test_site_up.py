@@ -294,7 +294,7 @@ def test_a_server_that_stops_answering_is_said_once_and_its_return_too(
 ) -> None:
     (tmp_path / "worker").mkdir()
     monkeypatch.setattr("client.link._UNANSWERED", 1.0)
-    monkeypatch.setattr("client.link._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("client.link._TELL_SECONDS", 3600.0)  # a change is told at once
     script = (
         "import pathlib, time; from common.supervision import ALIVE, ANSWERED, Pulse; pulse = Pulse()\n"
         "while True: pulse.show(ALIVE if pathlib.Path('cut').exists() else ALIVE + ANSWERED); time.sleep(0.1)"
