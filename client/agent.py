@@ -32,6 +32,7 @@ from client.worker import SOCKET
 from common.daily import Daily
 from common.logs import set_up_logs
 from common.supervision import Supervised
+from common.watchdog import Watchdog
 
 _log = logging.getLogger("fedtide.site")
 
@@ -150,13 +151,14 @@ class Agent:
         _log.info("site %s begins", self.site.name)
         _log.info("metrics for Prometheus: http://127.0.0.1:%d/metrics", self.metrics_port)
         self._warn_of_authority()
-        daily = Daily(self._warn_of_authority)
+        daily, watchdog = Daily(self._warn_of_authority), Watchdog()
         worker, (supernode, starter) = self._worker(), self._flower()
         link = self._link(supernode, on_connected)
         try:
             for each in (worker, supernode, starter):
                 each.start()
             while not end.wait(_TICK):
+                watchdog.show()
                 daily.look()
                 if link.look() == TAKEN:
                     link.end()

@@ -22,6 +22,7 @@ Environment="FEDTIDE_HOME={home}"
 ExecStart="{run_command}" site up --log-json "{run_folder}"
 Restart=always
 RestartSec=10
+WatchdogSec=120
 KillMode=mixed
 TimeoutStopSec=60
 UMask=0077

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from common.daily import Daily
 from common.supervision import Supervised, wait_until
+from common.watchdog import Watchdog
 from server.certificates import check_certificates, warn_of_ends
 from server.deployment import Deployment, DeploymentError, open_locked
 from server.monitoring import serve_metrics
@@ -24,7 +25,7 @@ _STEADY_SECONDS = 2.0
 _TEND_SECONDS, _NODES_SECONDS = 0.5, 2.0
 _NODES_AGAIN_SECONDS = 60.0
 _SILENT = 60.0
-"""Seconds without a sign of life after which SuperExec is started again."""
+"""Seconds without a sign of life after which SuperLink, or SuperExec, is started again."""
 
 
 def check_startable(server: Deployment) -> None:
@@ -75,15 +76,16 @@ def operate(server: Deployment, *, on_ready: Callable[[], None] = lambda: None) 
 
 
 def _operate(server: Deployment, end: threading.Event, on_ready: Callable[[], None]) -> None:
+    watchdog = Watchdog()  # first: what is started inherits nothing of it
     environment = server.environment()
     superlink, superexec = (
         Supervised(
             name, command, environment=environment, folder=server.folder,
-            log=server.logs / f"{name}.log", logger=_log, silence=silence,
+            log=server.logs / f"{name}.log", logger=_log, silence=_SILENT,
         )
-        for name, silence, command in (
-            ("superlink", None, server.superlink_command()),
-            ("superexec", _SILENT, server.superexec_command()),
+        for name, command in (
+            ("superlink", server.superlink_command()),
+            ("superexec", server.superexec_command()),
         )
     )  # fmt: skip
     metrics = serve_metrics(server)
@@ -97,7 +99,7 @@ def _operate(server: Deployment, end: threading.Event, on_ready: Callable[[], No
         if not end.is_set():
             _log.info("up: sites reach %s:%d", server.host, server.fleet_port)
             on_ready()
-        _tend(server, superlink, superexec, end)
+        _tend(server, superlink, superexec, watchdog, end)
     finally:
         _log.info("ending")
         for each in (superexec, superlink):
@@ -118,10 +120,13 @@ def _wait(process: Supervised, ready: Callable[[], bool], end: threading.Event) 
     raise DeploymentError(f"{process.name} {how}: read {process.log}")
 
 
-def _tend(server: Deployment, superlink: Supervised, superexec: Supervised, end: threading.Event) -> None:
+def _tend(
+    server: Deployment, superlink: Supervised, superexec: Supervised, watchdog: Watchdog, end: threading.Event
+) -> None:
     """Restarts what dies, registers what was enrolled and says what certificates end soon, until the end."""
     look, certificates = 0.0, Daily(lambda: warn_of_ends(server))
     while not end.wait(_TEND_SECONDS):
+        watchdog.show()
         certificates.look()
         for each in (superlink, superexec):
             if each.tend():

@@ -42,6 +42,8 @@ from flwr.supercore.error.grpc import _flower_error_to_grpc_json as flower_words
 from flwr.supercore.utils import get_metadata_bytes, uint64_to_int64
 from flwr.supercore.version import package_version
 
+from common.supervision import Pulse
+
 FLOWER = "1.39."
 OBJECTS_IN_REPLY = 6
 """An update: the message, two records, an array, its bytes' one chunk; see docs/server.md. A refusal has fewer."""
@@ -498,8 +500,15 @@ def guard() -> None:
     _put(http_logging, "ROUTINE_ACCESS_PATHS", http_logging.ROUTINE_ACCESS_PATHS | _ROUTINE)
 
 
+def _show_life(pulse: Pulse) -> None:
+    while True:
+        pulse.show()
+        time.sleep(1.0)
+
+
 def main() -> None:
-    """`flower-superlink` of a server."""
+    """`flower-superlink` of a server, which shows that it lives: one that stands still is started again."""
+    threading.Thread(target=_show_life, args=(Pulse(),), name="life", daemon=True).start()
     guard()
     import_module("flwr.superlink.cli").flower_superlink()
 

@@ -21,7 +21,7 @@ def unit_files(server: Deployment, executable: str) -> dict[str, str]:
 
 
 def _service(server: Deployment, executable: str) -> str:
-    """One unit: `fedtide server up` watches both processes, and systemd watches it."""
+    """One unit: `fedtide server up` watches both processes, and systemd watches it, with a watchdog where it hangs."""
     return f"""\
 # Copy it to /etc/systemd/system, then `systemctl enable --now fedtide-server`.
 [Unit]
@@ -37,6 +37,7 @@ WorkingDirectory={_escaped(server.folder)}
 ExecStart={_quoted(executable)} server up --log-json {_quoted(server.folder)}
 Restart=always
 RestartSec=5
+WatchdogSec=120
 TimeoutStopSec=40
 KillMode=mixed
 UMask=0077
@@ -44,7 +45,6 @@ NoNewPrivileges=true
 PrivateTmp=true
 ProtectProc=invisible
 ProtectSystem=strict
-ProtectProc=invisible
 LimitNOFILE=65536
 MemoryMax=8G
 TasksMax=4096

@@ -36,7 +36,7 @@ def standing_still(known: dict[str, Any]) -> Iterator[Tried]:
     for each in opened:
         each.close()
     with ThreadPoolExecutor(LARGE_COUNT) as pool:
-        sent = [pool.submit(_large, known) for _ in range(LARGE_COUNT)]
+        sent = [pool.submit(send_large, known) for _ in range(LARGE_COUNT)]
         took, told = _call(known)
         answers = sorted({each.result() for each in sent})
     yield (
@@ -98,7 +98,8 @@ def _call(known: dict[str, Any], times: int = 20) -> tuple[float, list[str]]:
     return 1000 * statistics.median(took), sorted(told)
 
 
-def _large(known: dict[str, Any]) -> str:
+def send_large(known: dict[str, Any]) -> str:
+    """The status that a message of `LARGE` bytes ends with, sent without a key."""
     import grpc
     from flwr.proto.message_pb2 import PushObjectRequest
 

@@ -123,6 +123,7 @@ def test_a_site_with_a_server_is_made_whole(tmp_path: Path) -> None:
     unit.read(folder / "units" / "fedtide-site.service")
     assert str(folder) in unit["Service"]["ExecStart"]
     assert unit["Service"]["Restart"] == "always"
+    assert unit["Service"]["WatchdogSec"] == "120"
 
 
 @pytest.mark.parametrize(

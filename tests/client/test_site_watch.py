@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,8 +39,10 @@ agent.Agent(Path(sys.argv[1])).run(sys.stderr)
 
 
 @contextmanager
-def up(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def up(folder: Path, notify: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    if notify is not None:
+        environment["NOTIFY_SOCKET"] = str(notify)
     with (folder.parent / "up.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", QUICK, folder], env=environment, stderr=log, stdout=log
@@ -77,9 +80,12 @@ def answered(fleet: Fleet, log: Path) -> None:
 def test_what_stands_still_is_started_again_and_a_message_is_answered(place: tuple[Fleet, Path]) -> None:
     fleet, folder = place
     log = folder.parent / "up.log"
-    with up(folder) as site:
+    notify = folder.parent / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, up(folder, notify) as site:
+        manager.bind(str(notify))
         until(lambda: "connected to" in log.read_text() and "is ready" in log.read_text())
         answered(fleet, log)
+        assert manager.recv(100) == b"WATCHDOG=1"  # systemd hears that `site up` works
         assert is_connected(folder)
         for name in ("worker", "starter", "supernode"):
             before = part(site, f"client.{name}")

@@ -194,6 +194,67 @@ def test_a_server_lives_through_kills_learns_of_sites_and_ends_with_nothing_left
     check_startable(server)  # its ports are free again
 
 
+QUICK = """
+import sys
+from pathlib import Path
+from common.logs import set_up_logs
+from server import operation
+from server.deployment import Deployment
+operation._SILENT = 6.0
+set_up_logs(sys.stderr, json=True)
+operation.operate(Deployment.load(Path(sys.argv[1])))
+"""
+"""`fedtide server up` that loses patience soon."""
+
+
+def test_what_stands_still_is_started_again_and_systemd_hears_that_all_is_well(
+    server: Deployment, tmp_path: Path
+) -> None:
+    log, notify = tmp_path / "up.log", tmp_path / "notify"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+        "NOTIFY_SOCKET": str(notify),
+    }
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, log.open("wb") as file:
+        manager.bind(str(notify))
+        manager.setblocking(False)
+        process = subprocess.Popen([sys.executable, "-c", QUICK, server.folder], env=environment, stderr=file)
+        try:
+            until(lambda: any("up: sites reach" in line for line in said(log)), log)
+            for program in ("superlink", "superexec"):
+                before = children(process.pid)[f"server.{program}"]
+                assert b"NOTIFY_SOCKET" not in Path(f"/proc/{before}/environ").read_bytes()
+                os.kill(before, signal.SIGSTOP)
+                until(lambda name=program: f"{name} is started again" in said(log), log)  # type: ignore[misc]
+                assert any(
+                    f"{program} ended with code -9 (killed, as it gave no" in line for line in said(log)
+                )
+                until(server.answers, log)
+            until(lambda: _told(manager), log)
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.5)
+            while _told(manager):
+                pass
+            time.sleep(2.0)
+            assert not _told(manager)  # so that systemd would end it
+            os.kill(process.pid, signal.SIGCONT)
+            until(lambda: _told(manager), log)
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _told(manager: socket.socket) -> bool:
+    try:
+        return manager.recv(100) == b"WATCHDOG=1"
+    except BlockingIOError:
+        return False
+
+
 def test_a_port_in_use_is_named_with_the_way_out(server: Deployment) -> None:
     for name, port in server.ports().items():
         with socket.create_server(("127.0.0.1", port)):

@@ -167,9 +167,13 @@ def test_systemd_takes_the_unit(tmp_path: Path, name: str) -> None:
     unit = server.units / "fedtide-server.service"
     text = unit.read_text()
     assert "Restart=always" in text
-    assert {"LimitNOFILE=65536", "MemoryMax=8G", "TasksMax=4096", "ProtectProc=invisible"} <= set(
-        text.splitlines()
-    )
+    assert {
+        "WatchdogSec=120",
+        "LimitNOFILE=65536",
+        "MemoryMax=8G",
+        "TasksMax=4096",
+        "ProtectProc=invisible",
+    } <= set(text.splitlines())
     verify = shutil.which("systemd-analyze")
     if verify is None:
         sections = [line for line in text.splitlines() if line.startswith("[")]
