@@ -76,9 +76,8 @@ def wait_for_sites(
                 )
             if time.monotonic() >= end:
                 raise RunError(
-                    f"{there} sites are connected after {plan.server.patience:g} s, but round {number} needs {wanted}: "
-                    "start more sites, and then this run again, which goes on; or begin one with a lower "
-                    "server.minimum_sites"
+                    f"of the {wanted} sites that round {number} needs, {there} came in {plan.server.patience:g} s: "
+                    "start more sites, and then this run again, which goes on; or begin one with a lower server.minimum_sites"
                 )
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE)

@@ -108,6 +108,7 @@ def light_node(address: str, authority: bytes, key: Any, end: threading.Event) -
 
 def serve_light_nodes(folder: Path, address: str, authority: Path) -> None:
     """The process of all light nodes, whose private keys lie in a folder; until its standard input ends."""
+    import flwr.client.grpc_rere_client.connection  # noqa: F401 (Flower's import by two threads at once may fail)
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
     end = threading.Event()

@@ -18,11 +18,11 @@ from typing import Any
 
 from rich.console import Console
 
-from simulations.faults import at_start, mid_run
+from simulations.faults import at_start, mid_run, rounds
 from simulations.faults.place import FaultError, Place, deployed
 from simulations.faults.rows import Row, judged
 
-FAULTS = {fault.name: fault for fault in (*at_start.FAULTS, *mid_run.FAULTS)}
+FAULTS = {fault.name: fault for fault in (*at_start.FAULTS, *mid_run.FAULTS, *rounds.FAULTS)}
 ATTACKER, MEMBER, COMEBACK = "attacker", "member", "comeback"
 SCENARIOS = (*FAULTS, COMEBACK, ATTACKER, MEMBER)
 
