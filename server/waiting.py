@@ -77,7 +77,8 @@ def wait_for_sites(
             if time.monotonic() >= end:
                 raise RunError(
                     f"of the {wanted} sites that round {number} needs, {there} came in {plan.server.patience:g} s: "
-                    "start more sites, and then this run again, which goes on; or begin one with a lower server.minimum_sites"
+                    "start more sites, and then this run again, which goes on; or begin one with a lower "
+                    "server.minimum_sites"
                 )
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE)

@@ -24,7 +24,7 @@ SITES = (*OTHERS, VICTIM)
 NETWORK = f"fedtide{os.getpid() % 10_000}"
 _HERE, _THERE = (f"10.199.{os.getpid() % 250}.{each}" for each in (1, 2))
 _PATIENCE = 480.0
-_DISK = "4m"
+_DISK = "32m"
 
 
 class FaultError(RuntimeError):
