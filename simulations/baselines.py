@@ -1,22 +1,27 @@
-"""What a private model is held against: popularity, content alone, and the same model without privacy.
+"""What a private model is held against: popularity, content alone, and the same recipe without privacy.
 
-All of this runs on the researcher's side of a simulation, on pooled public data, and is no part of a
-federation. Plain training lives here, so that a site's code has no switch that turns privacy off.
+All of this runs on the researcher's side of a simulation, on pooled events, and is no part of a federation.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from common.memory import memory_kept
+from common.config import Plan
 from common.models.interface import InterestModel
+from common.models.priors import Priors
 from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
 from simulations.quality import Quality
+from simulations.without_privacy import OpenTraining, best_exact_priors, train_without_privacy
+
+_JUDGES = 2000
+"""Weights of exact statistics are chosen by so many users at most."""
 
 
 def popularity_scorer(held_out: HeldOut, items: int) -> Scorer:
@@ -49,44 +54,62 @@ class Epoch:
     validation: Quality
 
 
-@memory_kept()
-def train_without_privacy(
+@dataclass(frozen=True)
+class OpenForm:
+    """The recipe without privacy, in the best form that was found.
+
+    Attributes:
+        model: with its exact statistics.
+        epochs: of its training, for a plot.
+        tried: how many settings of the statistics were looked at, on validation data.
+    """
+
+    model: InterestModel
+    epochs: tuple[Epoch, ...]
+    tried: int
+
+
+def without_privacy(
     start: InterestModel,
+    plan: Plan,
     held_out: HeldOut,
     items: int,
     *,
     epochs: int,
-    learning_rate: float = 3e-3,
-    batch_size: int = 64,
-    seed: int = 0,
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
-) -> InterestModel:
-    """The same model, on all users' pooled training events, with AdamW; the best epoch on validation is kept.
+    on_look: Callable[[], None] = lambda: None,
+) -> OpenForm:
+    """The same recipe on all users' pooled training events: exact statistics, then AdamW; both chosen on validation.
 
     Args:
         start: at its seeded start; left as it is.
         items: size of the catalog.
+        epochs: of training at most.
+        on_look: called after each look at validation data.
     """
-    model = copy.deepcopy(start)
-    training = held_out.training()
-    device = next(iter(model.buffers())).device
-    batch = model.prepare(held_out.batch(training, np.arange(len(training))).to(device))
-    optimiser = torch.optim.AdamW(model.trainable().values(), lr=learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    best, best_state = -float("inf"), model.trainable_state()
-    for _ in range(epochs):
-        model.train()
-        losses = []
-        for rows in torch.randperm(len(batch), generator=generator).split(batch_size):
-            optimiser.zero_grad()
-            loss = model.per_user_loss(batch.rows(rows.to(device))).mean()
-            loss.backward()
-            optimiser.step()
-            losses.append(float(loss.detach()))
-        found = evaluate(model_scorer(model, held_out.task), held_out, "validation", items)
-        quality = float(found.per_user.mean())
-        if quality > best:
-            best, best_state = quality, model.trainable_state()
-        on_epoch(Epoch(float(np.mean(losses)), found))
-    model.load_trainable(best_state)
-    return model
+    training, task = held_out.training(), held_out.task
+    few = held_out.some(_JUDGES)
+    tried, priors = 0, None
+    if plan.statistics.popularity_share:
+        trial = copy.deepcopy(start)
+
+        def worth(found: Priors) -> float:
+            trial.set_released(found)
+            quality = evaluate(model_scorer(trial, task), few, "validation", items)
+            on_look()
+            return float(quality.per_user.mean())
+
+        best = best_exact_priors(training, items, plan.statistics, worth)
+        tried, priors = best.tried, best.priors
+    seen: list[Epoch] = []
+
+    def score(model: InterestModel, loss: float) -> float:
+        quality = evaluate(model_scorer(model, task), held_out, "validation", items)
+        on_look()
+        if not math.isnan(loss):
+            seen.append(Epoch(loss, quality))
+        return float(quality.per_user.mean())
+
+    batch = held_out.batch(training, np.arange(len(training)))
+    settings = OpenTraining(epochs=epochs, patience=epochs)
+    model = train_without_privacy(start, batch, priors, settings, score, seed=0)
+    return OpenForm(model, tuple(seen), tried)

@@ -94,7 +94,7 @@ def simulate(
     sites: Annotated[Path | None, typer.Option(help="Keep sites, and their budgets, in this folder.")] = None,
     site_budget: Annotated[float | None, typer.Option(help="Epsilon cap of new sites' ledgers.")] = None,
     baseline_epochs: Annotated[
-        int, typer.Option(help="Of the same model without privacy; 0: leave out.")
+        int, typer.Option(help="Of the same recipe without privacy; 0: leave it out.")
     ] = 15,
     split: Annotated[
         str, typer.Option(help="leave-one-out, or temporal: train before a moment, foretell after it.")

@@ -25,6 +25,7 @@ from simulations.quality import Quality
 from simulations.report import (
     PROTECTION,
     cost_rows,
+    open_form,
     quality_header,
     quality_rows,
     researcher_side,
@@ -136,12 +137,14 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     console.print(table)
     for line in verdicts(outcome):
         console.print(line, highlight=False)
+    if words := open_form(outcome):
+        console.print(words, highlight=False)
     cost = Table(title="what it cost", show_header=False)
     for name, value in cost_rows(outcome):
         cost.add_row(name, value)
     console.print(cost)
     console.print(PROTECTION, highlight=False)
-    console.print(researcher_side(outcome), highlight=False)
+    console.print(researcher_side(outcome).replace("**", ""), highlight=False)
     for note in outcome.notes:
         console.print(f"Note: {note}", highlight=False)
     console.print(f"[bold]Everything is in {outcome.run.path}[/bold]", highlight=False, soft_wrap=True)

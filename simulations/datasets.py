@@ -53,6 +53,7 @@ class Dataset:
         catalog: public.
         users: one row a user, column "user" and traits such as "zip_code".
         licence: one line.
+        public: whether anybody can have the log.
         notes: what a reader of the results must know, one line each.
     """
 
@@ -61,6 +62,7 @@ class Dataset:
     catalog: Catalog
     users: pl.DataFrame
     licence: str
+    public: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -80,6 +82,7 @@ def load_movielens_100k(
         catalog=read_catalog(folder / "ml-100k.item"),
         users=users.rename({"user_id": "user"}).collect(),
         licence=MOVIELENS_100K.licence,
+        public=True,
         notes=(
             "About half of all consecutive events share a time: the order within these is arbitrary.",
             "A language model may know the film titles from its own, public training.",

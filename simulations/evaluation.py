@@ -1,4 +1,4 @@
-"""How good a recommender is, on the researcher's side: held-out events of a simulation's public data.
+"""How good a recommender is, on the researcher's side: held-out events of a simulation.
 
 Which events are held out is the split's (`simulations.splits`). Ranking is against the full catalog, seen items
 masked, ties at mid-rank. No site takes part, and nothing here is a release.
@@ -7,7 +7,7 @@ masked, ties at mid-rank. No site takes part, and nothing here is a release.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,13 @@ class HeldOut:
             vectors=None if vectors is None else vectors.numpy(),
             split=split or LeaveOneOut(),
         )
+
+    def some(self, users: int) -> HeldOut:
+        """The same for so many users at most, evenly chosen, as judges of what is tried often."""
+        if len(self.whole) <= users:
+            return self
+        rows = np.linspace(0, len(self.whole) - 1, users).astype(np.int64)
+        return replace(self, whole=self.whole.select(rows))
 
     def training(self) -> Histories:
         """What sites hold, all together."""

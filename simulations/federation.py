@@ -27,7 +27,7 @@ from server.app import NODES_EXPECTED, REGISTRY_FOLDER, RUN_FOLDER
 from server.privacy_record import privacy_record
 from server.registry import Registry
 from server.runs import RunError, RunFolder, append_line
-from simulations.baselines import Epoch, popularity_scorer, train_without_privacy
+from simulations.baselines import popularity_scorer, without_privacy
 from simulations.datasets import Dataset
 from simulations.engines import run_in_this_process, run_with_flower
 from simulations.evaluation import HeldOut, Scorer, evaluate, model_scorer
@@ -54,7 +54,7 @@ class SimulationOptions:
         sites: folder of sites that outlive the run; None for new ones inside the run.
         site_budget: epsilon cap of new sites' ledgers; None for the smallest that admits the plan.
         performance: how every site computes; None: new ones as by default, others as before.
-        baseline_epochs: of the same model without privacy; 0 for none.
+        baseline_epochs: of the same recipe without privacy; 0 for no such comparison.
         split: which events are held out: "leave-one-out" or "temporal".
         fold: (number from 1, folds): leave-one-out over users of one fold, who are at no site; None for all users.
         test: whether to look at the test split at the end.
@@ -153,9 +153,7 @@ def simulate(
     follower = _run_and_watch(run, plan, options, root, sites, built, held_out, watcher)
     watcher.on_phase("comparing with the baselines")
     items = len(dataset.catalog)
-    return _conclude(
-        run, plan, options, sites, registry, built, held_out, items, follower, began, dataset.notes
-    )
+    return _conclude(run, plan, options, sites, registry, built, held_out, items, follower, began, dataset)
 
 
 def _split(options: SimulationOptions, whole: Histories) -> Split:
@@ -215,7 +213,7 @@ def _conclude(
     items: int,
     follower: Follower,
     began: float,
-    notes: tuple[str, ...],
+    dataset: Dataset,
 ) -> Outcome:
     """Baselines, the one look at the test split, the privacy record, plots and summary; then the run is whole."""
     from simulations.plots import training_curves
@@ -232,13 +230,12 @@ def _conclude(
     judge(POPULARITY, popularity_scorer(held_out, items))
     load_checkpoint(model, run, plan, 0, items)
     judge(CONTENT, model_scorer(model, plan.model.task))
+    tried = 0
     if options.baseline_epochs:
-        epochs: list[Epoch] = []
-        open_model = train_without_privacy(
-            model, held_out, items, epochs=options.baseline_epochs, on_epoch=epochs.append
-        )
-        training_curves(run.path / "training-curves.png", epochs)
-        judge(OPEN, model_scorer(open_model, plan.model.task))
+        best = without_privacy(model, plan, held_out, items, epochs=options.baseline_epochs)
+        tried = best.tried
+        training_curves(run.path / "training-curves.png", best.epochs)
+        judge(OPEN, model_scorer(best.model, plan.model.task))
     baselines = dict(validation)
     load_checkpoint(model, run, plan, None, items)
     judge(FEDTIDE, model_scorer(model, plan.model.task))
@@ -252,12 +249,14 @@ def _conclude(
         baselines_validation=baselines,
         final_validation=validation,
         test=test,
+        open_settings=tried,
         split=held_out.split.words,
+        public=dataset.public,
         privacy=privacy,
         bytes_down=sum(record["bytes_down"] for record in records),
         bytes_up=sum(record["bytes_up"] for record in records),
         seconds=time.monotonic() - began,
-        notes=notes,
+        notes=dataset.notes,
     )
     append_line(
         run.path / "metrics.jsonl",

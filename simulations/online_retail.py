@@ -113,6 +113,7 @@ def load_online_retail(
         .sort("user", "time", "item")
     )
     return Dataset(
+        public=True,
         name=ONLINE_RETAIL.name,
         log=purchases,
         catalog=catalog,

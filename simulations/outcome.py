@@ -26,7 +26,9 @@ class Outcome:
         validation, epsilons: quality and PLD epsilon after each exchange, from the start.
         final_validation: name -> quality at the end.
         test: name -> quality, looked at once, at the end; empty where it was not looked at.
+        open_settings: how many settings of its statistics the recipe without privacy was the best of; 0 for none.
         split: which events were held out, in words.
+        public: whether the data are, so that exact figures of them tell nothing new.
         privacy: events and epsilons of every site.
     """
 
@@ -38,7 +40,9 @@ class Outcome:
     baselines_validation: dict[str, Quality]
     final_validation: dict[str, Quality]
     test: dict[str, Quality]
+    open_settings: int
     split: str
+    public: bool
     privacy: PrivacyRecord
     bytes_down: int
     bytes_up: int

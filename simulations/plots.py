@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def privacy_utility(
     _save(figure, path)
 
 
-def training_curves(path: Path, epochs: list[Epoch]) -> None:
+def training_curves(path: Path, epochs: Sequence[Epoch]) -> None:
     """The model without privacy, epoch by epoch: loss on training events, and the validation metric."""
     figure, axes = _figure("Training without privacy", "epoch", "training loss")
     places = range(1, len(epochs) + 1)

@@ -11,7 +11,7 @@ from common.privacy.odds import percent
 from server.privacy_record import PrivacyRecord
 from server.runs import write_whole
 from simulations import plots
-from simulations.outcome import FEDTIDE, Outcome
+from simulations.outcome import FEDTIDE, OPEN, Outcome
 
 SIGNIFICANT_Z = 1.96
 
@@ -154,11 +154,33 @@ _LOOKED_AT = {
 
 
 def researcher_side(outcome: Outcome) -> str:
-    """How quality is measured, in words."""
+    """How quality is measured, in words; of one's own log, also what its figures tell."""
+    how = f"({outcome.split}; full catalog, seen items masked, ties at mid-rank)"
+    if outcome.public:
+        return (
+            f"Quality is measured on the researcher's side, on held-out events of public data {how}. In a deployment "
+            "nobody outside a site has these events."
+        )
     return (
-        "Quality is measured on the researcher's side, on held-out events of public data "
-        f"({outcome.split}; full catalog, seen items masked, ties at mid-rank). In a deployment nobody outside a "
-        "site has these events."
+        f"Quality is measured on held-out events of the log that was given {how}. **These figures are exact, so they "
+        "are private**: they are computed from its users' events without noise, and no epsilon covers them. Whoever "
+        "sees several of them, of runs that differ by a user, can learn of that user: keep them where the log is. To "
+        "publish quality, have sites release it under their budgets (`metrics.share` in the plan)."
+    )
+
+
+def open_form(outcome: Outcome) -> str:
+    """What the row without privacy is, in words; empty where there is none."""
+    if OPEN not in outcome.results:
+        return ""
+    statistics = (
+        f"its statistics exact, with the best of {outcome.open_settings} weights, "
+        if outcome.open_settings
+        else ""
+    )
+    return (
+        f"No privacy: the same recipe over all users' pooled events, {statistics}then trained without noise; weights "
+        "and epoch chosen on validation. The private one is the mean over its last rounds, chosen by nothing."
     )
 
 
@@ -181,8 +203,7 @@ def summary(outcome: Outcome) -> str:
         f"## Quality: {results_title(outcome)}",
         _table(quality_header(outcome), quality_rows(outcome)),
         "\n".join(f"- {line}" for line in verdicts(outcome)),
-        "No privacy: the same model, trained on all users' pooled events, its best epoch chosen on validation; the "
-        "private one is the mean over its last rounds, chosen by nothing.",
+        *filter(None, [open_form(outcome)]),
         "![quality by round](quality-by-round.png)",
         "## Privacy",
         PROTECTION,

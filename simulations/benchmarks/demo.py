@@ -55,7 +55,7 @@ def inside(arguments: list[str], runs: Path) -> Spent:
 
     timed(client.site, "train_round", PRIVATE)
     timed(client.site, "release_statistics", STATISTICS)
-    timed(simulations.federation, "train_without_privacy", OPEN)
+    timed(simulations.federation, "without_privacy", OPEN)
     simulate_app(arguments, standalone_mode=False)
     (run,) = (path for path in runs.iterdir() if path.is_dir())
     records = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]

@@ -25,7 +25,7 @@ from common.models.build import BuiltModel, build_model, item_texts
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
 from simulations.datasets import Dataset, load_movielens_100k
-from simulations.grid.learning import OpenTraining, batch_of, exact_statistics, learn, learn_without_privacy
+from simulations.grid.learning import batch_of, learn, learn_without_privacy
 from simulations.grid.protocols import (
     LAST_INVOICE,
     LEAVE_ONE_OUT,
@@ -40,6 +40,7 @@ from simulations.grid.sequential import SequentialSettings, train_sequential
 from simulations.online_retail import load_online_retail
 from simulations.partition import divide
 from simulations.sites import histories_of_sites, whole_histories
+from simulations.without_privacy import OpenTraining, exact_statistics
 
 FAMILIES = ("recommend", "dual", "lstm-vae", "classifier", "ensemble", "lstm-lm")
 PRIVATE = ("20", "8", "2")
@@ -48,6 +49,8 @@ CENTRAL, TEN = "central", "ten sites"
 SEQUENTIAL_MODELS = ("gru4rec", "sasrec")
 BASELINES = ("popularity", "content only", "item transitions", *SEQUENTIAL_MODELS)
 STATISTICS, WHOLE, PRETRAINED, ALONE = "statistics alone", "all phases", "with pre-training", "DP-SGD alone"
+DEMO = "as make demo"
+"""All phases, by as many steps as `fedtide simulate` takes where nothing is said."""
 DELTA = 1e-5
 
 
@@ -124,6 +127,8 @@ def cells(bench: Bench, seeds: int) -> Iterator[Cell]:
         for layout in (TEN, CENTRAL):
             for epsilon in ("8", "2", "20"):
                 yield Cell(bench, "recommend", layout, epsilon, STATISTICS, seed)
+        if bench == BENCHES[0]:
+            yield Cell(bench, "recommend", TEN, "8", DEMO, seed)
         for family in FAMILIES:
             if family != "lstm-lm":
                 yield from _of_family(bench, family, seed)
@@ -188,6 +193,8 @@ def plan_of(bench: Bench, family: str, layout: str, epsilon: str, recipe: str) -
         },
         "server": {"expected_sites": 10 if layout == TEN else 1},
     }
+    if recipe == DEMO:
+        del values["training"], values["model"]["negatives"]
     if recipe == STATISTICS:
         values["statistics"] = {"popularity_share": 0.22, "transition_share": 0.78}
     elif not alone:

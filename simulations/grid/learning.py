@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.statistics import popularity_sum, release_statistics, transition_sum
+from client.statistics import release_statistics
 from client.training import StepSettings, train_round
 from common.config import Plan
 from common.events.histories import Histories
 from common.models.batches import HistoryBatch
 from common.models.build import BuiltModel
 from common.models.interface import InterestModel
-from common.models.priors import Priors, make_priors
-from common.phases import Phase, StatisticsPlan
+from common.models.priors import make_priors
+from common.phases import Phase
 from common.precision import broadcast, decoded, encoded
 from common.privacy.noise import GaussianNoise, SecureGaussian, SecurePoissonSampler, UserSampler
 from common.sums import POPULARITY, SITES, TRANSITIONS
@@ -32,6 +31,12 @@ from common.wire import Request, State
 from server.aggregation import mean
 from server.pretraining import pretrain
 from server.progress import average_of_rounds, stepped
+from simulations.without_privacy import (
+    OpenTraining,
+    exact_statistics,
+    popularity_alone,
+    train_without_privacy,
+)
 
 Watch = Callable[[str, InterestModel], None]
 """Called with the name of a phase and the model after it."""
@@ -82,7 +87,7 @@ def learn(
     if not plan.training.rounds:
         return model
     if open and released:
-        model.set_released(_popularity_alone(priors))
+        model.set_released(popularity_alone(priors))
     settings, batches = StepSettings.of(plan), [batch_of(site, plan.model.max_events) for site in sites]
     state = model.trainable_state()
     history: list[State] = []
@@ -147,35 +152,6 @@ def _released(sites: Sequence[Histories], plan: Plan, items: int, noise: Gaussia
     return released
 
 
-def exact_statistics(training: Histories, items: int, plan: StatisticsPlan) -> dict[str, Tensor]:
-    """The sums without noise, over all users: no privacy at all."""
-    popularity = popularity_sum(training, items, plan.max_events).float()
-    top = torch.arange(items)
-    pairs = transition_sum(training, top, items, plan.max_events, symmetric=plan.symmetric, gaps=plan.gaps)
-    one = torch.ones(1)
-    return {
-        POPULARITY: popularity,
-        POPULARITY + SITES: one,
-        TRANSITIONS: pairs.float(),
-        TRANSITIONS + SITES: one,
-    }
-
-
-@dataclass(frozen=True)
-class OpenTraining:
-    """Settings of training without privacy.
-
-    Attributes:
-        epochs: at most; the best one by `score` is kept, the start included.
-        patience: epochs without a better one before the end.
-    """
-
-    epochs: int = 30
-    learning_rate: float = 3e-3
-    batch_size: int = 64
-    patience: int = 4
-
-
 def learn_without_privacy(
     built: BuiltModel,
     training: Histories,
@@ -185,7 +161,7 @@ def learn_without_privacy(
     seed: int,
 ) -> InterestModel:
     """The same model with exact statistics, trained by AdamW; the epoch with the best `score` is kept."""
-    model, items = copy.deepcopy(built.model), len(built.vectors)
+    items = len(built.vectors)
     priors = None
     if plan.statistics.popularity_share:
         statistics = plan.statistics.model_copy(
@@ -196,33 +172,5 @@ def learn_without_privacy(
             }
         )
         priors = make_priors(exact_statistics(training, items, statistics), statistics, items)
-    model.set_released(priors)
     batch = batch_of(training, plan.model.max_events)
-    best, best_state, waited = score(model), model.trainable_state(), 0
-    if settings.epochs:
-        known = None if priors is None else _popularity_alone(priors)
-        optimiser = torch.optim.AdamW(model.trainable().values(), lr=settings.learning_rate, weight_decay=0.0)
-        generator = torch.Generator().manual_seed(seed)
-        prepared = model.prepare(batch)
-        for _ in range(settings.epochs):
-            model.train()
-            model.set_released(known)
-            for rows in torch.randperm(len(prepared), generator=generator).split(settings.batch_size):
-                optimiser.zero_grad()
-                model.per_user_loss(prepared.rows(rows)).mean().backward()
-                optimiser.step()
-            model.eval()
-            model.set_released(priors)
-            found = score(model)
-            waited = 0 if found > best else waited + 1
-            if found > best:
-                best, best_state = found, model.trainable_state()
-            elif waited >= settings.patience:
-                break
-    model.load_trainable(best_state)
-    return model
-
-
-def _popularity_alone(priors: Priors) -> Priors:
-    """For training beside exact counts: a user's own pairs are in them, and would foretell what is trained on."""
-    return replace(priors, lift=priors.lift[:0, :0], top=priors.top[:0])
+    return train_without_privacy(built.model, batch, priors, settings, lambda model, _: score(model), seed)

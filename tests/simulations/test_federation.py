@@ -67,7 +67,7 @@ def test_a_finished_run_holds_plan_model_metrics_privacy_plots_and_summary(inlin
     assert "Site-level DP" in summary
     assert "from this run, against everyone outside" in summary
     assert "epsilon over all runs of a site's ledger (this run alone)" in summary
-    assert "researcher's side" in summary
+    assert "they are private" in summary
     assert len((folder / "receipts.jsonl").read_text().splitlines()) == 2 * SITES
     assert RunFolder.finished(folder).model_state().keys() == inline.run.round_state(0).keys()
 

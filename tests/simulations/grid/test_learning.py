@@ -15,9 +15,10 @@ from common.assets import language_model
 from common.config import Plan, Precision, WirePlan
 from common.events.histories import Histories
 from common.models.build import BuiltModel, build_model, item_texts
-from simulations.grid.learning import OpenTraining, learn, learn_without_privacy
+from simulations.grid.learning import learn, learn_without_privacy
 from simulations.grid.sequential import SequentialSettings, train_sequential
 from simulations.outcome import Outcome
+from simulations.without_privacy import OpenTraining
 from tests.tiny import own_cache, tiny_dataset, tiny_run
 
 PLAN = {
