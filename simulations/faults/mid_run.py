@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from simulations.faults.rows import Fault, Shown, ended_well, found, wait_for
 _ROUND = 2
 """The first of training: what breaks, breaks in its steps."""
 
-_CUT_SECONDS, _DOWN_SECONDS = 60.0, 10.0
+_CUT_SECONDS, _DOWN_SECONDS, _LOCKED_SECONDS = 60.0, 10.0, 40.0
 
 
 def _in_training(place: Place, name: str, rounds: int = 3, **server: object) -> tuple[Running, Mark]:
@@ -126,6 +127,21 @@ def server_app_killed(place: Place) -> Shown:
     return Shown("serverapp-killed", before, [f"`server run`: {said}" if said else ""], SITES)
 
 
+def database_locked(place: Place) -> Shown:
+    """Another program on the server's machine holds SuperLink's database while a round is trained in."""
+    from server.deployment import Deployment
+
+    run, before = _in_training(place, "locked")
+    held = sqlite3.connect(Deployment.load(place.server).database, isolation_level=None, timeout=30)
+    try:
+        held.execute("BEGIN IMMEDIATE")
+        time.sleep(_LOCKED_SECONDS)
+    finally:
+        held.close()
+    ended_well(place, run)
+    return Shown("locked", before, [], SITES)
+
+
 def network_cut(place: Place) -> Shown:
     """The victim's cable is out for a minute."""
     if not place.own_network:
@@ -218,6 +234,7 @@ FAULTS = (
     Fault("server", "`server up` killed (-9) in a round, started again 10 s later", server_killed),
     Fault("restored", "the server's machine lost in a round, put back from a hot copy", server_restored),
     Fault("serverapp", "ServerApp killed (-9) in a round, run again", server_app_killed),
+    Fault("locked", "SuperLink's database held by another program for 40 s", database_locked),
     Fault("network", "network between a site and the server cut for a minute", network_cut),
     Fault("slow", "a site's worker stopped past the deadline, then woken", slow_site),
     Fault("disk", "a site's disk full for two rounds", disk_full),
