@@ -32,6 +32,7 @@ from common.events.deidentify import load_secret, new_secret
 from common.events.histories import Histories
 from common.events.readers import scan_log
 from common.invitation import Invitation
+from common.privacy.accountants import check_promise
 from common.privacy.enrolment import enrolment_to_bytes
 from common.privacy.mechanisms import Event
 
@@ -104,6 +105,7 @@ def make_site(
     folder = folder.expanduser().resolve()
     if users_at_least < 1:
         raise SiteError(f"users_at_least is {users_at_least}, but must be at least 1")
+    check_promise(epsilon, delta)
     if delta * users_at_least >= 1:
         raise SiteError(
             f"delta is {delta:g}, but must be far below 1/users_at_least = {1 / users_at_least:g}: "

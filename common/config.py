@@ -69,6 +69,13 @@ class PrivacyPlan(_Frozen):
     witness_places: Annotated[int, Field(ge=0, le=4096)] = 256
 
     @model_validator(mode="after")
+    def _within_reach(self) -> PrivacyPlan:
+        from common.privacy.accountants import check_promise
+
+        check_promise(self.epsilon, self.delta)
+        return self
+
+    @model_validator(mode="after")
     def _delta_for_users(self) -> PrivacyPlan:
         if self.delta * self.users_per_site >= 1:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from common.privacy.mechanisms import SMALLEST_NOISE_MULTIPLIER, Event, GaussianSum
+from common.privacy.mechanisms import SMALLEST_NOISE_MULTIPLIER, Event
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -131,13 +131,9 @@ def noise_of_share(whole: float, share: float) -> float:
 
 def noise_of_promise(epsilon: float, delta: float) -> float:
     """The noise multiplier of one Gaussian sum that takes the whole promise, by the published accountant."""
-    from common.privacy.accountants import epsilon_pld
-    from common.privacy.calibration import NOISE_STEP, calibrate_gaussian
+    from common.privacy.calibration import calibrate_sum
 
-    noise = calibrate_gaussian(epsilon, delta)  # by the closed form; the PLD is a bound, slightly above
-    while epsilon_pld([GaussianSum(noise)], delta) > epsilon:
-        noise = round(noise + NOISE_STEP, 3)
-    return noise
+    return calibrate_sum(epsilon, delta)
 
 
 def items_for_noise(users: int, deviation: float, *, symmetric: bool, witness_places: int = 0) -> int:

@@ -46,6 +46,12 @@ class Federation:
         for name in ("users_per_site", "sites", "items", "events_per_user", "coordinates"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        from common.privacy.accountants import check_promise
+
+        try:
+            check_promise(self.epsilon, self.delta)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         if self.rounds is not None and self.rounds < 0:
             raise PlanError(f"rounds is {self.rounds}, but must be at least 0")
 

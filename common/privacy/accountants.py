@@ -34,6 +34,9 @@ FINE_DISCRETISATION = 1e-4
 
 _FINEST_DISCRETISATION = 1e-6
 
+_MOST_POINTS = 1e6
+"""Of one step's distribution: with more, as of rare users and little noise, a figure takes many seconds."""
+
 LARGEST_EPSILON = 500.0
 """The largest target that is taken; from about twice this on, `epsilon_pld` says inf."""
 
@@ -91,6 +94,28 @@ def accounting_work(events: Sequence[Event]) -> int:
     """How many different mechanisms must be composed: sums without sampling are one, and equal ones are one."""
     groups = _groups(events)
     return sum(rate < 1 for rate, _, _ in groups) + any(rate == 1 for rate, _, _ in groups)
+
+
+SMALLEST_EPSILON, SMALLEST_DELTA = 1e-3, 1e-12
+"""The smallest promise that is made: below it the accountants' own steps, and floating point, weigh more than noise."""
+
+
+def check_promise(epsilon: float, delta: float) -> None:
+    """Refuses a promise that the accountants cannot vouch for.
+
+    Raises:
+        ValueError: says which number, its bound, and what to choose.
+    """
+    if epsilon < SMALLEST_EPSILON:
+        raise ValueError(
+            f"epsilon is {epsilon:g}, but the accountants vouch for no less than {SMALLEST_EPSILON:g}: promise more, "
+            "such as 1"
+        )
+    if delta < SMALLEST_DELTA:
+        raise ValueError(
+            f"delta is {delta:g}, but the accountants vouch for no less than {SMALLEST_DELTA:g}: choose one below "
+            "1 / users, such as 1e-6"
+        )
 
 
 def check_delta(delta: float) -> None:
@@ -152,10 +177,20 @@ def _interval(groups: tuple[Group, ...]) -> float:
         steps * rate**2 * math.expm1(min(1 / noise**2, 50.0)) for rate, noise, steps in sampled
     )
     typical = math.sqrt(variance / sum(steps for _, _, steps in sampled)) if sampled else 1.0
+    widest = max((_widest_loss(rate, noise) for rate, noise, _ in sampled), default=0.0)
     interval = DISCRETISATION
-    while interval > typical and interval > 1.01 * _FINEST_DISCRETISATION:
+    while (
+        interval > typical
+        and interval > 1.01 * _FINEST_DISCRETISATION
+        and widest / _finer(interval) < _MOST_POINTS
+    ):
         interval = _finer(interval)
     return interval
+
+
+def _widest_loss(rate: float, noise: float) -> float:
+    """About the largest privacy loss of one step that its distribution counts: ten standard deviations out."""
+    return math.log1p(rate * math.expm1(min(10 / noise + 0.5 / noise**2, 700.0)))
 
 
 def _finer(interval: float) -> float:

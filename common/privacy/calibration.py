@@ -15,7 +15,7 @@ from common.privacy.accountants import (
     gaussian_delta,
     quick_bound,
 )
-from common.privacy.mechanisms import SMALLEST_NOISE_MULTIPLIER, Event, PoissonSubsampledGaussian
+from common.privacy.mechanisms import SMALLEST_NOISE_MULTIPLIER, Event, GaussianSum, PoissonSubsampledGaussian
 
 NOISE_STEP = 1e-3
 """Calibrated noise multipliers are rounded up to a multiple of this, so that equal events group."""
@@ -96,6 +96,23 @@ def calibrate_gaussian(epsilon: float, delta: float) -> float:
     return _noise(high)
 
 
+def calibrate_sum(epsilon: float, delta: float) -> float:
+    """The noise multiplier of one Gaussian sum that takes the whole promise, by the published accountant.
+
+    Returns:
+        The noise multiplier, a multiple of NOISE_STEP: that of the closed form, or the next that the PLD, a bound
+        slightly above it, lets pass.
+
+    Raises:
+        ValueError: as `calibrate_gaussian`.
+    """
+    start = round(calibrate_gaussian(epsilon, delta) / NOISE_STEP)
+    enough = _smallest_noise(lambda noise: epsilon_pld([GaussianSum(noise)], delta), epsilon, start=start)
+    if enough is None:
+        raise ValueError(f"epsilon {epsilon:g} at delta {delta:g} is out of reach of any noise: raise either")
+    return max(_noise(start), enough)
+
+
 def _check_epsilon(epsilon: float) -> None:
     if not 0 < epsilon <= LARGEST_EPSILON:
         raise ValueError(
@@ -150,6 +167,8 @@ def _smallest_noise(cost: Callable[[float], float], epsilon: float, *, start: in
         guess = _between(low, high, costs[low], costs[high], epsilon)
         low, high = (low, guess) if fits(guess) else (guess, high)
         other_side = guess - stride if guess == high else guess + stride
+        if not low < other_side < high:  # where cost is a staircase, guesses would creep along one step of it
+            other_side = (low + high) // 2
         if low < other_side < high:
             low, high = (low, other_side) if fits(other_side) else (other_side, high)
         stride *= 2

@@ -24,6 +24,7 @@ from common.events.histories import Histories
 from common.models.build import BuiltModel, build_model, item_texts
 from common.models.interface import InterestModel
 from common.models.priors import make_priors
+from common.planning import DEFAULT_SECTIONS
 from simulations.datasets import Dataset, load_movielens_100k
 from simulations.grid.learning import batch_of, learn, learn_without_privacy
 from simulations.grid.protocols import (
@@ -194,7 +195,8 @@ def plan_of(bench: Bench, family: str, layout: str, epsilon: str, recipe: str) -
         "server": {"expected_sites": 10 if layout == TEN else 1},
     }
     if recipe == DEMO:
-        del values["training"], values["model"]["negatives"]
+        values["training"] = DEFAULT_SECTIONS["training"]
+        del values["model"]["negatives"]
     if recipe == STATISTICS:
         values["statistics"] = {"popularity_share": 0.22, "transition_share": 0.78}
     elif not alone:

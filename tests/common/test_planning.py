@@ -99,5 +99,5 @@ def test_the_command_writes_a_plan_and_says_what_to_expect(tmp_path: Path) -> No
     "wrong", [{"users_per_site": 0}, {"sites": 0}, {"rounds": -1}, {"epsilon": -1.0}, {"delta": 0.5}]
 )
 def test_numbers_that_make_no_sense_are_refused_in_words(wrong: dict[str, float]) -> None:
-    with pytest.raises((PlanError, ValueError), match=r"but must|greater than|delta is"):
+    with pytest.raises((PlanError, ValueError), match=r"but must|greater than|delta is|vouch for no less"):
         propose(replace(TEN, **wrong))  # type: ignore[arg-type]
