@@ -181,9 +181,9 @@ def init(
         if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
             raise UserError(str(error)) from error
         if type(error).__name__ == "ValidationError":  # of the policy that was asked for
-            from client.policy import fault_lines
+            from client.policy import Limits, fault_lines
 
-            raise UserError(fault_lines(error)) from error  # type: ignore[arg-type]
+            raise UserError(fault_lines(error, Limits, "a policy")) from error  # type: ignore[arg-type]
         raise
     site = made.site
     runs, whole = _runs_admitted(site.ledger_folder, events)

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.high_water import HighWater
 from client.ledger_errors import (
+    RESTORE,
     BudgetRefusedError,
     LedgerDamagedError,
     LedgerExistsError,
@@ -200,7 +201,10 @@ class Ledger(LedgerWriter):
             if path.exists():
                 check_private(path)
             elif path.name != MARK:
-                raise LedgerMissingError(f"there is no ledger in {folder}: `fedtide site init` makes one")
+                what = "it is not there" if path == folder else f"{path.name} is not there"
+                raise LedgerMissingError(f"there is no ledger in {folder}: {what}: {RESTORE}")
+            if path.name in cls.FILES and path.name != MARK and not path.stat().st_size:
+                raise LedgerDamagedError(f"{path} is empty, and was not: {RESTORE}")
         key, connection = load_key(folder / KEY), connect(folder / DATABASE)
         try:
             ledger = cls(folder, connection, key, today)
@@ -213,9 +217,7 @@ class Ledger(LedgerWriter):
             if isinstance(error, sqlite3.Error):
                 if is_disk_fault(error):
                     raise disk_error(folder) from error
-                raise LedgerDamagedError(
-                    "the database cannot be read: restore it, never remake it"
-                ) from error
+                raise LedgerDamagedError(f"{folder / DATABASE} cannot be read: {RESTORE}") from error
             raise
         return ledger
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+RESTORE = (
+    "put the newest copy of the site's folder back (docs/site.md, Backup); a new ledger for the same users would be a "
+    "new budget, which breaks what they were promised"
+)
+"""The one way out where a ledger is lost."""
+
 
 class LedgerError(Exception):
     """The ledger cannot do what was asked. `reason` is the machine name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from client.ledger_errors import LedgerDamagedError, LedgerDiskError, LedgerVersionError
+from client.ledger_errors import RESTORE, LedgerDamagedError, LedgerDiskError, LedgerVersionError
 from client.private_files import write_private
 from common.privacy.entries import Entry
 
@@ -71,7 +71,7 @@ def _connect(database: Path) -> sqlite3.Connection:
         connection.close()
         if is_disk_fault(error):
             raise disk_error(database.parent) from error
-        raise LedgerDamagedError(f"{database.name} is no database: restore it, never remake it") from error
+        raise LedgerDamagedError(f"{database} is no database: {RESTORE}") from error
     return connection
 
 
@@ -112,6 +112,8 @@ def connect(database: Path) -> sqlite3.Connection:
         raise
     if version not in (VERSION, UNMARKED):
         connection.close()
+        if not version:
+            raise LedgerDamagedError(f"{database} is a database without a ledger: {RESTORE}")
         raise LedgerVersionError(f"the ledger is of version {version}; this program knows {VERSION} only")
     return connection
 

@@ -19,6 +19,7 @@ from common.privacy.mechanisms import (
     MOST_STEPS,
     SMALLEST_NOISE_MULTIPLIER,
 )
+from common.unknown_keys import unknown_key
 
 POLICY = "policy.toml"
 
@@ -182,7 +183,7 @@ def read_policy(path: Path) -> Policy:
     try:
         return Policy.model_validate(values)
     except ValidationError as error:
-        raise PolicyError(f"the policy {path} is wrong: {fault_lines(error)}") from error
+        raise PolicyError(f"the policy {path} is wrong: {fault_lines(error, Policy, 'a policy')}") from error
 
 
 def performance_of(**given: Any) -> Performance:
@@ -194,14 +195,18 @@ def performance_of(**given: Any) -> Performance:
     try:
         return Performance.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        raise PolicyError(fault_lines(error)) from error
+        raise PolicyError(fault_lines(error, Performance, "[performance]")) from error
 
 
-def fault_lines(error: ValidationError) -> str:
+def fault_lines(error: ValidationError, schema: type[BaseModel], what: str) -> str:
+    """A line for each fault of what was read by a schema."""
     lines = []
     for fault in error.errors():
         place = ".".join(str(part) for part in fault["loc"])
         said = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            lines.append(unknown_key(schema, place, what))
+            continue
         given = fault["input"]
         shown = f" (given: {given!r})" if isinstance(given, str | int | float | None) else ""
         lines.append(f"{place}: {said[0].lower()}{said[1:]}{shown}")

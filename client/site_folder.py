@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from client.ledger_errors import RESTORE
 from client.policy import POLICY, Limits, Performance, Policy, policy_text, read_policy
 
 SECRET = "secret"
@@ -15,6 +16,17 @@ SECRET = "secret"
 
 class SiteError(ValueError):
     """A site's folder is not in order; the message says what is wrong and what to do."""
+
+
+def _no_site(folder: Path) -> str:
+    """Why there is no site to read; where one was, a new one is no way out."""
+    if not folder.exists():
+        return f"{folder} is not there: give the folder of a site"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return f"{folder} holds nothing: give the folder of a site"
+    if (folder / "ledger").exists() or (folder / "site.json").exists():
+        return f"{folder / 'site.json'} is lost or damaged: {RESTORE}"
+    return f"{folder} is no site's folder: give one that `fedtide site init` made"
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,7 @@ class Site:
             fields = json.loads((folder / "site.json").read_text(encoding="utf-8"))
             name, catalog = str(fields["name"]), Path(os.path.normpath(folder / str(fields["catalog"])))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise SiteError(
-                f"{folder} holds no site that can be read: make one with `fedtide site init`"
-            ) from error
+            raise SiteError(_no_site(folder)) from error
         policy = read_policy(folder / POLICY)
         return cls(
             folder=folder,

@@ -34,6 +34,7 @@ from common.privacy.mechanisms import (
     GaussianSum,
     PoissonSubsampledGaussian,
 )
+from common.unknown_keys import unknown_key
 
 Precision = Literal["float32", "bfloat16", "int8"]
 """How the numbers of an update travel (`common/precision.py`)."""
@@ -440,6 +441,9 @@ def make_plan(values: dict[str, Any]) -> Plan:
             said = fault["msg"].removeprefix("Value error, ")
             if place in _SITES_OWN:
                 lines.append(f"{place}: {_SITES_OWN_SAID}")
+                continue
+            if fault["type"] == "extra_forbidden":
+                lines.append(unknown_key(Plan, place, "a plan"))
                 continue
             given = fault["input"]
             shown = f" (given: {given!r})" if isinstance(given, str | int | float | None) else ""

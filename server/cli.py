@@ -42,9 +42,11 @@ def init(
 ) -> None:
     """Make a server: an authority and a certificate, secrets, a registry, systemd unit and compose file."""
     from server.deployment import Deployment
+    from server.hosts import checked_host
     from server.invitations import write_invitation
     from server.setup import make_server
 
+    host = checked_host(host)
     server = Deployment(folder.expanduser().resolve(), host, port, control_port, metrics_port)
     make_server(server)
     digest = write_invitation(server).digest
@@ -123,10 +125,12 @@ def renew(
     off.
     """
     from common.cli import UserError
+    from server.hosts import checked_host
     from server.renewal import begin_authority, drop_authority, renew_certificate, switch_authority
 
     if sum((host is not None, authority, switch, drop)) > 1:
         raise UserError("--host, --authority, --switch and --drop are steps of their own: give one of them")
+    host = None if host is None else checked_host(host)
     server = _load(folder)
     if authority and not begin_authority(server):
         _say_authority(server)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from server.app import REGISTRY_FOLDER, RUN_FOLDER
 from server.registry import Registry
 from server.runs import RunError, RunFolder
 from simulations.sites import SimulatedSite, place_sites
+
+_LONGEST_PLACE = 20
 
 
 def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite]) -> None:
@@ -59,13 +62,15 @@ def run_with_flower(run: RunFolder, environment: dict[str, str], nodes: int, cpu
         "--cpus",
         str(cpus),
     ]
-    with (run.path / "engine.log").open("wb") as log:
+    with (run.path / "engine.log").open("wb") as log, _short_folder() as short:
+        own = {**os.environ, **environment, "RAY_TMPDIR": short, "TMPDIR": short}
+        own.pop("RAY_ADDRESS", None)  # another's cluster, which has not this run's folders
         engine = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env=own,
             start_new_session=True,
         )
         try:
@@ -79,6 +84,24 @@ def run_with_flower(run: RunFolder, environment: dict[str, str], nodes: int, cpu
         ours = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
         reason = ours[-1] if ours else f"Flower's engine ended with code {code}"
         raise RunError(f"{reason}; the run is kept as incomplete in {run.path}, with engine.log")
+
+
+@contextlib.contextmanager
+def _short_folder() -> Iterator[str]:
+    """A new folder for Ray's sockets and logs, whose name leaves room in the 107 bytes that a socket's may have.
+
+    Raises:
+        RunError: there is no place for one.
+    """
+    for place in (tempfile.gettempdir(), "/tmp", "/dev/shm", "/var/tmp"):
+        if len(os.fsencode(place)) <= _LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
+            with tempfile.TemporaryDirectory(prefix="ft-", dir=place, ignore_cleanup_errors=True) as folder:
+                yield folder
+            return
+    raise RunError(
+        f"Ray needs a folder for its sockets whose name has at most {_LONGEST_PLACE} bytes, and neither TMPDIR, /tmp, "
+        "/dev/shm nor /var/tmp can be written: set TMPDIR to a short one, or use --engine inline"
+    )
 
 
 def _end_group(engine: subprocess.Popen[bytes]) -> None:

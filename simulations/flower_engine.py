@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import threading
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,24 @@ def main() -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:  # Ray's and Flower's own, of many types
+        traceback.print_exc()
+        _end_at_once(f"Flower's engine cannot run: {_last_line(error)}")
     return 0
+
+
+def _last_line(error: BaseException) -> str:
+    """The last line of what an error comes from: Flower says no more than that there was one."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _end_at_once(said: str) -> None:
+    """Ends the process; the ServerApp's thread, which waits for nodes that never come, does not hold it."""
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _server_with_places() -> ServerApp:

@@ -107,7 +107,7 @@ def test_an_edited_database_is_found_out(ledger: Ledger, folder: Path, statement
 def test_a_file_that_is_no_database_is_refused(ledger: Ledger, folder: Path) -> None:
     ledger.disconnect()
     (folder / "ledger.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(LedgerDamagedError, match="restore"):
+    with pytest.raises(LedgerDamagedError, match="put the newest copy"):
         Ledger.open(folder)
 
 

@@ -237,7 +237,12 @@ def test_the_file_comes_back_as_the_policy_that_it_was_made_of(tmp_path: Path) -
         (lambda text: text.replace("= 15", "= 0"), "users_at_least"),
         (lambda text: text.replace("rounds = 4", "rounds = -4"), r"rounds: .*greater than or equal to 1"),
         (lambda text: "bundles = ['abc']\n" + text.replace("bundles = []", ""), "'abc' is no sha256"),
-        (lambda text: "weight = 3\n" + text, "weight: extra inputs are not permitted"),
+        (lambda text: "weight = 3\n" + text, "weight: a policy has no such key; it has bundles"),
+        (lambda text: "round = 3\n" + text, r"round: a policy has no such key; did you mean rounds\?"),
+        (
+            lambda text: text.replace("[performance]", "[performance]\nthread = 2"),
+            r"performance\.thread: \[performance\] of a policy has no such key; did you mean performance\.threads\?",
+        ),
         (lambda text: text.replace('"dual"', '"duel"'), "family 'duel' is unknown"),
         (lambda text: text + "=", "cannot be read"),
         (lambda text: text.replace('"gru"', '"gro"'), "cores: 'gro' is unknown: choose among lstm"),

@@ -114,7 +114,7 @@ def simulate_says(
         (["--delta", "0.2"], ["delta is 0.2", "1/users_per_site"]),
         (["--family", "oracle"], ["family 'oracle' is unknown", "recommend"]),
         (["--set", "model.core=abacus"], ["core 'abacus' is unknown", "lstm"]),
-        (["--set", "model.colour=red"], ["model.colour", "not permitted"]),
+        (["--set", "model.colour=red"], ["model.colour", "[model] of a plan has no such key"]),
         (["--set", "nonsense"], ["--set 'nonsense'", "section.name=value"]),
         (["--sampling-rate", "1.5"], ["privacy.sampling_rate", "less than or equal to 1"]),
         (["--engine", "steam"], ["engine 'steam'", "inline"]),

@@ -68,8 +68,23 @@ def test_a_bad_value_is_one_line_with_name_value_and_bound(
     [
         ({"model": {"family": "oracle"}}, "'oracle' is unknown: choose one of recommend"),
         ({"model": {"core": "abacus"}}, "'abacus' is unknown: choose one of lstm"),
-        ({"privacy": {"unheard": 1}}, r"privacy\.unheard: extra inputs are not permitted \(given: 1\)"),
-        ({"unheard": 1}, "unheard: extra inputs"),
+        (
+            {"privacy": {"unheard": 1}},
+            r"privacy\.unheard: \[privacy\] of a plan has no such key; it has epsilon, delta",
+        ),
+        ({"unheard": 1}, "unheard: a plan has no such key; it has name, catalog"),
+        (
+            {"privacy": {"epsilno": 1}},
+            r"\[privacy\] of a plan has no such key; did you mean privacy\.epsilon\?",
+        ),
+        ({"privcay": {"epsilon": 1}}, r"privcay: a plan has no such key; did you mean privacy\?"),
+        ({"epsilon": 1}, r"epsilon: a plan has no such key; did you mean privacy\.epsilon\?"),
+        ({"model": {"hiden_width": 1}}, r"did you mean model\.hidden_width\?"),
+        ({"training": {"round": 1}}, r"did you mean training\.rounds\?"),
+        ({"statistics": {"popularity_shares": 0.1}}, r"did you mean statistics\.popularity_share\?"),
+        ({"server": {"deadline": 1}}, r"server\.deadline: \[server\] of a plan has no such key"),
+        ({"wire": {"precisoin": "int8"}}, r"did you mean wire\.precision\?"),
+        ({"metrics": {"clip_norm": 1}}, r"metrics\.clip_norm: .* did you mean privacy\.clip_norm\?"),
         ({"name": "Not A Name"}, r"name: .*pattern.*given: 'Not A Name'"),
         ({"name": "../up"}, "name: .*pattern"),
         ({"privacy": 3}, "privacy: "),
@@ -266,7 +281,7 @@ def test_the_plan_that_a_run_recorded_earlier_is_read_without_it(
     found = read_recorded_plan(tmp_path / "plan.json")
     assert found == make_plan({"model": {"mode": found.model.mode}})
     (tmp_path / "plan.json").write_text(json.dumps(values | {"odd": 1}))
-    with pytest.raises(PlanError, match="odd: extra inputs"):
+    with pytest.raises(PlanError, match="odd: a plan has no such key"):
         read_recorded_plan(tmp_path / "plan.json")
 
 

@@ -125,9 +125,9 @@ def test_a_missing_key_is_named(server: Deployment) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--host", "no name"], "is no name and no address"),
-        (["--host", "host:9092"], "without a port"),
-        (["--host", "-x-.org"], "is no name"),
+        (["--host", "no name"], "is no host's name"),
+        (["--host", "host:9092"], "has a port: give that as --port"),
+        (["--host", "-x-.org"], "is no host's name"),
         (["--host", "h", "--port", "0"], "fleet port is 0"),
         (["--host", "h", "--port", "70000"], "must be from 1 to 65535"),
         (["--host", "h", "--port", "9093"], "each port must be another one"),
