@@ -18,6 +18,7 @@ from common.events.schema import LogError
 _NAME = re.compile(r"[^\W\d][^@\x00-\x1f\ufffd]{0,63}\Z")
 _DIGITS_AT_MOST = 0.4  # of a name's letters, or two
 _SHOWN_AT_MOST = 40
+_PLACE = re.compile(r"(?:0|[1-9]\d{0,3})\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Found:
         asked: what is read, for messages.
         may_lack_names: whether the names are a first line that may be a row in truth.
         hint: what is odd of the file, with the way out, where columns are missing.
+        by_place: whether the names are places.
     """
 
     shown: str
@@ -37,6 +39,7 @@ class Found:
     asked: Asked
     may_lack_names: bool = False
     hint: str = ""
+    by_place: bool = False
 
 
 def looks_like_a_name(text: str) -> bool:
@@ -48,7 +51,7 @@ def looks_like_a_name(text: str) -> bool:
 
 def are_places(columns: Mapping[str, str] | None) -> bool:
     """Whether all of the columns that a person names are places, from 1 on."""
-    return bool(columns) and all(name.isascii() and name.isdigit() for name in (columns or {}).values())
+    return bool(columns) and all(_PLACE.match(name) for name in (columns or {}).values())
 
 
 def pick_columns(
@@ -102,6 +105,11 @@ def _missing(found: Found, what: str, required: Sequence[str], way_out: str) -> 
         return _no_names(found, required)
     if found.hint:
         return LogError(f"{found.shown} {what}: {found.hint}")
+    if found.by_place:
+        return LogError(
+            f"{found.shown} {what}: read by places, it has {len(found.names)} columns, which "
+            f"{found.asked.option('columns')} counts from 1"
+        )
     shown = [name for name in found.names if name and looks_like_a_name(name)]
     there = ", ".join(shown[:_SHOWN_AT_MOST]) or "none that looks like a name"
     if len(shown) < len(found.names) or len(shown) > _SHOWN_AT_MOST:

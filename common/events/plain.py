@@ -42,6 +42,7 @@ _PACKED: tuple[tuple[bytes, str], ...] = (
     (b"\xfd7zXZ\x00", "xz"),
     (b"\x28\xb5\x2f\xfd", "zstandard"),
     (b"PK\x03\x04", "zip"),
+    (b"PK\x05\x06", "zip"),
 )
 _HIGH = re.compile(rb"[\x80-\xff]+")
 _OTHER: tuple[tuple[bytes, str, str], ...] = (
@@ -167,14 +168,14 @@ def _encoding_by_letters(plain: Plain, part: Part, asked: Asked) -> str:
             continue
         text = decoder.decode(block)
         pending = bool(decoder.getstate()[0])
-        lost = text.count("\ufffd")
-        right += len(text) - len(text.encode("ascii", "ignore")) - lost
-        if lost and lost > block.count("\ufffd".encode()):
-            wrong += lost
+        lost, marked = text.count("\ufffd"), block.count("\ufffd".encode())
+        right += len(text) - len(text.encode("ascii", "ignore")) - max(0, lost - marked)
+        if lost > marked:
+            wrong += lost - marked
             found = _HIGH.findall(block)
             runs, long_runs = runs + len(found), long_runs + sum(len(run) > 3 for run in found)
     wrong += len(decoder.decode(b"", True))
-    if not wrong or right > wrong:
+    if right >= wrong:
         return "utf-8"
     if long_runs > runs / 10:  # a language of Windows-1252 has one or two such letters in a row
         raise LogError(
@@ -226,7 +227,9 @@ def _unpacked(part: Part, work: Path | None) -> Plain:
             f"{part.path} is cut off, or holds another encoding than UTF-8: unpack it with zstd -d, and give the file"
         ) from error
     except OSError as error:
-        raise LogError(f"{part.path} cannot be read: {error.strerror or 'it is damaged'}") from error
+        if error.strerror is None:
+            raise LogError(f"{part.path} is cut off or damaged: fetch or write it again") from error
+        raise LogError(f"{part.path} cannot be read: {error.strerror}") from error
 
 
 def _stream(open_: Callable[[Path], io.BufferedIOBase]) -> Callable[[Path], Iterator[bytes]]:

@@ -148,6 +148,7 @@ def _section(
         names,
         asked,
         may_lack_names=named,
+        by_place=not named,
         hint=_hint(first, asked, layout) if format in ("csv", "tsv") else "",
     )
     inner = [f"{place}" for place in range(len(names))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import polars as pl
@@ -44,7 +44,7 @@ class Section:
         if not keys:
             return self
         names = [*self.found.names, *keys]
-        found = Found(self.found.shown, names, self.found.asked, self.found.may_lack_names, self.found.hint)
+        found = replace(self.found, names=names)
 
         def scan(asked_for: Sequence[str], optional: Collection[str] = ()) -> pl.LazyFrame:
             own = [name for name in asked_for if name not in keys]
