@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from client.upkeep_cli import app as upkeep
+from common import columns as reading
 
 if TYPE_CHECKING:
     from common.invitation import Invitation
@@ -30,18 +31,6 @@ app.add_typer(upkeep)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _mapping(text: str | None, option: str) -> dict[str, str]:
-    from common.cli import UserError
-
-    found = {}
-    for each in text.split(",") if text else ():
-        field, equals, column = each.partition("=")
-        if not equals or not column:
-            raise UserError(f"{option} {each!r} must read field=column, such as user=CustomerID,item=Sku")
-        found[field.strip()] = column.strip()
-    return found
 
 
 def _folders(given: list[str] | None) -> dict[str, str]:
@@ -108,11 +97,16 @@ def init(
         Path | None, typer.Option(help="A run's plan that the budget is to serve best; else the default's.")
     ] = None,
     name: Annotated[str, typer.Option(help="For this site's own logs; else the folder's name.")] = "",
-    format: Annotated[
-        str, typer.Option(help="Of the log: auto, csv, tsv, parquet, jsonl, movielens or recbole.")
-    ] = "auto",
-    columns: Annotated[str | None, typer.Option(help="Of the log: user=...,item=...,time=...")] = None,
-    catalog_columns: Annotated[str | None, typer.Option(help="Of the catalog: item=...,text=...")] = None,
+    format: reading.LogFormat = "auto",
+    columns: reading.LogColumns = None,
+    separator: reading.LogSeparator = None,
+    quotes: reading.LogQuotes = "auto",
+    encoding: reading.LogEncoding = "auto",
+    catalog_format: reading.CatalogFormat = "auto",
+    catalog_columns: reading.CatalogColumns = None,
+    catalog_separator: reading.CatalogSeparator = None,
+    catalog_quotes: reading.CatalogQuotes = "auto",
+    catalog_encoding: reading.CatalogEncoding = "auto",
     family: Annotated[
         list[str] | None, typer.Option(help="A model family that may be trained here; may be repeated.")
     ] = None,
@@ -145,8 +139,9 @@ def init(
     from rich.console import Console
 
     from client.long_work import long_work
-    from client.making import ENROLMENT, Sources, make_site
+    from client.making import ENROLMENT, make_site
     from client.policy import POLICY, performance_of
+    from client.sources import Sources
     from common.cli import UserError
     from common.events.cleaning import CleaningPolicy
     from common.privacy.enrolment import fingerprint, node_fingerprint
@@ -159,8 +154,11 @@ def init(
                     logs,
                     catalog,
                     format,
-                    _mapping(columns, "--columns"),
-                    _mapping(catalog_columns, "--catalog-columns"),
+                    reading.column_mapping(columns, "--columns"),
+                    reading.text_layout(separator, quotes, encoding),
+                    catalog_format,
+                    reading.column_mapping(catalog_columns, "--catalog-columns"),
+                    reading.text_layout(catalog_separator, catalog_quotes, catalog_encoding, "catalog-"),
                 ),
                 epsilon=epsilon,
                 delta=delta,
@@ -193,6 +191,7 @@ def init(
             "key_id": made.key_id,
             "enrolment": str(site.folder / ENROLMENT),
             "typical_runs_admitted": runs,
+            "notes": list(made.notes),
             "node_key": made.node_key,
             "invitation_sha256": None if invited is None else invited.digest,
         }
@@ -201,6 +200,8 @@ def init(
     console = Console()
     console.print(made.report.table())
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    for note in made.notes:
+        say(f"Note: {note}.")
     say(f"Site {site.name} is made in {site.folder}")
     say(f"Key fingerprint: {fingerprint(made.key_id)}")
     if made.node_key is not None:

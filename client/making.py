@@ -24,6 +24,7 @@ from client.ledger import Ledger
 from client.policy import Limits, Performance
 from client.private_files import FOLDER_MODE, sync_folder
 from client.site_folder import SECRET, Site, SiteError
+from client.sources import Sources
 from client.units import UNITS, write_units
 from common.assets import DEFAULT_LANGUAGE_MODEL
 from common.events.catalog import read_catalog
@@ -41,30 +42,18 @@ _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where a site's data come from.
+class MadeSite:
+    """A new site, and what its administrator is to see. The report is for the site's eyes only.
 
     Attributes:
-        logs, catalog: files, as for `read_log` and `read_catalog`.
-        format: of the log; the catalog's goes by its name.
-        columns, catalog_columns: field -> column name, where names are not known ones.
+        notes: what is to be said of the files that were read, a line each.
     """
-
-    logs: Path
-    catalog: Path
-    format: str = "auto"
-    columns: Mapping[str, str] | None = None
-    catalog_columns: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class MadeSite:
-    """A new site, and what its administrator is to see. The report is for the site's eyes only."""
 
     site: Site
     key_id: str
     report: CleaningReport
     node_key: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def make_site(
@@ -122,8 +111,16 @@ def make_site(
             write_connection(partial, invitation)
             node_key = new_node_key(partial)
         secret = new_secret(partial / SECRET)
-        catalog = read_catalog(sources.catalog, columns=sources.catalog_columns)
-        log = scan_log(sources.logs, sources.format, sources.columns)
+        notes: list[str] = []
+        catalog = read_catalog(
+            sources.catalog,
+            sources.catalog_format,
+            sources.catalog_columns,
+            sources.catalog_layout,
+            say=notes.append,
+        )
+        log = scan_log(sources.logs, sources.format, sources.columns, sources.layout, partial)
+        notes += log.notes
         histories, report = clean_to(
             partial / "histories", log, catalog, policy or CleaningPolicy(), secret, progress
         )
@@ -133,6 +130,7 @@ def make_site(
                 "promise fewer, as sums are divided by that public number"
             )
         catalog.save(partial / CATALOG)
+        sources.save(partial)
         site = Site(
             folder=partial,
             name=name or folder.name,
@@ -166,7 +164,7 @@ def make_site(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return MadeSite(replace(site, folder=folder), key_id, report, node_key)
+    return MadeSite(replace(site, folder=folder), key_id, report, node_key, tuple(notes))
 
 
 def connect_site(folder: Path, invitation: Invitation | None = None) -> tuple[str, bool]:

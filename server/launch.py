@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.bundle import REGISTRY_DIR, RUN_DIR, bundle_data
 from common.config import Plan, make_plan, read_plan
@@ -23,6 +23,9 @@ from server.nodes import FlowerRun, flower_runs
 from server.privacy_record import privacy_record
 from server.registry import RegistryReader
 from server.runs import INCOMPLETE, RunError, RunFolder, write_whole
+
+if TYPE_CHECKING:
+    from common.events.catalog import CatalogFile
 
 PRIVACY = "privacy.json"
 
@@ -168,24 +171,26 @@ def discard(server: Deployment, name: str) -> Path:
 def begin_run(
     server: Deployment,
     plan: Plan,
-    catalog_file: Path | None,
-    columns: dict[str, str] | None,
+    catalog_file: CatalogFile | None,
     *,
     offline: bool,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RunFolder:
     """A new run's folder, with the model's seeded start.
+
+    Args:
+        say: told what is to be known of the catalog's file.
 
     Raises:
         LaunchError: no catalog is given.
         PlanError, LogError, AssetError, LanguageModelError, RunError: what was given is wrong.
     """
     from common.assets import home, language_model
-    from common.events.catalog import read_catalog
     from common.models.build import build_model, item_texts
 
     if catalog_file is None:
         raise LaunchError("a new run needs --catalog: the public catalog that the sites have, too")
-    catalog = read_catalog(catalog_file, columns=columns)
+    catalog = catalog_file.read(say)
     plan = prepare_plan(server, plan.for_catalog(catalog.digest()))
     built = build_model(
         plan.model,
@@ -336,18 +341,19 @@ def _whole(run: RunFolder) -> RunFolder:
 def launch(
     server: Deployment,
     plan_file: Path | None,
-    catalog_file: Path | None,
+    catalog_file: CatalogFile | None,
     watcher: Watcher,
     *,
     resume: str | None = None,
     name: str | None = None,
-    columns: dict[str, str] | None = None,
     offline: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RunFolder:
     """Begins a run or goes on with one, and follows it to its end.
 
     Args:
         name: of the plan, in place of its own.
+        say: told what is to be known of the catalog's file.
 
     Raises:
         DoesNotFitError: it could not be finished with the budgets that sites have left; nothing was begun or asked.
@@ -363,7 +369,7 @@ def launch(
         assert plan is not None
         _check_fits(fit_of_plan(prepare_plan(server, plan), plan, RegistryReader(server.registry)), watcher)
         watcher.on_phase("building the model's start")
-        run = begin_run(server, plan, catalog_file, columns, offline=offline)
+        run = begin_run(server, plan, catalog_file, offline=offline, say=say)
     elif (ending := run.ending()) is not None and ending["status"] == "completed":
         return conclude(server, run, "finished")
     elif not (run.path / "rounds" / "00000.safetensors").is_file():

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from common.columns import CatalogColumns, CatalogEncoding, CatalogFormat, CatalogQuotes, CatalogSeparator
+
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -50,7 +52,11 @@ def run(
     catalog: Annotated[
         Path | None, typer.Option(help="The public catalog, the same as the sites have; for a new run.")
     ] = None,
-    catalog_columns: Annotated[str | None, typer.Option(help="Of the catalog: item=...,text=...")] = None,
+    catalog_format: CatalogFormat = "auto",
+    catalog_columns: CatalogColumns = None,
+    catalog_separator: CatalogSeparator = None,
+    catalog_quotes: CatalogQuotes = "auto",
+    catalog_encoding: CatalogEncoding = "auto",
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this unfinished run.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the plan, in place of the one that it has.")] = None,
     stop: Annotated[
@@ -67,7 +73,8 @@ def run(
     """
     from rich.console import Console
 
-    from common.columns import column_mapping
+    from common.columns import column_mapping, text_layout
+    from common.events.catalog import CatalogFile
     from server.deployment import Deployment
     from server.launch import DoesNotFitError, LaunchError, find_run, launch, named
     from server.launch import stop as stop_run
@@ -86,16 +93,23 @@ def run(
         return
     console = Console(stderr=as_json)
     try:
-        columns = column_mapping(catalog_columns, "--catalog-columns")
+        source = None
+        if catalog is not None:
+            source = CatalogFile(
+                catalog,
+                catalog_format,
+                column_mapping(catalog_columns, "--catalog-columns"),
+                text_layout(catalog_separator, catalog_quotes, catalog_encoding, "catalog-"),
+            )
         done = launch(
             server,
             plan,
-            catalog,
+            source,
             ConsoleWatcher(console),
             resume=resume,
             name=name,
-            columns=columns,
             offline=offline,
+            say=lambda note: console.print(f"Note: {note}.", markup=False, highlight=False),
         )
     except DoesNotFitError as error:
         if as_json:

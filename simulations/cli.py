@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from common import columns as reading
+
 if TYPE_CHECKING:
     from simulations.outcome import Outcome
 
@@ -57,10 +59,16 @@ def simulate(
     data_path: Annotated[Path | None, typer.Option(help="Where the data set lies, read in place.")] = None,
     log: Annotated[Path | None, typer.Option(help="Your own behaviour log, in place of --dataset.")] = None,
     catalog: Annotated[Path | None, typer.Option(help="The public catalog of your log's items.")] = None,
-    format: Annotated[
-        str, typer.Option(help="auto, csv, tsv, parquet, jsonl, movielens or recbole.")
-    ] = "auto",
-    columns: Annotated[str | None, typer.Option(help="Your names: user=...,item=...,time=...")] = None,
+    format: reading.LogFormat = "auto",
+    columns: reading.LogColumns = None,
+    separator: reading.LogSeparator = None,
+    quotes: reading.LogQuotes = "auto",
+    encoding: reading.LogEncoding = "auto",
+    catalog_format: reading.CatalogFormat = "auto",
+    catalog_columns: reading.CatalogColumns = None,
+    catalog_separator: reading.CatalogSeparator = None,
+    catalog_quotes: reading.CatalogQuotes = "auto",
+    catalog_encoding: reading.CatalogEncoding = "auto",
     engine: Annotated[str, typer.Option(help="flower (Ray), or inline: one process.")] = "flower",
     name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
     epsilon: Annotated[
@@ -120,6 +128,7 @@ def simulate(
     from client.policy import performance_of
     from common.cli import UserError
     from common.config import make_plan, read_plan
+    from common.events.catalog import CatalogFile
 
     values: dict[str, Any] = read_plan(plan_file).model_dump() if plan_file else {}
     given = {
@@ -147,14 +156,15 @@ def simulate(
         _put(values, place, _parsed(text))
     if plan_file is None:
         _fill_in_statistics(values)
-    mapping = {}
-    for each in columns.split(",") if columns else ():
-        field, equals, column = each.partition("=")
-        if not equals or not column:
-            raise UserError(
-                f"--columns {each!r} must read field=column, such as --columns user=CustomerID,item=Sku"
-            )
-        mapping[field.strip()] = column.strip()
+    mapping = reading.column_mapping(columns, "--columns")
+    source = None
+    if catalog is not None:
+        source = CatalogFile(
+            catalog,
+            catalog_format,
+            reading.column_mapping(catalog_columns, "--catalog-columns"),
+            reading.text_layout(catalog_separator, catalog_quotes, catalog_encoding, "catalog-"),
+        )
     if engine not in ("flower", "inline"):
         raise UserError(
             f"--engine {engine!r} is unknown: choose flower or inline; what sites take their steps by is --dp-engine"
@@ -194,7 +204,8 @@ def simulate(
 
     console = Console(stderr=as_json)
     if log is not None:
-        data = load_own(log, catalog, format, mapping)
+        layout = reading.text_layout(separator, quotes, encoding)
+        data = load_own(log, None, format, mapping, layout=layout, catalog=source)
     else:
         load = load_movielens_100k if dataset == "movielens-100k" else load_online_retail
         data = load(data_path, offline=offline, say=lambda text: console.print(text, highlight=False))

@@ -7,18 +7,20 @@ its own part of the log only, and de-identifies it first of all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
 from common.assets import Asset, AssetFile, Say, fetch
 from common.events.catalog import KNOWN_COLUMNS as CATALOG_COLUMNS
-from common.events.catalog import Catalog, make_catalog, read_catalog
+from common.events.catalog import Catalog, CatalogFile, make_catalog, read_catalog
+from common.events.fields import are_places, check_type, pick_columns
+from common.events.layout import CATALOG, LOG, Layout
+from common.events.parts import format_of
 from common.events.readers import KNOWN_COLUMNS as LOG_COLUMNS
-from common.events.readers import format_of, read_log, scan_table
-from common.events.schema import LogError, id_expression, pick_columns
+from common.events.readers import keep, open_table, read_log, scan_log
+from common.events.schema import LogError, id_expression
 
 MOVIELENS_100K = Asset(
     name="movielens-100k",
@@ -75,12 +77,12 @@ def load_movielens_100k(
         AssetError: it cannot be fetched.
     """
     folder = fetch(MOVIELENS_100K, source=source, offline=offline, say=say)
-    users, _ = scan_table(folder / "ml-100k.user")
+    users = open_table(folder / "ml-100k.user", "auto", None, Layout(), LOG, LOG_COLUMNS).sections[0]
     return Dataset(
         name=MOVIELENS_100K.name,
         log=read_log(folder / "ml-100k.inter"),
         catalog=read_catalog(folder / "ml-100k.item"),
-        users=users.rename({"user_id": "user"}).collect(),
+        users=users.scan(users.found.names).rename({"user_id": "user"}).collect(),
         licence=MOVIELENS_100K.licence,
         public=True,
         notes=(
@@ -95,6 +97,9 @@ def load_own(
     catalog_path: Path | None = None,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
+    *,
+    layout: Layout | None = None,
+    catalog: CatalogFile | None = None,
 ) -> Dataset:
     """One's own log, with its public catalog; without one, the log's item list is declared public.
 
@@ -104,6 +109,8 @@ def load_own(
         format: of the log; the catalog's goes by its name, or is the same where the name says none.
         columns: user, item, time, kind, value name columns of the log; catalog_item, text, categories name
             columns of the catalog (of the log, where there is no catalog). Known names need none.
+        layout: of the log's text.
+        catalog: what is said of the catalog's file by options of its own; in place of `catalog_path`.
 
     Raises:
         LogError: a file or column is missing, empty or unreadable.
@@ -118,56 +125,67 @@ def load_own(
             "categories"
         )
     log_path = Path(log_path).expanduser()
-    log = read_log(log_path, format, of_log)
-    notes: tuple[str, ...] = ()
-    if catalog_path is not None:
-        catalog_path = Path(catalog_path).expanduser()
-        catalog = _own_catalog(catalog_path, format, columns, of_catalog)
+    scanned = scan_log(log_path, format, of_log, layout)
+    keep(scanned)
+    log, notes = scanned.tidied(), [f"{note}." for note in scanned.notes]
+    if catalog is None and catalog_path is not None:
+        catalog = CatalogFile(Path(catalog_path).expanduser())
+    if catalog is not None:
+        items = _own_catalog(catalog, format, columns, of_catalog).read(lambda note: notes.append(f"{note}."))
     else:
-        catalog = _catalog_of_log(log_path, format, of_log, of_catalog)
-        notes = (
+        items = _catalog_of_log(log_path, format, of_log, of_catalog, layout or Layout())
+        notes.append(
             "No catalog was given: this simulation declares the log's own item list public, which a "
-            "deployment must not do (an item that one user alone touched would tell of that user).",
+            "deployment must not do (an item that one user alone touched would tell of that user)."
         )
     return Dataset(
         name=log_path.name.partition(".")[0],
         log=log,
-        catalog=catalog,
+        catalog=items,
         users=log.select("user").drop_nulls().unique().sort("user").collect(engine="streaming"),
         licence="the owner's",
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
 def _own_catalog(
-    path: Path, format: str, columns: Mapping[str, str], of_catalog: Mapping[str, str]
-) -> Catalog:
-    with suppress(LogError):  # where the catalog's name says nothing, the log's format it is
-        format = format_of(path)
-    mapped = dict(of_catalog)
-    if "catalog_item" in columns:
+    catalog: CatalogFile, format: str, columns: Mapping[str, str], of_catalog: Mapping[str, str]
+) -> CatalogFile:
+    """The catalog's file, with what the log's own options say of it where none of its own do."""
+    if catalog.format == "auto" and catalog.path.is_file() and catalog.layout.separator is None:
+        # Where the catalog's name says nothing, the log's format it is.
+        catalog = replace(
+            catalog, format=format_of(catalog.path, CATALOG, None if format == "auto" else format)
+        )
+    mapped = {**of_catalog, **(catalog.columns or {})}
+    if "item" not in mapped and "catalog_item" in columns:
         mapped["item"] = columns["catalog_item"]
-    elif "item" in columns and format in ("csv", "tsv", "parquet", "jsonl"):
-        names = scan_table(path, format)[0].collect_schema().names()
-        if columns["item"] in names:  # the log's name for items is the catalog's too
+    elif "item" in columns and "item" not in mapped and not are_places({**columns, **mapped}):
+        table = open_table(catalog.path, catalog.format, mapped, catalog.layout, CATALOG, CATALOG_COLUMNS)
+        if columns["item"] in table.sections[0].found.names:  # the log's name for items is the catalog's too
             mapped["item"] = columns["item"]
-    return read_catalog(path, format, mapped)
+    return replace(catalog, columns=mapped)
 
 
 def _catalog_of_log(
-    path: Path, format: str, of_log: Mapping[str, str], of_catalog: Mapping[str, str]
+    path: Path, format: str, of_log: Mapping[str, str], of_catalog: Mapping[str, str], layout: Layout
 ) -> Catalog:
-    table, _ = scan_table(path, format)
-    schema = table.collect_schema()
+    table = open_table(path, format, of_log, layout, LOG, LOG_COLUMNS)
     mapped = {field: name for field, name in of_log.items() if field == "item"} | dict(of_catalog)
     known = {"item": LOG_COLUMNS["item"], "text": CATALOG_COLUMNS["text"], "categories": ()}
-    picked = pick_columns(schema.names(), mapped, known, ("item",), f"log {path.name}")
-    item = id_expression(picked["item"], schema[picked["item"]])
-    # An item's text is one of those that its events give: the last in the alphabet, whoever's it is.
-    text = pl.col(picked["text"]).cast(pl.String) if "text" in picked else item
-    categories = pl.col(picked["categories"]).cast(pl.String) if "categories" in picked else pl.lit("")
+    frames = []
+    for section in table.sections:
+        picked = pick_columns(section.found, mapped, known, ("item",))
+        for field, name in picked.items():
+            check_type(section.found, field, name, section.types.get(name, pl.String()))
+        item = id_expression(picked["item"], section.types.get(picked["item"], pl.String()))
+        # An item's text is one of those that its events give: the last in the alphabet, whoever's it is.
+        text = pl.col(picked["text"]).cast(pl.String) if "text" in picked else item
+        categories = pl.col(picked["categories"]).cast(pl.String) if "categories" in picked else pl.lit("")
+        scanned = section.scan(list(dict.fromkeys(picked.values())))
+        frames.append(scanned.select(item=item, text=text, categories=categories))
     items = (
-        table.select(item=item, text=text, categories=categories)
+        pl.concat(frames)
         .filter(pl.col("item").is_not_null())
         .group_by("item")
         .agg(pl.col("text").max(), pl.col("categories").max())

@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import polars as pl
 
-from common.events.readers import format_of, scan_table
-from common.events.schema import LogError, id_expression, pick_columns
+from common.events.fields import check_type, pick_columns
+from common.events.layout import CATALOG, Layout
+from common.events.parts import Part
+from common.events.plain import plain_text
+from common.events.readers import open_table
+from common.events.schema import LogError, id_expression
+from common.events.table import Section
 
 KNOWN_COLUMNS = {
     "item": ("item", "item_id", "itemid", "movieid", "movie_id", "id"),
@@ -134,67 +139,133 @@ def make_catalog(rows: Iterable[tuple[str, str, tuple[str, ...]]]) -> Catalog:
     )
 
 
-def read_catalog(path: str | Path, format: str = "auto", columns: Mapping[str, str] | None = None) -> Catalog:
+def read_catalog(
+    path: str | Path,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Catalog:
     """A catalog from CSV, TSV, Parquet, JSON lines, MovieLens (movies.csv, movies.dat, u.item) or RecBole.
 
-    Categories are a list, or text split at "|" (RecBole: at blanks). MovieLens texts are titles with their
-    year; RecBole's have it added where the file has a release year.
+    Categories are a list, or text split at "|" (RecBole: at blanks). A text that is a list is its parts, with
+    blanks between. MovieLens texts are titles with their year; RecBole's have it added where the file has a release
+    year.
 
     Args:
-        path: one file.
-        format: as for `readers.read_log`; "auto" goes by the file's name.
-        columns: field (item, text, categories) -> column name; known names need none.
+        path: a file, or a folder of parts, as for `readers.read_log`.
+        format, layout: as for `readers.read_log`; "auto" goes by the file's name.
+        columns: field (item, text, categories) -> column name, or place where there are no names; known names
+            need none.
+        say: told what is to be known of the file: its encoding, texts that were damaged before.
 
     Raises:
         LogError: the file is missing, empty, of unknown format, or lacks a column; a `CatalogError` when an
             item has no id, or stands twice.
     """
-    path = Path(path).expanduser()
-    if path.is_file() and format in ("auto", "movielens"):
-        found = format_of(path) if format == "auto" else format
-        if found == "movielens" and not path.name.endswith((".csv", ".csv.gz")):
-            return make_catalog(_movielens_rows(path))
-    table, found = scan_table(path, format)
-    try:
-        schema = table.collect_schema()
-        picked = pick_columns(
-            schema.names(), columns, KNOWN_COLUMNS, ("item", "text"), f"catalog {path.name}"
+    path, layout = Path(path).expanduser(), layout or Layout()
+    if _is_u_item(path, format, columns, layout):
+        rows, notes = _rows_of_u_item(path, layout)
+    else:
+        rows, notes = [], []
+        table = open_table(path, format, columns, layout, CATALOG, KNOWN_COLUMNS)
+        for section in table.sections:
+            rows += _rows(section, table.format, columns)
+        notes += table.notes
+    for note in notes:
+        say(note)
+    catalog = make_catalog(rows)
+    damaged = sum("\ufffd" in text for text in catalog.texts)
+    if damaged:
+        say(
+            f"{damaged:,} of {len(catalog):,} texts of catalog {path.name} have characters that were lost before "
+            "(U+FFFD): find a catalog in which they are whole, as the language model reads them"
         )
-        ids = id_expression(picked["item"], schema[picked["item"]]).fill_null("")
-        text = pl.col(picked["text"]).cast(pl.String).fill_null("").str.strip_chars()
-        if found == "recbole" and "release_year" in schema:
-            year = pl.col("release_year")
-            text = pl.when(year.str.contains(r"^\d{4}$")).then(text + " (" + year + ")").otherwise(text)
-        rows = table.select(item=ids, text=text, categories=_categories(picked, schema, found)).collect()
-    except pl.exceptions.PolarsError as error:
-        raise CatalogError(f"catalog {path} cannot be read as {found}: check the file") from error
-    return make_catalog(
+    return catalog
+
+
+@dataclass(frozen=True)
+class CatalogFile:
+    """A catalog's file, and what a person says of it: the arguments of `read_catalog`."""
+
+    path: Path
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None
+    layout: Layout = field(default_factory=Layout)
+
+    def read(self, say: Callable[[str], None] = lambda _: None) -> Catalog:
+        """The catalog. Raises as `read_catalog` does."""
+        return read_catalog(self.path, self.format, self.columns, self.layout, say=say)
+
+
+def _rows(
+    section: Section, format: str, columns: Mapping[str, str] | None
+) -> list[tuple[str, str, tuple[str, ...]]]:
+    picked = pick_columns(section.found, columns, KNOWN_COLUMNS, ("item", "text"))
+    types = dict(section.types)
+    for what, name in list(picked.items()):
+        listed = what != "item" and isinstance(types[name], pl.List)
+        if listed and not getattr(types[name], "inner", pl.String()).is_nested():
+            continue
+        if what == "categories" and what not in (columns or {}) and types[name].is_nested():
+            del picked[what]  # nobody asked for it
+        else:
+            check_type(section.found, what, name, types[name])
+    asked_for = [*dict.fromkeys(picked.values())]
+    year = "release_year" if format == "recbole" and "release_year" in types else None
+    frame = section.scan([*asked_for, *([year] if year else [])], ())
+    text = pl.col(picked["text"])
+    text = (
+        text.cast(pl.List(pl.String)).list.join(" ") if isinstance(types[picked["text"]], pl.List) else text
+    )
+    text = text.cast(pl.String).fill_null("").str.strip_chars()
+    if year:
+        known = pl.col(year).str.contains(r"^\d{4}$")
+        text = pl.when(known).then(text + " (" + pl.col(year) + ")").otherwise(text)
+    try:
+        rows = frame.select(
+            item=id_expression(picked["item"], types[picked["item"]]).fill_null(""),
+            text=text,
+            categories=_categories(picked, types, format),
+        ).collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise CatalogError(
+            f"{section.found.shown} cannot be read to its end as {format}: look for a damaged row, or name its format "
+            f"with {CATALOG.option('format')}"
+        ) from error
+    return [
         (item, text, tuple(name for name in categories if name and name != _NO_GENRES))
         for item, text, categories in rows.iter_rows()
-    )
+    ]
 
 
-def _categories(picked: Mapping[str, str], schema: pl.Schema, format: str) -> pl.Expr:
+def _categories(picked: Mapping[str, str], types: Mapping[str, pl.DataType], format: str) -> pl.Expr:
     if "categories" not in picked:
         return pl.lit([], dtype=pl.List(pl.String))
     column = pl.col(picked["categories"])
-    if isinstance(schema[picked["categories"]], pl.List):
+    if isinstance(types[picked["categories"]], pl.List):
         return column.cast(pl.List(pl.String)).fill_null([])
     if format == "recbole":
         return column.fill_null("").str.extract_all(r"\S+")
     return column.cast(pl.String).fill_null("").str.split("|").list.eval(pl.element().str.strip_chars())
 
 
-def _movielens_rows(path: Path) -> Iterable[tuple[str, str, tuple[str, ...]]]:
-    dat = path.name.endswith(".dat")
-    for number, line in enumerate(path.read_text(encoding="latin-1").split("\n"), start=1):
-        if not line.strip():
-            continue
-        fields = line.rstrip("\r").split("::" if dat else "|")
-        if len(fields) != (3 if dat else 5 + len(_GENRES_100K)):
+def _is_u_item(path: Path, format: str, columns: Mapping[str, str] | None, layout: Layout) -> bool:
+    """Whether the file is MovieLens-100K's, with a flag for each genre."""
+    if not path.is_file() or columns or layout.separator is not None:
+        return False
+    return path.name.startswith("u.item") and format in ("auto", "movielens")
+
+
+def _rows_of_u_item(path: Path, layout: Layout) -> tuple[list[tuple[str, str, tuple[str, ...]]], list[str]]:
+    plain, notes = plain_text(Part(path, path.name, {}), layout, None, CATALOG)
+    rows = []
+    for number, line in enumerate(plain.lines(), start=1):
+        fields = line.decode("utf-8", "replace").rstrip("\r\n").split("|")
+        if len(fields) != 5 + len(_GENRES_100K) and any(fields):
             raise CatalogError(f"{path} is no MovieLens items file: line {number} has {len(fields)} fields")
-        if dat:
-            genres = tuple(name for name in fields[2].split("|") if name and name != _NO_GENRES)
-        else:
-            genres = tuple(name for name, flag in zip(_GENRES_100K, fields[5:], strict=True) if flag == "1")
-        yield fields[0].strip(), fields[1].strip(), genres
+        genres = tuple(name for name, flag in zip(_GENRES_100K, fields[5:], strict=False) if flag == "1")
+        if any(fields):
+            rows.append((fields[0].strip(), fields[1].strip(), genres))
+    return rows, notes

@@ -60,6 +60,11 @@ def read_once(
         dropped += _put_down(batch, users, items, kinds, spill)
         events += len(batch)
         progress("reading", events, log.events)
+    if log.events is not None and events != log.events:
+        raise LogError(
+            f"{events:,} rows were read of {log.events:,} that the log's files have: look for a damaged row, or a file "
+            "that is written still"
+        )
     return _ordered(users, kinds, events, dropped)
 
 

@@ -1,28 +1,27 @@
 """Readers: a log file of any known format as a lazy frame in the one schema.
 
 Everything is lazy: nothing is held in memory until cleaning collects it in streams, so a log may be larger
-than memory. Text formats are read as text and cast here, so that no type is guessed from the first rows.
+than memory. What is packed, or no plain UTF-8, is copied first (`plain.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 import polars as pl
 
-from common.events.schema import (
-    DEFAULT_KIND,
-    EVENT_SCHEMA,
-    LogError,
-    id_expression,
-    pick_columns,
-    time_expression,
-)
-
-Format = Literal["auto", "csv", "tsv", "parquet", "jsonl", "movielens", "recbole"]
+from common.events.fields import are_places, check_type, pick_columns
+from common.events.json_lines import json_lines
+from common.events.layout import LOG, Asked, Layout
+from common.events.parquet import parquet
+from common.events.parts import find_parts
+from common.events.plain import Plain
+from common.events.schema import DEFAULT_KIND, EVENT_SCHEMA, LogError, id_expression, time_expression
+from common.events.separated import format_by_first_line, movielens, separated
+from common.events.several_ids import refuse_several_ids
+from common.events.table import Section, Table
 
 KNOWN_COLUMNS = {
     "user": ("user", "user_id", "userid"),
@@ -33,21 +32,8 @@ KNOWN_COLUMNS = {
 }
 """Names of columns that need no mapping."""
 
-_SUFFIXES: Mapping[str, Format] = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".inter": "recbole",
-    ".item": "recbole",
-    ".user": "recbole",
-    ".dat": "movielens",
-    ".data": "movielens",
-}
-_RATINGS = ("user", "item", "rating", "timestamp")
+_REQUIRED = ("user", "item", "time")
+_kept: list[Plain] = []  # copies that frames read which do not hold them: `read_log`'s
 
 
 @dataclass(frozen=True)
@@ -58,13 +44,17 @@ class Log:
         frame: unusable times and values are null.
         untidy: texts of users, items and kinds are as the file has them; cleaning tidies each distinct one once.
         default_kind: of an event that names none.
-        events: how many there are, where the file says.
+        events: how many there are, where the files say; so many must be read.
+        notes: what is to be said of the files, a line each, and nothing about a user.
+        kept: plain copies of what was packed, which live as long as this does.
     """
 
     frame: pl.LazyFrame
     untidy: bool = False
     default_kind: str = DEFAULT_KIND
     events: int | None = None
+    notes: tuple[str, ...] = ()
+    kept: tuple[Plain, ...] = field(default=(), repr=False)
 
     def tidied(self) -> pl.LazyFrame:
         """The frame with tidy texts, each event's tidied by itself."""
@@ -77,164 +67,141 @@ class Log:
 
 
 def read_log(
-    path: str | Path, format: str = "auto", columns: Mapping[str, str] | None = None
+    path: str | Path,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
 ) -> pl.LazyFrame:
     """A log in the schema of `EVENT_SCHEMA`, read lazily; unusable fields are null, for cleaning to count.
 
     Args, Raises: as for `scan_log`, which is what cleaning reads faster.
     """
-    return scan_log(path, format, columns).tidied()
+    log = scan_log(path, format, columns, layout)
+    keep(log)
+    return log.tidied()
 
 
-def scan_log(path: str | Path, format: str = "auto", columns: Mapping[str, str] | None = None) -> Log:
+def keep(log: Log) -> None:
+    """Lets a log's copies live as long as the process, for frames that do not hold them."""
+    _kept.extend(log.kept)
+
+
+def scan_log(
+    path: str | Path,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
+    work: Path | None = None,
+) -> Log:
     """A log as cleaning reads it: lazily, with texts as the file has them.
 
     Args:
-        path: a file (`.gz` too, for text formats), or a folder of parts that all have one format. Text is
-            UTF-8. The columns of JSON lines are those that the first 1,000 rows name.
+        path: a file, or a folder of parts that all have one format, in folders of its own or not. Text formats
+            may be packed (`.gz`, `.bz2`, `.xz`, `.zst`, `.zip`). The columns of JSON lines are those that the
+            first 1,000 rows name, and those of `columns`.
         format: one of `Format`; "auto" goes by the file's name.
-        columns: field -> column name, such as {"user": "CustomerID"}; known names need none.
+        columns: field -> column name, such as {"user": "CustomerID"}; known names need none. Or field -> place
+            from 1 on, {"user": "1", "item": "3", "time": "2"}, of a text file without a line of names.
+        layout: separator, quotes and encoding, where they are not what the name says.
+        work: where plain copies of packed files lie; None: where the system keeps such files.
 
     Raises:
-        LogError: the file is missing, empty, of unknown format, or lacks a column.
+        LogError: the file is missing, empty, of unknown format, lacks a column, or cannot be read as it is.
     """
     path = Path(path).expanduser()
-    table, format = scan_table(path, format)
+    table = open_table(path, format, columns, layout or Layout(), LOG, KNOWN_COLUMNS, work)
+    frames = [_events(section, columns) for section in table.sections]
+    frame = frames[0][0] if len(frames) == 1 else pl.concat([frame for frame, _ in frames])
     try:
-        schema = table.collect_schema()
-        picked = pick_columns(
-            schema.names(), columns, KNOWN_COLUMNS, ("user", "item", "time"), f"log {path.name}"
-        )
-        if table.head(1).collect().is_empty():
+        if frame.head(1).collect().is_empty():
             raise LogError(f"log {path} holds no event: give one that has some")
-        events = int(table.select(pl.len()).collect().item()) if format == "parquet" else None
     except pl.exceptions.PolarsError as error:
-        raise _unreadable(path, format) from error
-    rated = format in ("movielens", "recbole") and "value" in picked
+        raise unreadable(path, table.format, LOG) from error
+    counts = [section.rows for section in table.sections]
+    rated = table.format in ("movielens", "recbole") and any(rated for _, rated in frames)
+    return Log(
+        frame,
+        untidy=True,
+        default_kind="rating" if rated else DEFAULT_KIND,
+        events=None if None in counts else sum(count or 0 for count in counts),
+        notes=table.notes,
+        kept=table.kept,
+    )
+
+
+def _events(section: Section, columns: Mapping[str, str] | None) -> tuple[pl.LazyFrame, bool]:
+    """A section's events in the schema, and whether they have values."""
+    picked = pick_columns(section.found, columns, KNOWN_COLUMNS, _REQUIRED)
+    optional = {
+        name for field, name in picked.items() if field not in _REQUIRED and field not in (columns or {})
+    }
+    for field_name, name in list(picked.items()):
+        dtype = section.types.get(name, pl.String())
+        if name in optional and (dtype.is_nested() or dtype in (pl.Binary, pl.Object)):
+            del picked[field_name]  # nobody asked for it
+        else:
+            check_type(section.found, field_name, name, dtype)
+    table = section.scan(list(dict.fromkeys(picked.values())), optional)
+    types = {name: section.types.get(name, pl.String()) for name in picked.values()}
+    refuse_several_ids(section.found, picked["item"], table)
     value = pl.lit(None)
     if "value" in picked:
         value = pl.col(picked["value"]).cast(pl.Float32, strict=False)
         value = pl.when(value.is_finite()).then(value).otherwise(None)
-    texts = {name: _text(picked[name], schema) for name in ("user", "item")}
     frame = table.select(
-        **texts,
-        time=time_expression(picked["time"], schema[picked["time"]]),
-        kind=_text(picked["kind"], schema) if "kind" in picked else pl.lit(None, dtype=pl.String),
+        **{name: _text(picked[name], types) for name in ("user", "item")},
+        time=time_expression(picked["time"], types[picked["time"]]),
+        kind=_text(picked["kind"], types) if "kind" in picked else pl.lit(None, dtype=pl.String),
         value=value.cast(EVENT_SCHEMA["value"]),
     )
-    return Log(frame, untidy=True, default_kind="rating" if rated else DEFAULT_KIND, events=events)
+    return frame, "value" in picked
 
 
-def _text(name: str, schema: pl.Schema) -> pl.Expr:
+def _text(name: str, types: Mapping[str, pl.DataType]) -> pl.Expr:
     """A column as text: what is text already stays as it is."""
-    dtype = schema[name]
+    dtype = types[name]
     return pl.col(name) if dtype == pl.String else id_expression(name, dtype)
 
 
-def scan_table(path: Path, format: str = "auto") -> tuple[pl.LazyFrame, str]:
-    """A table file with its own columns, lazily, and the format that it was read as.
+def open_table(
+    path: Path,
+    format: str,
+    columns: Mapping[str, str] | None,
+    layout: Layout,
+    asked: Asked,
+    known: Mapping[str, Sequence[str]],
+    work: Path | None = None,
+) -> Table:
+    """A table file or a folder of parts with their own columns, lazily.
 
     Raises:
-        LogError: the file is missing, empty, unreadable or of unknown format.
+        LogError: it is missing, empty, unreadable or of unknown format.
     """
-    parts, format = _find_parts(path, format)
-    scanners: Mapping[str, Callable[[list[Path]], pl.LazyFrame]] = {
-        "csv": lambda files: _scan_separated(files, ","),
-        "tsv": lambda files: _scan_separated(files, "\t"),
-        "parquet": pl.scan_parquet,
-        "jsonl": _scan_json_lines,
-        "movielens": _scan_movielens,
-        "recbole": _scan_recbole,
-    }
+    places = columns if are_places(columns) else None
+    if places is not None and "0" in places.values():
+        raise LogError(f"{asked.option('columns')} counts columns from 1, and 0 is none: add 1 to each place")
+    parts, format = find_parts(path, format, asked, "csv" if layout.separator is not None else None)
     try:
-        table = scanners[format](parts)
-        table.collect_schema()
-    except pl.exceptions.NoDataError as error:
-        raise LogError(f"{path} is empty: give a file that has rows") from error
+        if format == "movielens" and (places is not None or layout.separator is not None):
+            format, layout = format_by_first_line(parts[0], layout, asked)
+        if format in ("movielens", "recbole") and len(parts) > 1:
+            raise LogError(f"folder {path} holds several files: name the one with the {asked.noun}'s rows")
+        if format == "parquet":
+            sections = parquet(parts, asked)
+        elif format == "jsonl":
+            sections = json_lines(parts, layout, work, asked, tuple((columns or {}).values()))
+        elif format == "movielens" and not parts[0].shown.lower().endswith((".csv", ".csv.gz")):
+            sections = movielens(parts, layout, work, asked)
+        else:
+            of_text = "csv" if format == "movielens" else format
+            sections = separated(parts, of_text, layout, places, known, work, asked)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise _unreadable(path, format) from error
-    return table, format
+        raise unreadable(path, format, asked) from error
+    return Table(tuple(sections), format)
 
 
-def format_of(path: Path) -> str:
-    """The format that a file's name says.
-
-    Raises:
-        LogError: the name says none.
-    """
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if path.name in ("ratings.csv", "u.item"):
-        return "movielens"
-    if suffix not in _SUFFIXES:
-        raise LogError(f"{path} has no known format by its name: say which with --format, {_formats()}")
-    return _SUFFIXES[suffix]
-
-
-def _formats() -> str:
-    return "one of " + ", ".join(get_args(Format)[1:])
-
-
-def _unreadable(path: Path, format: str) -> LogError:
-    # The library's own text may quote a row, which is a user's data: only the format is named.
-    return LogError(f"{path} cannot be read as {format}: check the file, or name its format with --format")
-
-
-def _find_parts(path: Path, format: str) -> tuple[list[Path], str]:
-    if format not in get_args(Format):
-        raise LogError(f"format {format!r} is unknown: choose {_formats()}")
-    if not path.exists():
-        raise LogError(f"{path} does not exist: check the path")
-    parts = [path]
-    if path.is_dir():
-        parts = sorted(
-            part for part in path.iterdir() if part.is_file() and not part.name.startswith((".", "_"))
-        )
-        if not parts:
-            raise LogError(f"folder {path} holds no files: give a log file, or a folder of parts")
-    if format == "auto":
-        formats = {format_of(part) for part in parts}
-        if len(formats) > 1:
-            raise LogError(f"folder {path} mixes formats ({', '.join(sorted(formats))}): name one file of it")
-        format = formats.pop()
-    if format in ("movielens", "recbole") and len(parts) > 1:
-        raise LogError(f"folder {path} holds several files: name the one with the events")
-    if any(part.stat().st_size == 0 for part in parts):
-        raise LogError(f"{next(p for p in parts if p.stat().st_size == 0)} is empty: give a file with rows")
-    return parts, format
-
-
-def _scan_separated(files: list[Path], separator: str) -> pl.LazyFrame:
-    return pl.scan_csv(files, separator=separator, infer_schema=False, encoding="utf8-lossy")
-
-
-def _scan_json_lines(files: list[Path]) -> pl.LazyFrame:
-    # The first rows say which columns there are; scalars are then read as text, whatever their type.
-    schema = pl.scan_ndjson(files, infer_schema_length=1000).collect_schema()
-    as_text = {name: pl.String() for name, dtype in schema.items() if not dtype.is_nested()}
-    return pl.scan_ndjson(files, infer_schema_length=1000, schema_overrides=as_text)
-
-
-def _scan_movielens(files: list[Path]) -> pl.LazyFrame:
-    name = files[0].name.removesuffix(".gz")
-    if name.endswith(".csv"):
-        return _scan_separated(files, ",")
-    if name.endswith(".dat"):
-        # Fields stand between "::"; read at ":", every second field is empty.
-        table = pl.scan_csv(
-            files, separator=":", has_header=False, infer_schema=False, quote_char=None, encoding="utf8-lossy"
-        )
-        fields = table.collect_schema().names()[::2]
-    else:
-        table = pl.scan_csv(files, separator="\t", has_header=False, infer_schema=False, quote_char=None)
-        fields = table.collect_schema().names()
-    if len(fields) != len(_RATINGS):
-        raise LogError(f"{files[0]} is no MovieLens ratings file: expected user, item, rating, timestamp")
-    return table.select(pl.col(field).alias(name) for field, name in zip(fields, _RATINGS, strict=True))
-
-
-def _scan_recbole(files: list[Path]) -> pl.LazyFrame:
-    table = pl.scan_csv(files, separator="\t", infer_schema=False, quote_char=None, encoding="utf8-lossy")
-    names = table.collect_schema().names()
-    if not all(":" in name for name in names):
-        raise LogError(f"{files[0]} is no RecBole atomic file: its header must read name:type")
-    return table.rename({name: name.partition(":")[0] for name in names})
+def unreadable(path: Path, format: str, asked: Asked) -> LogError:
+    """What is said where a library cannot read a file: its own text may quote a row, which is a user's data."""
+    return LogError(
+        f"{path} cannot be read as {format}: check the file, or name its format with {asked.option('format')}"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import polars as pl
 
@@ -111,41 +111,3 @@ def _from_iso(text: pl.Expr) -> pl.Expr:
     times = [plain.str.to_datetime(form, strict=False, time_unit="ms", time_zone="UTC") for form in forms]
     day = plain.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("ms")).dt.replace_time_zone("UTC")
     return pl.coalesce(*times, day).dt.epoch("s")
-
-
-def pick_columns(
-    found: Sequence[str],
-    columns: Mapping[str, str] | None,
-    known: Mapping[str, Sequence[str]],
-    required: Sequence[str],
-    what: str,
-) -> dict[str, str]:
-    """Which of the columns `found` is which field: as mapped by `columns`, else by a `known` name.
-
-    Args:
-        columns: field -> name of the column, the caller's word.
-        known: field -> names that need no mapping, matched without regard to case.
-        what: what is being read, for messages: "log events.csv".
-
-    Raises:
-        LogError: a mapped column is not there, a field is unknown, or a required one has no column.
-    """
-    there = ", ".join(found) or "none"
-    columns = columns or {}
-    by_lower = {name.lower(): name for name in reversed(found)}
-    picked: dict[str, str] = {}
-    for field, name in columns.items():
-        if field not in known:
-            raise LogError(f"{what}: there is no field {field!r} to map; fields are {', '.join(known)}")
-        if name not in found:
-            raise LogError(f"{what} has no column {name!r} (for {field}); it has: {there}")
-        picked[field] = name
-    for field, names in known.items():
-        if field not in picked:
-            fitting = next((by_lower[alias] for alias in names if alias in by_lower), None)
-            if fitting is not None and fitting not in picked.values():
-                picked[field] = fitting
-    for field in required:
-        if field not in picked:
-            raise LogError(f"{what} has no column for {field}; it has: {there}. Map one with {field}=COLUMN")
-    return picked

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from client.ledger import Ledger
 from common.config import Plan, PlanError
+from common.events.catalog import CatalogFile
 from common.privacy.mechanisms import GaussianSum
 from server.cli import app
 from server.deployment import Deployment, NotRunningError
@@ -51,7 +52,7 @@ def server(tmp_path: Path) -> Deployment:
 def begin(server: Deployment, plan: Plan, tmp_path: Path) -> RunFolder:
     _, catalog = tiny_files(tmp_path / "data")
     with own_cache(tmp_path / "cache"):
-        return begin_run(server, plan, catalog, None, offline=True)
+        return begin_run(server, plan, CatalogFile(catalog), offline=True)
 
 
 def test_a_new_run_has_a_calibrated_plan_and_the_seeded_start(
@@ -106,7 +107,7 @@ def test_too_few_sites_are_said_before_anything_is_made(
     with pytest.raises(LaunchError, match="no site is enrolled"):
         prepare_plan(empty, tiny_plan(model))
     with pytest.raises(LaunchError, match="needs --catalog"):
-        begin_run(server, tiny_plan(model), None, None, offline=True)
+        begin_run(server, tiny_plan(model), None, offline=True)
     assert list(server.runs.iterdir()) == []
 
 

@@ -154,10 +154,11 @@ def test_values_that_are_no_numbers_are_null(tmp_path: Path) -> None:
     assert [row[4] for row in _rows(path)] == [None, None, -2.0]
 
 
-def test_ids_in_another_encoding_are_null_and_never_merge_two_users(tmp_path: Path) -> None:
+def test_ids_that_were_damaged_are_null_and_never_merge_two_users(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    path.write_bytes("user,item,time\n\u00e9,i,1\n\u00e8,i,2\nu,i,3\n".encode("latin-1"))
-    assert [row[0] for row in _rows(path)] == [None, None, "u"]
+    lines = "user,item,time\n\u00e9\u00e9\u00e9,i,1\n".encode() + b"\xe9,i,2\n\xe8,i,3\nu,i,4\n"
+    path.write_bytes(lines)
+    assert [row[0] for row in _rows(path)] == ["\u00e9\u00e9\u00e9", None, None, "u"]
 
 
 def _refusal(path: Path, format: str = "auto", columns: dict[str, str] | None = None) -> str:

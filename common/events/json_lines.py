@@ -1,0 +1,220 @@
+"""JSON lines, one object an event; arrays of objects, objects over several lines, and lines of Python's own spelling.
+
+Plain lines are scanned by polars, the asked columns alone. What polars does not read (NaN, arrays, single quotes)
+goes through Python's reader into a copy first, which holds the asked columns alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from common.events.fields import Found
+from common.events.layout import Asked, Layout
+from common.events.parts import Part
+from common.events.plain import Plain, make_copy, plain_text
+from common.events.schema import LogError
+from common.events.table import Section
+
+LOOKED_AT = 1_000
+"""So many objects of each part of a log say what columns there are; a catalog's all do."""
+
+_LONGEST = 1 << 26
+_ODD = re.compile(rb"NaN|Infinity|[:\[,]\s*-?\d{19}|\\u[dD][89a-fA-F]")
+_NESTED = re.compile(rb":[ \t]*[\[{]")
+_NESTED_KEY = re.compile(rb'"((?:[^"\\]|\\.){0,256})"[ \t]*:[ \t]*[\[{]')
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """The objects of a part, one after the other, however they are written."""
+
+    part: Part
+    plain: Plain
+
+    def fault(self, where: str) -> LogError:
+        return LogError(
+            f"{self.part.path}: {where} is no JSON object: look for a damaged line or a cut-off file"
+        )
+
+    def kind(self) -> str:
+        """ "lines", "python" or "stream"."""
+        head = self.plain.head().lstrip()
+        if head[:1] not in (b"{", b"["):
+            raise self.fault("its first line")
+        if head[:1] == b"[":
+            return "stream"
+        if re.match(rb"\{\s*'", head):
+            return "python"
+        line = next((line for line in self.plain.lines() if line.strip()), b"")
+        try:
+            json.loads(line)
+        except ValueError:
+            return "stream"
+        return "lines"
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        kind = self.kind()
+        values = self._stream() if kind == "stream" else self._lines(kind)
+        for value in values:
+            if not isinstance(value, dict):
+                raise LogError(
+                    f"{self.part.path} holds a {type(value).__name__}, where an object an event is read"
+                )
+            yield value
+
+    def _lines(self, kind: str) -> Iterator[Any]:
+        for number, line in enumerate(self.plain.lines(), start=1):
+            text = line.decode("utf-8", "replace").strip()
+            if not text:
+                continue
+            try:
+                yield ast.literal_eval(text) if kind == "python" else json.loads(text, strict=False)
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise self.fault(f"line {number}") from error
+
+    def _stream(self) -> Iterator[Any]:
+        decoder = json.JSONDecoder(strict=False)
+        text, number = "", 0
+        in_array = self.plain.head().lstrip()[:1] == b"["
+        with self.plain.path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(1 << 20).lstrip()
+            text = text[1:] if in_array else text
+            ended = False
+            while True:
+                text = text.lstrip(" \t\r\n,")
+                if text[:1] == "]" and in_array:
+                    return
+                try:
+                    value, end = decoder.raw_decode(text)
+                except (ValueError, RecursionError) as error:
+                    more = "" if ended or len(text) > _LONGEST else file.read(max(1 << 20, len(text)))
+                    if not more and not text and not in_array:
+                        return
+                    if not more:
+                        raise self.fault(f"object {number + 1}") from error
+                    text += more
+                    continue
+                number += 1
+                yield value
+                text = text[end:]
+
+
+def json_lines(
+    parts: Sequence[Part], layout: Layout, work: Path | None, asked: Asked, mapped: Sequence[str] = ()
+) -> list[Section]:
+    """Sections of JSON, a part each.
+
+    Args:
+        mapped: names of columns that are there, though the first objects may lack them.
+
+    Raises:
+        LogError: a part is no JSON, or holds something else than objects.
+    """
+    return [_section(part, layout, work, asked, mapped).with_keys(part.keys) for part in parts]
+
+
+def _section(part: Part, layout: Layout, work: Path | None, asked: Asked, mapped: Sequence[str]) -> Section:
+    plain, notes = plain_text(part, layout, work, asked)
+    objects = _Objects(part, plain)
+    types: dict[str, pl.DataType] = {}
+    for each in islice(objects, LOOKED_AT if asked.noun == "log" else None):
+        for name, value in each.items():
+            seen = types.setdefault(name, pl.String())
+            if isinstance(value, dict):
+                types[name] = pl.Struct([])
+            elif isinstance(value, (list, tuple)) and seen == pl.String():
+                types[name] = pl.List(pl.String())
+    if types and all(dtype.is_nested() for dtype in types.values()):
+        raise LogError(
+            f"{part.path} holds objects within an object: write one object for each {_row(asked)}, a line each"
+        )
+
+    for name in mapped:
+        if name not in types and any(name in each for each in objects):
+            types[name] = pl.String()
+    copies: list[Plain] = [plain]
+
+    def scan(asked_for: Sequence[str], optional: Collection[str] = ()) -> pl.LazyFrame:
+        wanted = {name: types.get(name, pl.String()) for name in asked_for}
+        source = plain
+        if _needs_python(objects, wanted):
+            source = make_copy(_rewritten(objects, wanted, optional, asked), work)
+            copies.append(source)
+        return pl.scan_ndjson([source.path], schema=wanted)
+
+    found = Found(f"{asked.noun} {part.shown}", list(types), asked)
+    return Section(found, types, scan, None, tuple(notes), copies)
+
+
+def _row(asked: Asked) -> str:
+    return "event" if asked.noun == "log" else "item"
+
+
+def _needs_python(objects: _Objects, wanted: Mapping[str, pl.DataType]) -> bool:
+    if objects.kind() != "lines" or any(dtype.is_nested() for dtype in wanted.values()):
+        return True
+    names = {json.dumps(name, ensure_ascii=False)[1:-1].encode() for name in wanted}
+    tail = b""
+    for block in objects.plain.blocks():
+        both = tail + block
+        if _ODD.search(both):
+            return True
+        if _NESTED.search(both) and not names.isdisjoint(_NESTED_KEY.findall(both)):
+            return True
+        tail = both[-256:]
+    return False
+
+
+def _rewritten(
+    objects: _Objects, wanted: Mapping[str, pl.DataType], optional: Collection[str], asked: Asked
+) -> Iterator[bytes]:
+    for each in objects:
+        row: dict[str, Any] = {}
+        for name, dtype in wanted.items():
+            value = each.get(name)
+            if isinstance(dtype, pl.List):
+                row[name] = None if value is None else list(_leaves(value))
+            elif isinstance(value, (dict, list, tuple)):
+                if name not in optional:
+                    what = "an object" if isinstance(value, dict) else "a list"
+                    raise LogError(
+                        f"{asked.noun} {objects.part.shown}: column {name!r} holds {what} in some rows, where a row is "
+                        f"to have one: write one of its fields as a column of its own, or a row for each"
+                    )
+                row[name] = None
+            else:
+                row[name] = _text(value)
+        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _leaves(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _leaves(each)
+    else:
+        text = _text(value)
+        if text is not None:
+            yield text
+
+
+def _text(value: Any) -> str | None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value == int(value) and abs(value) < 2**53:
+        return f"{int(value)}.0"
+    return str(value)

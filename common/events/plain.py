@@ -1,0 +1,275 @@
+"""Plain files: what is packed, or in another encoding than UTF-8, as a plain UTF-8 file that can be scanned in parts.
+
+A file that is plain already is read where it is. Of others a copy is made, which holds what the log holds: it has
+no name where the system has such files (mode 0600 elsewhere), lies in the folder of whoever reads, and is gone when
+the process is, however it ends.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+import tempfile
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import polars as pl
+
+from common.events.layout import Asked, Layout
+from common.events.parts import Part, only_member
+from common.events.schema import LogError
+
+_BLOCK = 1 << 22
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_PACKED: tuple[tuple[bytes, str], ...] = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard"),
+    (b"PK\x03\x04", "zip"),
+    (b"PK\x05\x06", "zip"),
+)
+_HIGH = re.compile(rb"[\x80-\xff]+")
+_OTHER: tuple[tuple[bytes, str, str], ...] = (
+    (b"PAR1", "Parquet", "parquet"),
+    (b"\xd0\xcf\x11\xe0", "an old office document", ""),
+    (b"SQLite format 3\x00", "a database", ""),
+    (b"%PDF", "a PDF", ""),
+)
+
+
+class Plain:
+    """A plain UTF-8 file; as long as it lives, so does its copy."""
+
+    def __init__(self, path: Path, copy: IO[bytes] | None = None) -> None:
+        self.path = path
+        self._copy = copy
+
+    def blocks(self) -> Iterator[bytes]:
+        """The file's bytes, some at a time."""
+        with self.path.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK):
+                yield block
+
+    def lines(self) -> Iterator[bytes]:
+        """The file's lines, each with its end."""
+        with self.path.open("rb") as file:
+            yield from file
+
+    def head(self, size: int = 1 << 16) -> bytes:
+        """The file's first bytes."""
+        with self.path.open("rb") as file:
+            return file.read(size)
+
+
+def make_copy(pieces: Iterable[bytes], work: Path | None) -> Plain:
+    """A file of these bytes, in a folder; None: where the system keeps such files.
+
+    Raises:
+        LogError: the disk is full, or the folder is not to be written.
+    """
+    try:
+        if Path("/proc/self/fd").is_dir():
+            file: IO[bytes] = tempfile.TemporaryFile(dir=work)  # noqa: SIM115 - it lives as long as it is read
+            path = Path(f"/proc/self/fd/{file.fileno()}")
+        else:
+            file = tempfile.NamedTemporaryFile(dir=work, delete=False)  # noqa: SIM115
+            path = Path(file.name)
+            weakref.finalize(file, path.unlink, missing_ok=True)
+    except OSError as error:
+        raise _no_room(work, error) from error
+    for piece in pieces:  # a fault of what is read passes as it is
+        try:
+            file.write(piece)
+        except OSError as error:
+            raise _no_room(work, error) from error
+    file.flush()
+    return Plain(path, file)
+
+
+def _no_room(work: Path | None, error: OSError) -> LogError:
+    where = work or tempfile.gettempdir()
+    return LogError(f"{where} cannot take a plain copy of the file: {error.strerror}; make room there")
+
+
+def plain_text(part: Part, layout: Layout, work: Path | None, asked: Asked) -> tuple[Plain, list[str]]:
+    """A part as plain UTF-8 without a mark, and what is to be said of it.
+
+    UTF-8 is read as such. With a mark, or with zeros in every other byte, a file is UTF-16 or UTF-32. A file that
+    is not UTF-8 is Windows-1252 (which has Latin-1's letters); but one that has more letters in UTF-8 than damaged
+    ones is UTF-8 that was damaged in places, and these stay marked as lost (U+FFFD): an id with one names nobody.
+
+    Raises:
+        LogError: it is packed in a way that is not read, cut off, or in none of these encodings.
+    """
+    plain = _unpacked(part, work)
+    head = plain.head()
+    for magic, what, format in _OTHER:
+        if head.startswith(magic):
+            way_out = f"say {asked.option('format')} {format}" if format else "export it as CSV"
+            raise LogError(f"{part.path} is {what}, whatever its name says: {way_out}")
+    encoding = layout.encoding
+    if encoding == "auto":
+        encoding = _encoding_by_mark(head) or _encoding_by_letters(plain, part, asked)
+    name = codecs.lookup(encoding).name
+    if name == "utf-8" and not head.startswith(codecs.BOM_UTF8):
+        return _with_newlines(plain, work), []
+    notes = [] if name == "utf-8" else [f"{part.shown} is read as {_shown(name)}"]
+    if name == "utf-8":
+        return _with_newlines(make_copy(_without_mark(plain), work), work), notes
+    try:
+        return _with_newlines(make_copy(_decoded(plain, encoding), work), work), notes
+    except UnicodeError as error:
+        raise LogError(
+            f"{part.path} is not in {_shown(name)}: name its encoding with {asked.option('encoding')}"
+        ) from error
+
+
+def _shown(encoding: str) -> str:
+    return {"cp1252": "Windows-1252, as it is not UTF-8"}.get(encoding, encoding.upper())
+
+
+def _encoding_by_mark(head: bytes) -> str | None:
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            return encoding
+    sample = head[: len(head) // 2 * 2]
+    if len(sample) >= 4 and b"\0" in sample:
+        low, high = sample[0::2].count(0), sample[1::2].count(0)
+        most = 0.4 * len(sample) / 2
+        if high > most and low < most / 8:
+            return "utf-16-le"
+        if low > most and high < most / 8:
+            return "utf-16-be"
+    return None
+
+
+def _encoding_by_letters(plain: Plain, part: Part, asked: Asked) -> str:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    right = wrong = runs = long_runs = 0
+    pending = False
+    for block in plain.blocks():
+        if block.isascii() and not pending:
+            continue
+        text = decoder.decode(block)
+        pending = bool(decoder.getstate()[0])
+        lost, marked = text.count("\ufffd"), block.count("\ufffd".encode())
+        right += len(text) - len(text.encode("ascii", "ignore")) - max(0, lost - marked)
+        if lost > marked:
+            wrong += lost - marked
+            found = _HIGH.findall(block)
+            runs, long_runs = runs + len(found), long_runs + sum(len(run) > 3 for run in found)
+    wrong += len(decoder.decode(b"", True))
+    if right >= wrong:
+        return "utf-8"
+    if long_runs > runs / 10:  # a language of Windows-1252 has one or two such letters in a row
+        raise LogError(
+            f"{part.path} is neither UTF-8 nor Windows-1252: name its encoding with {asked.option('encoding')}, "
+            "such as gb18030, shift_jis or cp1251"
+        )
+    return "cp1252"
+
+
+def _without_mark(plain: Plain) -> Iterator[bytes]:
+    first = True
+    for block in plain.blocks():
+        yield block.removeprefix(codecs.BOM_UTF8) if first else block
+        first = False
+
+
+def _decoded(plain: Plain, encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    first = True
+    for block in plain.blocks():
+        text = decoder.decode(block)
+        yield (text.removeprefix("\ufeff") if first and text else text).encode()
+        first = first and not text
+    yield decoder.decode(b"", True).encode()
+
+
+def _with_newlines(plain: Plain, work: Path | None) -> Plain:
+    """The file, with lines that end in a carriage return alone made to end in a newline."""
+    head = plain.head()
+    if b"\r" not in head or b"\n" in head:
+        return plain
+    if any(b"\n" in block for block in plain.blocks()):
+        return plain
+    return make_copy((block.replace(b"\r", b"\n") for block in plain.blocks()), work)
+
+
+def _unpacked(part: Part, work: Path | None) -> Plain:
+    try:
+        with part.path.open("rb") as file:
+            head = file.read(16)
+        packed = next((kind for magic, kind in _PACKED if head.startswith(magic)), None)
+        if packed is None:
+            return Plain(part.path)
+        return make_copy(_UNPACK[packed](part.path), work)
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise LogError(f"{part.path} is cut off or damaged: fetch or write it again") from error
+    except pl.exceptions.PolarsError as error:
+        raise LogError(
+            f"{part.path} is cut off, or holds another encoding than UTF-8: unpack it with zstd -d, and give the file"
+        ) from error
+    except OSError as error:
+        if error.strerror is None:
+            raise LogError(f"{part.path} is cut off or damaged: fetch or write it again") from error
+        raise LogError(f"{part.path} cannot be read: {error.strerror}") from error
+
+
+def _stream(open_: Callable[[Path], io.BufferedIOBase]) -> Callable[[Path], Iterator[bytes]]:
+    def blocks(path: Path) -> Iterator[bytes]:
+        with open_(path) as file:
+            while block := file.read(_BLOCK):
+                yield block
+
+    return blocks
+
+
+@contextmanager
+def _member(path: Path) -> Iterator[IO[bytes]]:
+    name = only_member(path)
+    with zipfile.ZipFile(path) as archive:
+        try:
+            opened = archive.open(name)
+        except (RuntimeError, NotImplementedError) as error:
+            raise LogError(
+                f"{path} is locked, or packed in a rare way: unpack it, and give the file in it"
+            ) from error
+        with opened:
+            yield opened
+
+
+def _zip_blocks(path: Path) -> Iterator[bytes]:
+    with _member(path) as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _zstandard_blocks(path: Path) -> Iterator[bytes]:
+    for lines in pl.scan_lines(path).collect_batches(engine="streaming"):
+        yield "\n".join([*lines["line"].to_list(), ""]).encode()
+
+
+_UNPACK: dict[str, Callable[[Path], Iterator[bytes]]] = {
+    "gzip": _stream(gzip.GzipFile),
+    "bzip2": _stream(bz2.BZ2File),
+    "xz": _stream(lzma.LZMAFile),
+    "zip": _zip_blocks,
+    "zstandard": _zstandard_blocks,
+}
