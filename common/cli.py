@@ -74,6 +74,10 @@ class UserError(Exception):
     """Ends a command with a one-line message and exit code 2."""
 
 
+class InterruptError(Exception):
+    """Ends a command that was interrupted: what is done, then on a line of its own how to go on."""
+
+
 def known_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message is written for the person at the keyboard, of the modules imported by now."""
     names = {
@@ -130,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if end.code == _INTERRUPTED:
             _say_interrupted()
         raise
+    except InterruptError as end:
+        print(f"interrupted: {end}", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except BaseException as error:
         if not isinstance(error, known_errors()):
             raise
