@@ -146,4 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from common.cli import main as main_of_module  # whose errors are those that commands raise
+
+    main_of_module()

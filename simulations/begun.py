@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,11 +22,9 @@ from common.events.deidentify import Keyed
 from common.events.histories import Histories
 from server.deployment import open_locked
 from server.progress import Progress
-from server.runs import DISCARDED, INCOMPLETE, RunError, RunFolder, write_whole
+from server.runs import BEGUN, PRIVATE, RunError, RunFolder, write_whole
 from simulations.datasets import Dataset
 
-PRIVATE = "private"
-_BEGUN = "simulation.json"
 _PATIENCE = 30.0
 """Seconds for which the processes of an interrupted run are waited for, to be gone."""
 _PAIRING = hashlib.sha256(b"fedtide pairing of users").digest()
@@ -65,7 +60,7 @@ class Begun:
         folder = private_folder(run)
         folder.mkdir(mode=0o700, exist_ok=True)
         values = asdict(self) | {"given": {name: _stored(value) for name, value in self.given.items()}}
-        write_private_whole(folder / _BEGUN, json.dumps(values, indent=2).encode() + b"\n")
+        write_private_whole(folder / BEGUN, json.dumps(values, indent=2).encode() + b"\n")
 
     @classmethod
     def load(cls, run: RunFolder) -> Begun:
@@ -75,7 +70,7 @@ class Begun:
             RunError: it is not there, or damaged.
         """
         try:
-            values = json.loads((private_folder(run) / _BEGUN).read_bytes())
+            values = json.loads((private_folder(run) / BEGUN).read_bytes())
             fold = values["fold"]
             given = {name: _restored(value) for name, value in values["given"].items()}
             return cls(**values | {"fold": None if fold is None else (fold[0], fold[1]), "given": given})
@@ -86,7 +81,7 @@ class Begun:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{private_folder(run) / _BEGUN} is damaged: restore it, or give the whole command again, which "
+                f"{private_folder(run) / BEGUN} is damaged: restore it, or give the whole command again, which "
                 "begins a new run"
             ) from error
 
@@ -150,34 +145,6 @@ def data_digest(whole: Histories, keys: Key) -> str:
     ):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def find_run(given: str | Path, runs: Path) -> RunFolder:
-    """The run of a folder, or of a name under `runs`, with or without the ending of an unfinished one.
-
-    Raises:
-        RunError: there is none, or it was put away.
-    """
-    path = Path(given).expanduser()
-    for place in (path, runs / path.name):
-        for each in (place, place.with_name(place.name + INCOMPLETE), _without_ending(place)):
-            if (each / "plan.json").is_file():
-                if each.name.endswith(DISCARDED):
-                    raise RunError(f"the run in {each} was put away for good: begin a new one")
-                return RunFolder(each.resolve())
-    raise RunError(
-        f"there is no run {given}, neither as a folder nor by this name in {runs}: give a run's folder, or say "
-        "with --runs where runs lie"
-    )
-
-
-def _without_ending(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(INCOMPLETE))
-
-
-def is_whole(run: RunFolder) -> bool:
-    """Whether a run has ended well, with its evaluation."""
-    return not run.path.name.endswith(INCOMPLETE)
 
 
 def is_trained(run: RunFolder) -> bool:
@@ -246,15 +213,3 @@ def take_up(run: RunFolder) -> None:
     lines = run.metrics_file.read_bytes().splitlines(keepends=True) if run.metrics_file.is_file() else []
     kept = [line for line in lines if line.endswith(b"\n") and json.loads(line).get("released") is True]
     write_whole(run.metrics_file, b"".join(kept))
-
-
-def command_line(*words: str | Path) -> str:
-    """A line for the shell that calls `fedtide` as this process was called."""
-    called = Path(sys.argv[0])
-    found = shutil.which("fedtide")
-    if called.name == "fedtide":
-        same = found is not None and Path(found).resolve() == called.resolve()
-        program = ["fedtide"] if same else [str(called.absolute())]
-    else:
-        program = [sys.executable, "-m", "common.cli"]
-    return shlex.join([*program, *map(str, words)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,7 +11,8 @@ from click.core import ParameterSource
 
 from common.cli import InterruptError, UserError
 from server.runs import RunError, RunFolder
-from simulations.begun import Begun, command_line, find_run, is_trained, is_whole
+from server.shell_lines import resume_line
+from simulations.begun import Begun, is_trained
 from simulations.follower import Watcher
 from simulations.outcome import Outcome
 
@@ -67,8 +67,8 @@ def go_on(context: typer.Context, given: Mapping[str, Any], command: Callable[..
             f"--resume goes on with the plan and options that the run was begun with: leave {option} out, or leave "
             "--resume out to begin a new run"
         )
-    run = find_run(given["resume"], given["runs"])
-    if is_whole(run):
+    run = RunFolder.find(given["resume"], given["runs"])
+    if run.is_whole:
         return run
     run.check_version("give the whole command again, which begins a new run")
     begun = Begun.load(run)
@@ -90,12 +90,7 @@ def interrupted(run: RunFolder | None) -> InterruptError:
     done = (
         f"{len(list(run.records()))} of {len(run.plan().schedule())} rounds are done, and stay so; to go on:"
     )
-    return InterruptError(f"{done}\n{resume_line(run.path)}")
-
-
-def resume_line(path: Path) -> str:
-    """The command that goes on with a run."""
-    return command_line("simulate", "--resume", path)
+    return InterruptError(f"{done}\n{resume_line(run)}")
 
 
 def with_way_out(error: RunError, run: RunFolder | None) -> RunError:
@@ -105,4 +100,4 @@ def with_way_out(error: RunError, run: RunFolder | None) -> RunError:
     over = len(list(run.records())) >= len(run.plan().schedule())
     if over and not is_trained(run):  # it would fail again
         return error
-    return RunError(f"{error}; `{resume_line(run.path)}` goes on with it")
+    return RunError(f"{error}; `{resume_line(run)}` goes on with it")
