@@ -418,6 +418,10 @@ class RunFolder:
         lines = _whole_lines(self.metrics_file)
         return any(line.get("released") is True and line.get("round") == number for line in lines)
 
+    def released_quality(self) -> list[dict[str, Any]]:
+        """What sites released of quality, round by round."""
+        return [line for line in _whole_lines(self.metrics_file) if line.get("released") is True]
+
     def repair(self) -> None:
         """Removes what a crash left half-written: a last line without its end, and files that lack their name."""
         for pattern in ("rounds/.*.partial", "updates/.*.partial"):

@@ -27,11 +27,15 @@ class ByUser:
     Attributes:
         keys: [users] the same in every simulation of a log; sorted.
         targets: [users] the item to foretell.
+        paired: the metric that is compared in pairs.
+        headline: the metric that curves show.
         of: recommender -> metric -> [users].
     """
 
     keys: Key
     targets: npt.NDArray[np.int64]
+    paired: str
+    headline: str
     of: Mapping[str, Mapping[str, Floats]]
 
 
@@ -52,6 +56,8 @@ def save_by_user(
             mine = np.array([keys[user] for user in quality.users.tolist()], dtype="S32")
             order = np.argsort(mine)
             arrays[f"{part}/keys"], arrays[f"{part}/targets"] = mine[order], quality.targets[order]
+            arrays[f"{part}/paired"] = np.array(quality.per_user_name)
+            arrays[f"{part}/headline"] = np.array(quality.headline)
             for metric, values in quality.by_user.items():
                 arrays[f"{part}/of/{name}/{metric}"] = values[order]
     file = io.BytesIO()
@@ -72,7 +78,13 @@ def load_by_user(run: RunFolder, part: Part) -> ByUser:
                 if each.startswith(f"{part}/of/"):
                     name, _, metric = each.removeprefix(f"{part}/of/").partition("/")
                     of.setdefault(name, {})[metric] = kept[each]
-            return ByUser(kept[f"{part}/keys"], kept[f"{part}/targets"], of)
+            return ByUser(
+                kept[f"{part}/keys"],
+                kept[f"{part}/targets"],
+                str(kept[f"{part}/paired"]),
+                str(kept[f"{part}/headline"]),
+                of,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise RunError(
             f"{run.path} keeps no figures of its {part} split by user (an earlier version made it, or nobody looked "

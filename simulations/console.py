@@ -19,12 +19,12 @@ from rich.table import Table
 
 from common.config import Plan
 from common.events.cleaning import CleaningReport
+from server.summary import PROTECTION
 from simulations.bars import Lines
 from simulations.follower import Watcher
 from simulations.outcome import Outcome
 from simulations.quality import Quality
 from simulations.report import (
-    PROTECTION,
     cost_rows,
     open_form,
     quality_header,
