@@ -19,6 +19,11 @@ typer.core.HAS_RICH = False  # or plain help has marks of rich's in it, as in "\
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("common.planning_cli:app", "Turn public numbers into a plan, and say what to expect of it."),
     "simulate": ("simulations.cli:simulate_app", "Train one model across simulated sites on this machine."),
+    "compare": ("simulations.compare_cli:app", "Hold finished simulations against one another."),
+    "sweep": (
+        "simulations.sweep_cli:app",
+        "Simulate at several epsilons and seeds: the privacy-utility curve.",
+    ),
     "site": ("client.cli:app", "A data site: make it, see its budget, verify its ledger, withdraw."),
     "server": ("server.cli:app", "The coordinator: make it, run it, enrol sites, run plans."),
     "audit": ("simulations.audit.cli:app", "Check what a run says about privacy, receipt by receipt."),

@@ -53,6 +53,7 @@ class ConsoleWatcher(Watcher):
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._rounds = self._progress.add_task("rounds", total=rounds, visible=False)
         self._steps = self._progress.add_task("steps", total=None, visible=False)
@@ -95,6 +96,25 @@ class ConsoleWatcher(Watcher):
     def _show_round(self, record: dict[str, Any], quality: Quality, epsilon: float) -> None:
         self._progress.update(self._rounds, completed=record["round"])
         self._console.print(round_table(record, quality, epsilon))
+
+
+class QuietWatcher(ConsoleWatcher):
+    """Bars alone, for a command that runs many simulations."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        super().__init__(console, 0)
+        self._title = title
+        self._progress.update(self._rounds, total=None)
+        self.on_sites = lambda sites, report, plan: self._progress.update(
+            self._rounds, total=len(plan.schedule())
+        )
+        self.on_round = lambda record, quality, epsilon: self._progress.update(
+            self._rounds, completed=record["round"]
+        )
+
+    def _show_phase(self, phase: str) -> None:
+        super()._show_phase(phase)
+        self._progress.update(self._phase, description=f"{self._title}: {phase}")
 
 
 def site_table(sites: list[SimulatedSite], plan: Plan) -> Table:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from common.metrics import Metric
 from server.plots import INK, SAND, SEA, STONE, save
 from server.plots import figure as new_figure
 from simulations.baselines import Epoch
 from simulations.quality import Quality
+
+if TYPE_CHECKING:
+    from simulations.sweep import Spread
 
 _LINES = {"popularity": (STONE, ":"), "content only": (INK, "--"), "no privacy": (SAND, "-.")}
 
@@ -100,3 +105,49 @@ def training_curves(path: Path, epochs: Sequence[Epoch]) -> None:
     other.set_ylabel(f"validation {headline}")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     save(figure, path)
+
+
+def runs_side_by_side(path: Path, metric: str, part: str, runs: Sequence[tuple[str, Metric]]) -> None:
+    """One metric of some runs, each with its 95 % interval over users."""
+    made, axes = new_figure(f"{metric}, {part} split, with 95 % intervals over users", metric, "")
+    places = list(range(len(runs), 0, -1))
+    values = [each.value for _, each in runs]
+    errors = [1.96 * each.standard_error if math.isfinite(each.standard_error) else 0.0 for _, each in runs]
+    axes.errorbar(values, places, xerr=errors, fmt="o", color=SEA, ecolor=SEA, capsize=3, markersize=5)
+    axes.axvline(values[0], color=STONE, linestyle=":", linewidth=1.2)
+    axes.set_yticks(places, [name for name, _ in runs], fontsize=7)
+    axes.set_ylim(0.5, len(runs) + 0.5)
+    save(made, path)
+
+
+def sweep_curve(
+    path: Path,
+    metric: str,
+    parts: Mapping[str, Sequence[tuple[float, Spread]]],
+    baselines: Mapping[str, float],
+    baselines_of: str,
+) -> None:
+    """A metric over epsilon, for each part of the held-out events: mean and standard deviation over seeds."""
+    made, axes = new_figure(f"{metric} by epsilon", "epsilon of the run", metric)
+    for (part, points), (colour, marker) in zip(parts.items(), ((STONE, "s"), (SEA, "o")), strict=False):
+        axes.errorbar(
+            [epsilon for epsilon, _ in points],
+            [spread.mean for _, spread in points],
+            yerr=[spread.deviation if math.isfinite(spread.deviation) else 0.0 for _, spread in points],
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1.6,
+            capsize=3,
+            label=f"Fedtide, {part}",
+        )
+    for name, value in baselines.items():
+        colour, style = _LINES.get(name, (STONE, "-"))
+        axes.axhline(value, color=colour, linestyle=style, linewidth=1.3, label=f"{name}, {baselines_of}")
+    axes.set_xscale("log")
+    epsilons = sorted({epsilon for points in parts.values() for epsilon, _ in points})
+    axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    save(made, path)
