@@ -19,6 +19,11 @@ typer.core.HAS_RICH = False  # or plain help has marks of rich's in it, as in "\
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("common.planning_cli:app", "Turn public numbers into a plan, and say what to expect of it."),
     "simulate": ("simulations.cli:simulate_app", "Train one model across simulated sites on this machine."),
+    "compare": ("simulations.compare_cli:app", "Hold finished simulations against one another."),
+    "sweep": (
+        "simulations.sweep_cli:app",
+        "Simulate at several epsilons and seeds: the privacy-utility curve.",
+    ),
     "site": ("client.cli:app", "A data site: make it, see its budget, verify its ledger, withdraw."),
     "server": ("server.cli:app", "The coordinator: make it, run it, enrol sites, run plans."),
     "audit": ("simulations.audit.cli:app", "Check what a run says about privacy, receipt by receipt."),
@@ -87,6 +92,10 @@ class UserError(Exception):
     """Ends a command with a one-line message and exit code 2."""
 
 
+class InterruptError(Exception):
+    """Ends a command that was interrupted: what is done, then on a line of its own how to go on."""
+
+
 def known_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message is written for the person at the keyboard, of the modules imported by now."""
     names = {
@@ -143,6 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if end.code == _INTERRUPTED:
             _say_interrupted()
         raise
+    except InterruptError as end:
+        print(f"interrupted: {end}", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except BaseException as error:
         if not isinstance(error, known_errors()):
             raise
@@ -152,4 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from common.cli import main as main_of_module  # whose errors are those that commands raise
+
+    main_of_module()

@@ -1,4 +1,4 @@
-"""A finished run's model, ready to score: what its folder's plan, catalog, parameters and statistics come to."""
+"""A trained run's model, ready to score: what its folder's plan, catalog, parameters and statistics come to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.wire import state_from_bytes
 
 
 class FinishedError(ValueError):
-    """A folder holds no finished run; the message says why and what to do."""
+    """A folder holds no run whose training ended; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,16 @@ def load_finished(folder: Path, *, offline: bool = False) -> FinishedModel:
     """The final model of a run's folder.
 
     Raises:
-        FinishedError: the folder holds no run that ended well.
+        FinishedError: the folder holds no run whose training ended; its evaluation may be missing.
     """
     if not folder.is_dir():
         raise FinishedError(f"there is no run folder {folder}: `ls runs` shows them")
     parameters, released = folder / "model.safetensors", folder / "released.safetensors"
-    if folder.name.endswith(".incomplete") or not parameters.is_file():
-        raise FinishedError(f"the run in {folder} did not end well, so it has no model: run it again")
+    if not parameters.is_file():  # it is written when all rounds are over
+        raise FinishedError(
+            f"the training of the run in {folder} did not end well, so it has no model: go on with the run, or choose "
+            "another"
+        )
     plan, catalog = read_recorded_plan(folder / "plan.json"), Catalog.load(folder / "catalog.jsonl")
     built = build_model(
         plan.model,

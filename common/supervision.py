@@ -36,9 +36,11 @@ ALIVE, ANSWERED = b".", b"+"
 """What a process shows: that it works; and that what it asks has just answered, which a thread beside may show."""
 
 
-def end_with_parent() -> None:
-    """Has this process get SIGTERM when the one that started it is gone."""
-    _libc.prctl(_PARENT_DEATH, signal.SIGTERM)
+def end_with_parent(sent: signal.Signals = signal.SIGTERM) -> None:
+    """Has this process get a signal when the one that started it is gone."""
+    prctl = getattr(_libc, "prctl", None)  # Linux alone has it
+    if prctl is not None:
+        prctl(_PARENT_DEATH, sent)
 
 
 class Pulse:

@@ -23,6 +23,7 @@ from server.nodes import FlowerRun, flower_runs
 from server.privacy_record import privacy_record
 from server.registry import RegistryReader
 from server.runs import INCOMPLETE, RunError, RunFolder, write_whole
+from server.summary import write_summary
 
 if TYPE_CHECKING:
     from common.events.catalog import CatalogFile
@@ -321,9 +322,10 @@ def conclude(server: Deployment, run: RunFolder, flower: str) -> RunFolder:
         raise LaunchError(
             f"the run says that it is complete, but has {rounds} of {planned} rounds; {run.path} is kept as it is"
         )
-    record = privacy_record(run, run.plan(), RegistryReader(server.registry)).as_json()
+    record = privacy_record(run, run.plan(), RegistryReader(server.registry))
     try:
-        write_whole(run.path / PRIVACY, json.dumps(record, indent=2).encode() + b"\n")
+        write_whole(run.path / PRIVACY, json.dumps(record.as_json(), indent=2).encode() + b"\n")
+        write_summary(run, run.plan(), record)
         return run.finish()
     except (OSError, RunError):
         if run.path.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +103,22 @@ class PrivacyRecord:
         }
 
 
-def privacy_record(run: RunFolder, plan: Plan, registry: RegistryReader) -> PrivacyRecord:
-    """From the chains that the server verified: charges count from their reservation, released or not."""
+def privacy_record(
+    run: RunFolder,
+    plan: Plan,
+    registry: RegistryReader,
+    on_sites: Callable[[int, int], None] = lambda done, of: None,
+) -> PrivacyRecord:
+    """From the chains that the server verified: charges count from their reservation, released or not.
+
+    Args:
+        on_sites: told of how many sites it is made, and of how many it is to be.
+    """
     found = []
     cache: dict[tuple[Event, ...], PublishedEpsilon] = {}
-    for site in registry.sites():
+    enrolled = registry.sites()
+    for done, site in enumerate(enrolled):
+        on_sites(done, len(enrolled))
         chain = registry.chain(site.key_id)
         events = []
         for reservation in chain.reservations.values():

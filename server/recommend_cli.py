@@ -21,7 +21,7 @@ _QUIET: dict[str, Any] = {
 app = typer.Typer(**_QUIET)
 predict_app = typer.Typer(**_QUIET)
 
-Run = Annotated[Path, typer.Option(help="Folder of a finished run.")]
+Run = Annotated[Path, typer.Option(help="A trained run: its folder, or its name under runs/.")]
 History = Annotated[str, typer.Option(help='Titles, oldest first: "title; title; ..."; "-title": not liked.')]
 Offline = Annotated[bool, typer.Option(help="Fetch nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -49,7 +49,7 @@ def recommend(
 
     if by not in ("model", "threshold", "neighbours"):
         raise UserError(f"--by {by!r} is unknown: choose model, threshold or neighbours")
-    recommender = load_recommender(run, offline=offline)
+    recommender = load_recommender(_folder(run), offline=offline)
     events = recommender.read(history.split(";"))
     if by == "threshold":
         found = recommender.above(events, threshold, because=because)[:top]
@@ -101,7 +101,7 @@ def predict(
     asked = [each for each in of.split(";") if each.strip()]
     if not asked:
         raise UserError("--of names nothing: give titles separated by semicolons")
-    recommender = load_recommender(run, offline=offline)
+    recommender = load_recommender(_folder(run), offline=offline)
     events = recommender.read(history.split(";"))
     found = recommender.predict(events, asked)
     what = {"interest": "liked", "next-category": "next category"}.get(recommender.finished.plan.task, "next")
@@ -133,6 +133,31 @@ def predict(
     for each in found:
         table.add_row(each.text, f"{each.probability:.4f}", str(each.rank))
     console.print(table)
+
+
+def _folder(run: Path) -> Path:
+    """Where the run lies; says on the standard error what it lacks, where its training ended and the rest did not."""
+    import sys
+
+    from common.finished import FinishedError
+    from server.runs import RunFolder
+    from server.shell_lines import resume_line
+
+    if (run / "model.safetensors").is_file() and not run.name.endswith(".incomplete"):
+        return run
+    found = RunFolder.find(run, Path("runs"))
+    way_out = f"`{resume_line(found)}`"
+    if not (found.path / "model.safetensors").is_file():
+        raise FinishedError(
+            f"the training of {found.name} did not end, so it has no model: {way_out} goes on with it"
+        )
+    if not found.is_whole:
+        print(
+            f"Note: {found.name} is trained, but was interrupted after that: it has no figures of the finished model, "
+            f"no privacy record and no summary; {way_out} makes them.",
+            file=sys.stderr,
+        )
+    return found.path
 
 
 def _as_read(recommender: Recommender, events: list[ReadEvent]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Recommends and predicts with a finished run's model: from titles that a person types to a ranked list.
+"""Recommends and predicts with a trained run's model: from titles that a person types to a ranked list.
 
     from server.recommending import load_recommender
     recommender = load_recommender("runs/...")
@@ -283,9 +283,9 @@ class Recommender:
 
 
 def load_recommender(folder: Path | str, *, offline: bool = False) -> Recommender:
-    """The recommender of a finished run's folder.
+    """The recommender of a run's folder.
 
     Raises:
-        FinishedError: the folder holds no run that ended well.
+        FinishedError: the folder holds no run whose training ended.
     """
     return Recommender(load_finished(Path(folder), offline=offline))

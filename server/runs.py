@@ -31,6 +31,10 @@ DISCARDED = ".discarded"
 """Ends the name of an unfinished run that nobody goes on with; what it was charged for stays in it as evidence."""
 
 
+PRIVATE, BEGUN = "private", "simulation.json"
+"""Of a simulated run: the folder of what is for its owner's eyes alone, and the file in it of what began the run."""
+
+
 class RunError(RuntimeError):
     """A run cannot go on, or a folder holds no finished run; the message says why and what to do."""
 
@@ -168,6 +172,31 @@ class RunFolder:
             raise RunError(f"the run in {path} did not end well, so it has no model: run it again")
         return cls(path)
 
+    @classmethod
+    def find(cls, given: str | Path, runs: Path) -> RunFolder:
+        """The run of a folder, or of a name under `runs`, with or without the ending of an unfinished one.
+
+        Raises:
+            RunError: there is none, or it was put away.
+        """
+        path = Path(given).expanduser()
+        for place in (path, runs / path.name):
+            bare = place.with_name(place.name.removesuffix(INCOMPLETE))
+            for each in (bare, bare.with_name(bare.name + INCOMPLETE)):
+                if (each / "plan.json").is_file():
+                    if each.name.endswith(DISCARDED):
+                        raise RunError(f"the run in {each} was put away for good: begin a new one")
+                    return cls(each.resolve())
+        raise RunError(
+            f"there is no run {given}, neither as a folder nor by this name in {runs}: `ls {runs}` shows those that "
+            "there are"
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the run has ended well, with all that comes after its training."""
+        return not self.path.name.endswith((INCOMPLETE, DISCARDED))
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """One process at a time works in a run; the kernel lets go for one that dies.
@@ -199,8 +228,11 @@ class RunFolder:
         """Which version of the code began the run, as JSON: see `installed_version`."""
         return self.path / "version.json"
 
-    def check_version(self) -> None:
+    def check_version(self, otherwise: str | None = None) -> None:
         """Whether the installed version may go on with the run: sites of another would refuse what it asks, or err.
+
+        Args:
+            otherwise: what one can do instead; None: what a server's administrator can.
 
         Raises:
             RunError: another version began it, or one from before versions were noted.
@@ -213,10 +245,13 @@ class RunFolder:
             code, version = "", "of before versions were noted"
         if code != here["code"]:
             began = f"{version} (code {code[:16]})" if code else f"one {version}"
+            otherwise = otherwise or (
+                f"put it away with `fedtide server discard {self.path.parent.parent} {self.name}`"
+            )
             raise RunError(
                 f"the unfinished run {self.name} was begun by another version of Fedtide, {began}, and this one is "
-                f"{here['version']} (code {here['code'][:16]}): go on with it under the version that began it, or put "
-                f"it away with `fedtide server discard {self.path.parent.parent} {self.name}`"
+                f"{here['version']} (code {here['code'][:16]}): go on with it under the version that began it, or "
+                f"{otherwise}"
             )
 
     @property
@@ -382,6 +417,10 @@ class RunFolder:
         """Whether metrics.jsonl tells what sites released of quality in a round."""
         lines = _whole_lines(self.metrics_file)
         return any(line.get("released") is True and line.get("round") == number for line in lines)
+
+    def released_quality(self) -> list[dict[str, Any]]:
+        """What sites released of quality, round by round."""
+        return [line for line in _whole_lines(self.metrics_file) if line.get("released") is True]
 
     def repair(self) -> None:
         """Removes what a crash left half-written: a last line without its end, and files that lack their name."""

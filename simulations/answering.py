@@ -7,7 +7,9 @@ What goes in and out of a part are messages, as bytes. While workers answer, the
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -106,7 +108,11 @@ def _contents(first: int, answers: list[bytes]) -> dict[int, RecordDict]:
 
 
 def _begin(environment: Mapping[str, str]) -> None:
-    """In a worker: one thread each, and the environment of now, as its server may have begun in another."""
+    """In a worker: one thread each, and the environment of now, as its server may have begun in another.
+
+    It ends when the simulation is killed: a pool's workers wait for more work for ever, and would keep ledgers open.
+    """
+    threading.Thread(target=_end_with_simulation, name="end-with-simulation", daemon=True).start()
     import client.together  # noqa: F401
     from client.kept_ledgers import keep_open
     from simulations.threads import one_thread
@@ -116,6 +122,13 @@ def _begin(environment: Mapping[str, str]) -> None:
     one_thread()
     keep_open()
     gc.freeze()  # what was imported is no garbage: not looked through again and again
+
+
+def _end_with_simulation() -> None:
+    simulation = multiprocessing.parent_process()
+    if simulation is not None:
+        simulation.join()
+        os._exit(1)
 
 
 def _ready() -> None:

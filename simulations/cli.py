@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ import typer
 from common import columns as reading
 
 if TYPE_CHECKING:
+    from common.config import Plan
+    from simulations.follower import Watcher
     from simulations.outcome import Outcome
 
 simulate_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -54,6 +58,7 @@ def _fill_in_statistics(values: dict[str, Any]) -> None:
 
 @simulate_app.command()
 def simulate(
+    context: typer.Context,
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A plan, TOML or JSON.")] = None,
     dataset: Annotated[str, typer.Option(help="movielens-100k or online-retail.")] = "movielens-100k",
     data_path: Annotated[Path | None, typer.Option(help="Where the data set lies, read in place.")] = None,
@@ -119,19 +124,31 @@ def simulate(
     runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
     offline: Annotated[bool, typer.Option(help="Fetch nothing; use what is on this machine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Go on with an interrupted run: its folder, or its name under --runs."
+        ),
+    ] = None,
 ) -> None:
     """Train one interest model across simulated sites, each under its own user-level differential privacy.
 
     Without a log this is MovieLens-100K over ten regions. Results, plots and the model go to a folder under
-    --runs.
+    --runs. A run that was interrupted goes on with --resume: training that is done stays done.
     """
+    given = {option: value for option, value in locals().items() if option != "context"}
     from client.policy import performance_of
     from common.cli import UserError
-    from common.config import make_plan, read_plan
     from common.events.catalog import CatalogFile
+    from server.runs import RunError, RunFolder
+    from simulations.going_on import call_of, go_on, interrupted, to_keep, with_way_out
 
-    values: dict[str, Any] = read_plan(plan_file).model_dump() if plan_file else {}
-    given = {
+    if resume is not None:
+        if (done := go_on(context, given, simulate)) is not None:
+            _say_finished(done.path, as_json=as_json)
+        return
+    call = call_of(context)
+    in_plan = {
         "name": name,
         "privacy.epsilon": epsilon,
         "privacy.delta": delta,
@@ -143,19 +160,6 @@ def simulate(
         "model.mode": mode,
         "model.encoder": encoder,
     }
-    if plan_file and any(each is not None for each in (epsilon, delta, rounds, steps, sampling_rate)):
-        _leave_noise_out(values)
-    for place, value in given.items():
-        _put(values, place, value)
-    for each in set_ or ():
-        place, equals, text = each.partition("=")
-        if not equals:
-            raise UserError(
-                f"--set {each!r} must read section.name=value, such as --set privacy.clip_norm=0.5"
-            )
-        _put(values, place, _parsed(text))
-    if plan_file is None:
-        _fill_in_statistics(values)
     mapping = reading.column_mapping(columns, "--columns")
     source = None
     if catalog is not None:
@@ -180,7 +184,7 @@ def simulate(
             f"--folds {folds} must be at least 2, and folds go with leave-one-out and sites of their own: leave "
             "--split and --sites out"
         )
-    plan = make_plan(values)
+    plan = call.unfinished.plan() if call.unfinished else _plan_of(plan_file, in_plan, set_ or ())
     performance = None
     if any(each is not None for each in (device, threads, micro_batch, dp_engine, frozen_precision)):
         performance = performance_of(
@@ -195,6 +199,7 @@ def simulate(
 
     from rich.console import Console
 
+    from simulations.begun import Begun
     from simulations.console import SHOWN_COLUMNS, ConsoleWatcher, print_outcome
     from simulations.datasets import load_movielens_100k, load_own
     from simulations.federation import SimulationOptions
@@ -202,7 +207,7 @@ def simulate(
     from simulations.folds import folds_table, simulate_folds, spread
     from simulations.online_retail import load_online_retail
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, quiet=call.on_outcome is not None)
     if log is not None:
         layout = reading.text_layout(separator, quotes, encoding)
         data = load_own(log, None, format, mapping, layout=layout, catalog=source)
@@ -227,31 +232,83 @@ def simulate(
         offline=offline,
     )
     outcomes: list[Outcome] = []
-    watcher = ConsoleWatcher(console, plan.rounds)
+    watcher = ConsoleWatcher(console, plan.rounds) if call.watcher is None else call.watcher
+    kept: dict[str, Any] = {"given": to_keep(given)}
+    begun: list[RunFolder] = []
+    watcher.on_run = begun.append
 
-    def next_watcher(number: int) -> ConsoleWatcher:
+    def next_watcher(number: int) -> Watcher:
         console.rule(f"fold {number} of {folds}")
         return watcher
 
     try:
         with watcher.showing():
-            if folds is None:
-                outcomes = [run_simulation(data, plan, options, watcher)]
+            if call.unfinished is not None:
+                fold = Begun.load(call.unfinished).fold
+                options = replace(options, fold=fold)
+                outcomes = [run_simulation(data, plan, options, watcher, unfinished=call.unfinished, **kept)]
+            elif folds is None:
+                outcomes = [run_simulation(data, plan, options, watcher, **kept)]
             else:
-                outcomes = simulate_folds(data, plan, options, folds, next_watcher)
+                outcomes = simulate_folds(data, plan, options, folds, next_watcher, **kept)
+    except KeyboardInterrupt:
+        raise interrupted(begun[-1] if begun else call.unfinished) from None
+    except RunError as error:
+        raise with_way_out(error, begun[-1] if begun else None) from error
     except ValueError as error:
         if type(error) is ValueError:  # a checked argument of a plain function: its message is for the person
             raise UserError(str(error)) from error
         raise
+    if call.on_outcome is not None:
+        for outcome in outcomes:
+            call.on_outcome(outcome)
+        return
     for outcome in outcomes:
         print_outcome(console, outcome)
-    if folds is not None:
+    whole = folds is not None and call.unfinished is None
+    if whole:
         console.print(folds_table(outcomes, SHOWN_COLUMNS - 1))
     if as_json:
         found = [_as_json(outcome) for outcome in outcomes]
-        typer.echo(
-            json.dumps(found[0] if folds is None else {"folds": found, "validation": spread(outcomes)})
-        )
+        typer.echo(json.dumps({"folds": found, "validation": spread(outcomes)} if whole else found[0]))
+
+
+def _plan_of(plan_file: Path | None, in_plan: Mapping[str, Any], set_: Sequence[str]) -> Plan:
+    """The plan of a file, or the one by default, with what the options say of it: place -> value."""
+    from common.cli import UserError
+    from common.config import make_plan, read_plan
+
+    values: dict[str, Any] = read_plan(plan_file).model_dump() if plan_file else {}
+    if plan_file and any(in_plan[each] is not None for each in _CALIBRATED_ANEW):
+        _leave_noise_out(values)
+    for place, value in in_plan.items():
+        _put(values, place, value)
+    for each in set_:
+        place, equals, text = each.partition("=")
+        if not equals:
+            raise UserError(
+                f"--set {each!r} must read section.name=value, such as --set privacy.clip_norm=0.5"
+            )
+        _put(values, place, _parsed(text))
+    if plan_file is None:
+        _fill_in_statistics(values)
+    return make_plan(values)
+
+
+_CALIBRATED_ANEW = (
+    "privacy.epsilon",
+    "privacy.delta",
+    "training.rounds",
+    "training.steps_per_round",
+    "privacy.sampling_rate",
+)
+
+
+def _say_finished(run: Path, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"run": str(run), "finished": True}))
+    else:
+        print(f"{run.name} is finished, and nothing is left to do: {run / 'summary.md'} says what came out.")
 
 
 def _as_json(outcome: Outcome) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from rich.table import Table
 
 from common.config import Plan
 from common.events.cleaning import CleaningReport
+from server.summary import PROTECTION
+from simulations.bars import Lines
 from simulations.follower import Watcher
 from simulations.outcome import Outcome
 from simulations.quality import Quality
 from simulations.report import (
-    PROTECTION,
     cost_rows,
     open_form,
     quality_header,
@@ -39,7 +40,7 @@ SHOWN_COLUMNS = 5
 
 
 class ConsoleWatcher(Watcher):
-    """Shows a run on a terminal; on something else it prints the tables and leaves bars out."""
+    """Shows a run on a terminal; on something else it prints the tables, and a line now and then in place of bars."""
 
     def __init__(self, console: Console, rounds: int) -> None:
         super().__init__()
@@ -52,10 +53,14 @@ class ConsoleWatcher(Watcher):
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._rounds = self._progress.add_task("rounds", total=rounds, visible=False)
         self._steps = self._progress.add_task("steps", total=None, visible=False)
         self._phase = self._progress.add_task("", total=None)
+        self._lines = Lines(lambda line: console.print(line, style="dim", highlight=False))
+        self._name = ""
+        self.on_progress = self._show_progress
         self.on_sites = self._show_sites
         self.on_step = self._show_step
         self.on_round = self._show_round
@@ -71,7 +76,13 @@ class ConsoleWatcher(Watcher):
         training = phase == "training"
         self._progress.update(self._rounds, visible=training)
         self._progress.update(self._steps, visible=training)
-        self._progress.update(self._phase, description=phase, visible=not training)
+        self._progress.reset(self._phase, total=None, description=phase, visible=not training)
+        self._name = phase
+
+    def _show_progress(self, done: int, of: int | None) -> None:
+        self._progress.update(self._phase, completed=done, total=of)
+        if not self._console.is_terminal:
+            self._lines.tell(self._name, done, of)
 
     def _show_sites(self, sites: list[SimulatedSite], report: CleaningReport, plan: Plan) -> None:
         self._console.print(report.table())
@@ -79,10 +90,31 @@ class ConsoleWatcher(Watcher):
 
     def _show_step(self, number: int, done: int, of: int) -> None:
         self._progress.update(self._steps, completed=done, total=of, description=f"steps of round {number}")
+        if not self._console.is_terminal:
+            self._lines.tell(f"steps of round {number}", done, of)
 
     def _show_round(self, record: dict[str, Any], quality: Quality, epsilon: float) -> None:
         self._progress.update(self._rounds, completed=record["round"])
         self._console.print(round_table(record, quality, epsilon))
+
+
+class QuietWatcher(ConsoleWatcher):
+    """Bars alone, for a command that runs many simulations."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        super().__init__(console, 0)
+        self._title = title
+        self._progress.update(self._rounds, total=None)
+        self.on_sites = lambda sites, report, plan: self._progress.update(
+            self._rounds, total=len(plan.schedule())
+        )
+        self.on_round = lambda record, quality, epsilon: self._progress.update(
+            self._rounds, completed=record["round"]
+        )
+
+    def _show_phase(self, phase: str) -> None:
+        super()._show_phase(phase)
+        self._progress.update(self._phase, description=f"{self._title}: {phase}")
 
 
 def site_table(sites: list[SimulatedSite], plan: Plan) -> Table:

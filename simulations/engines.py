@@ -1,6 +1,7 @@
 """The two ways to run a federation on one machine: Flower's simulation engine with Ray, and one process.
 
-Flower's engine runs in a process group of its own, and nothing of it is left when this returns or is interrupted.
+Flower's engine runs in a process group of its own, and nothing of it is left when this returns, is interrupted, or is
+killed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from common.supervision import end_with_parent
 from server.app import REGISTRY_FOLDER, RUN_FOLDER
 from server.registry import Registry
 from server.runs import RunError, RunFolder
@@ -72,6 +75,7 @@ def run_with_flower(run: RunFolder, environment: dict[str, str], nodes: int, cpu
             stderr=subprocess.STDOUT,
             env=own,
             start_new_session=True,
+            preexec_fn=partial(end_with_parent, signal.SIGKILL),  # noqa: PLW1509 (it calls libc, and takes no lock)
         )
         try:
             # Short naps, not one long wait: an interrupt must be seen at once, whichever thread it reaches.

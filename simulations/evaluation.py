@@ -104,7 +104,13 @@ class HeldOut:
         )
 
 
-def evaluate(scorer: Scorer, held_out: HeldOut, part: Part, items: int) -> Quality:
+def evaluate(
+    scorer: Scorer,
+    held_out: HeldOut,
+    part: Part,
+    items: int,
+    on_users: Callable[[int, int], None] = lambda done, of: None,
+) -> Quality:
     """How well a scorer foretells what each user did next.
 
     For `next-item` the held-out item is ranked among all that the user has not had; for `interest` users whose
@@ -113,31 +119,48 @@ def evaluate(scorer: Scorer, held_out: HeldOut, part: Part, items: int) -> Quali
     Args:
         scorer: see `Scorer`.
         items: size of the catalog.
+        on_users: told of how many users it is known, and of how many it is to be.
     """
     histories, targets = held_out.part(part)
+    rows = _judging(held_out, part, targets)
+    found = _judged(scorer, held_out, part, histories, targets, rows, items, on_users)
+    return replace(found, users=histories.users[rows], targets=targets[rows])
+
+
+def _judging(held_out: HeldOut, part: Part, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows of those by whom the task can be judged."""
     if held_out.task == "interest":
-        labels = held_out.part_labels(part)
-        known = np.flatnonzero(~np.isnan(labels))
-        found = _predict(scorer, held_out, histories, targets, known, items)
-        return interest_quality(np.concatenate(list(found)), labels[known].astype(np.int64))
+        return np.flatnonzero(~np.isnan(held_out.part_labels(part)))
     if held_out.task == "next-category":
         assert held_out.membership is not None
-        right = held_out.membership[targets]
-        known = np.flatnonzero(right.any(axis=1))
-        found = _predict(scorer, held_out, histories, targets, known, items)
-        return category_quality(np.concatenate(list(found)), right[known])
+        return np.flatnonzero(held_out.membership[targets].any(axis=1))
+    return np.arange(len(targets))
+
+
+def _judged(
+    scorer: Scorer,
+    held_out: HeldOut,
+    part: Part,
+    histories: Histories,
+    targets: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    items: int,
+    on_users: Callable[[int, int], None],
+) -> Quality:
+    found = _predict(scorer, held_out, histories, targets, rows, items, on_users)
+    if held_out.task == "interest":
+        labels = held_out.part_labels(part)[rows].astype(np.int64)
+        return interest_quality(np.concatenate(list(found)), labels)
+    if held_out.task == "next-category":
+        assert held_out.membership is not None
+        return category_quality(np.concatenate(list(found)), held_out.membership[targets[rows]])
     all_ranks: list[npt.NDArray[np.float64]] = []
     lists: list[npt.NDArray[np.int64]] = []
-    everyone = np.arange(len(histories))
-    for rows, scores in zip(
-        _parts(everyone, items),
-        _predict(scorer, held_out, histories, targets, everyone, items),
-        strict=True,
-    ):
-        seen = np.zeros((len(rows), items), dtype=bool)
-        for place, row in enumerate(rows):
+    for some, scores in zip(_parts(rows, items), found, strict=True):
+        seen = np.zeros((len(some), items), dtype=bool)
+        for place, row in enumerate(some):
             seen[place, histories.history(int(row))] = True
-        all_ranks.append(ranks(scores, targets[rows], seen))
+        all_ranks.append(ranks(scores, targets[some], seen))
         lists.append(top_lists(scores, min(TOP, items), seen))
     return ranking_quality(
         np.concatenate(all_ranks),
@@ -160,12 +183,16 @@ def _predict(
     targets: npt.NDArray[np.int64],
     rows: npt.NDArray[np.int64],
     items: int,
+    on_users: Callable[[int, int], None],
 ) -> Iterator[npt.NDArray[np.float64]]:
     """Predictions for `rows`, part by part (`_parts`), each made when it is asked for."""
     if not len(rows):
         raise ValueError(f"no user has a held-out event that the task {held_out.task} can be judged by")
+    done = 0
     for part in _parts(rows, items):
         said = scorer(held_out.batch(histories, part), torch.from_numpy(targets[part]))
+        done += len(part)
+        on_users(done, len(rows))
         yield said.detach().cpu().numpy().astype(np.float64)
 
 

@@ -6,8 +6,9 @@ own, so epsilons hold for each fold's run by itself; on real users, K folds woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -28,11 +29,14 @@ def simulate_folds(
     options: SimulationOptions,
     folds: int,
     watch: Callable[[int], Watcher] = lambda number: Watcher(),
+    *,
+    given: Mapping[str, Any] | None = None,
 ) -> list[Outcome]:
     """One federation for each fold.
 
     Args:
         watch: the watcher of each fold, by its number from 1.
+        given: as for `simulate`.
 
     Raises:
         ValueError: fewer than two folds, or more than users; and as `simulate`.
@@ -42,7 +46,7 @@ def simulate_folds(
     outcomes = []
     for number in range(1, folds + 1):
         options = replace(options, fold=(number, folds), test=False)
-        outcomes.append(simulate(dataset, plan, options, watch(number)))
+        outcomes.append(simulate(dataset, plan, options, watch(number), given=given))
     return outcomes
 
 

@@ -22,12 +22,22 @@ from simulations.sites import SimulatedSite
 
 @dataclass
 class Watcher:
-    """What the console is told while a run goes on; every hook does nothing unless it is replaced."""
+    """What the console is told while a run goes on; every hook does nothing unless it is replaced.
+
+    `on_progress` tells how much of the latest phase is done; `on_run`, where the run lies, once it can go on.
+    """
 
     on_sites: Callable[[list[SimulatedSite], CleaningReport, Plan], None] = lambda sites, report, plan: None
     on_step: Callable[[int, int, int], None] = lambda round, done, of: None
     on_round: Callable[[dict[str, Any], Quality, float], None] = lambda record, quality, epsilon: None
     on_phase: Callable[[str], None] = lambda phase: None
+    on_progress: Callable[[int, int | None], None] = lambda done, of: None
+    on_run: Callable[[RunFolder], None] = lambda run: None
+
+    @contextlib.contextmanager
+    def showing(self) -> Iterator[None]:
+        """Bars are shown inside, where there are any."""
+        yield
 
 
 def load_checkpoint(model: InterestModel, run: RunFolder, plan: Plan, number: int | None, items: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +32,17 @@ class Quality:
         headline: the metric that curves show.
         per_user: [users] what is compared in pairs and chosen by; higher is better.
         per_user_name: its name.
+        by_user: metric -> [users], of those metrics that are means over users; never shown.
+        users, targets: [users] pseudonyms of those who judge, and the items that they judge by.
     """
 
     metrics: Mapping[str, Metric]
     headline: str
     per_user: Floats
     per_user_name: str
+    by_user: Mapping[str, Floats] = field(default_factory=dict)
+    users: npt.NDArray[np.str_] | None = None
+    targets: npt.NDArray[np.int64] | None = None
 
     def as_json(self) -> dict[str, dict[str, float]]:
         """name -> value and standard error."""
@@ -63,11 +68,18 @@ def ranking_quality(
     """
     found = metrics.summarise(ranks, TOP, lists=lists, items=items)
     shown = {_SHOWN[name]: metric for name, metric in found.items()}
+    by_user = {
+        f"HR@{TOP}": metrics.hit_rate(ranks, TOP),
+        f"NDCG@{TOP}": metrics.ndcg(ranks, TOP),
+        "MRR": metrics.reciprocal_rank(ranks),
+    }
     if vectors is not None:
-        shown["diversity"] = metrics.mean_metric(metrics.intra_list_diversity(vectors, lists))
+        by_user["diversity"] = metrics.intra_list_diversity(vectors, lists)
+        shown["diversity"] = metrics.mean_metric(by_user["diversity"])
     if popularity is not None:
-        shown["novelty"] = metrics.mean_metric(metrics.novelty(popularity, lists))
-    return Quality(shown, f"NDCG@{TOP}", metrics.ndcg(ranks, TOP), f"NDCG@{TOP}")
+        by_user["novelty"] = metrics.novelty(popularity, lists)
+        shown["novelty"] = metrics.mean_metric(by_user["novelty"])
+    return Quality(shown, f"NDCG@{TOP}", by_user[f"NDCG@{TOP}"], f"NDCG@{TOP}", by_user)
 
 
 def interest_quality(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Quality:
@@ -78,7 +90,8 @@ def interest_quality(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Qu
         labels: [users], 0 or 1.
     """
     guess = (probabilities >= 0.5).astype(np.int64)
-    right = metrics.mean_metric((guess == labels).astype(np.float64))
+    hits = (guess == labels).astype(np.float64)
+    right = metrics.mean_metric(hits)
 
     def plain(value: float) -> Metric:
         return Metric(value, float("nan"))
@@ -95,7 +108,8 @@ def interest_quality(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Qu
     sure = np.clip(probabilities, _SURE, 1 - _SURE)
     likelihood = np.where(labels == 1, np.log(sure), np.log(1 - sure))
     headline = "ROC-AUC" if "ROC-AUC" in shown else "accuracy"
-    return Quality(shown, headline, likelihood, "log-likelihood")
+    by_user = {"accuracy": hits, "log-likelihood": likelihood}
+    return Quality(shown, headline, likelihood, "log-likelihood", by_user)
 
 
 def _area_error(area: float, positives: int, negatives: int) -> float:
@@ -117,10 +131,12 @@ def category_quality(scores: Floats, right: npt.NDArray[np.bool_]) -> Quality:
     above, level = ((scores > best) & others).sum(axis=1), ((scores == best) & others).sum(axis=1)
     ranks = 1.0 + above + level / 2
     first = metrics.top_lists(scores, 1)
-    shown = {
-        "HR@1": metrics.mean_metric(metrics.hit_rate(ranks, 1)),
-        "HR@3": metrics.mean_metric(metrics.hit_rate(ranks, 3)),
-        "MRR": metrics.mean_metric(metrics.reciprocal_rank(ranks)),
-        "coverage@1": Metric(metrics.coverage(first, scores.shape[1]), float("nan")),
+    by_user = {
+        "HR@1": metrics.hit_rate(ranks, 1),
+        "HR@3": metrics.hit_rate(ranks, 3),
+        "MRR": metrics.reciprocal_rank(ranks),
     }
-    return Quality(shown, "HR@1", metrics.reciprocal_rank(ranks), "reciprocal rank")
+    shown = {name: metrics.mean_metric(values) for name, values in by_user.items()}
+    shown["coverage@1"] = Metric(metrics.coverage(first, scores.shape[1]), float("nan"))
+    by_user["reciprocal rank"] = by_user["MRR"]
+    return Quality(shown, "HR@1", by_user["MRR"], "reciprocal rank", by_user)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from common.config import Plan
 from common.metrics import paired_difference
 from common.privacy.odds import percent
 from server.privacy_record import PrivacyRecord
 from server.runs import write_whole
+from server.summary import PROTECTION, statistics_rows, table, training_rows
 from simulations import plots
 from simulations.outcome import FEDTIDE, OPEN, Outcome
 
@@ -86,8 +85,8 @@ def cost_rows(outcome: Outcome) -> list[tuple[str, str]]:
             f"({privacy.budget_epsilon:g}, {plan.privacy.delta:g})",
         ),
         *_lifetime_rows(privacy),
-        *_statistics_rows(plan),
-        *_training_rows(plan),
+        *statistics_rows(plan),
+        *training_rows(plan),
         ("releases (charged, released)", f"{charged}, {released}"),
         ("bytes to sites, from sites", f"{outcome.bytes_down:,}, {outcome.bytes_up:,}"),
         ("wall time", f"{outcome.seconds:.0f} s"),
@@ -112,41 +111,6 @@ def _lifetime_rows(privacy: PrivacyRecord) -> list[tuple[str, str]]:
     ]
 
 
-def _statistics_rows(plan: Plan) -> list[tuple[str, str]]:
-    statistics, rows = plan.statistics, []
-    if statistics.popularity_share:
-        rows.append(("noise on popularity", f"{statistics.popularity_noise_multiplier:g}"))
-    if statistics.transition_share:
-        rows.append(
-            (
-                "noise on transitions",
-                f"{statistics.transition_noise_multiplier:g}, among {statistics.top_items} items",
-            )
-        )
-    if plan.metrics.share:
-        rows.append(("noise on metrics", f"{plan.metrics.noise_multiplier:g}"))
-    return rows
-
-
-def _training_rows(plan: Plan) -> list[tuple[str, str]]:
-    if not plan.training.rounds:
-        return [("private fine-tuning", "none")]
-    return [
-        ("noise multiplier", f"{plan.privacy.noise_multiplier:g}"),
-        ("clip norm", f"{plan.privacy.clip_norm:g}"),
-        ("sampling rate of users", f"{plan.privacy.sampling_rate:g}"),
-        (
-            "steps at each site",
-            f"{plan.training.rounds} rounds x {plan.training.steps_per_round} = {plan.steps}",
-        ),
-    ]
-
-
-PROTECTION = (
-    "Site-level DP: each user of an honest site has this (epsilon, delta), from this run, against everyone outside the "
-    "site, a malicious server included; adding or removing one user with all events. Over all runs, the site's ledger "
-    "bounds what is spent. One person at k sites composes over the k."
-)
 _LOOKED_AT = {
     "test": "test split, looked at once",
     "validation": "validation; nobody looked at the test split",
@@ -189,11 +153,6 @@ def results_title(outcome: Outcome) -> str:
     return f"results ({_LOOKED_AT[outcome.part]})"
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def summary(outcome: Outcome) -> str:
     """The run in Markdown."""
     users = [site.users for site in outcome.sites]
@@ -201,13 +160,13 @@ def summary(outcome: Outcome) -> str:
         f"# {outcome.run.name}",
         f"{len(users)} sites, {sum(users)} users ({min(users)} to {max(users)} a site). {researcher_side(outcome)}",
         f"## Quality: {results_title(outcome)}",
-        _table(quality_header(outcome), quality_rows(outcome)),
+        table(quality_header(outcome), quality_rows(outcome)),
         "\n".join(f"- {line}" for line in verdicts(outcome)),
         *filter(None, [open_form(outcome)]),
         "![quality by round](quality-by-round.png)",
         "## Privacy",
         PROTECTION,
-        _table(("what", "value"), cost_rows(outcome)),
+        table(("what", "value"), cost_rows(outcome)),
         "![epsilon by round](epsilon-by-round.png)",
         "![quality against privacy cost](privacy-utility.png)",
         "Settings were fixed before the run; choosing them by looking at results on private data would cost privacy "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +29,16 @@ from common.events.schema import DEFAULT_KIND
 from common.models.names import FAMILIES
 from common.planning import smallest_budget
 from server.registry import Registry
+from server.runs import write_whole
 from simulations.datasets import Dataset
 from simulations.partition import log_of_site
 from simulations.splits import LeaveOneOut, Split
 
 SPLIT_FILE = "split.txt"
 """Names, beside sites that outlive a run, the split that they were made under."""
+
+_BEING_MADE = "being-made"
+"""Beside sites that are not all made yet, so that nobody asked them for anything: which ones, as a digest."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +141,13 @@ def make_site(
     budget: float,
     performance: Performance | None = None,
 ) -> None:
-    """One new site: its histories, a policy that allows every plan, and a ledger whose cap is `budget` (epsilon)."""
-    folder.mkdir(parents=True, mode=0o700)
+    """One new site, whole or not at all: its histories, a policy that allows every plan, and a ledger whose cap is
+    `budget` (epsilon)."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True, mode=0o700)
     site = Site(
-        folder=folder,
+        folder=aside,
         name=name,
         catalog=catalog_file,
         users_at_least=plan.privacy.users_per_site,
@@ -153,6 +161,7 @@ def make_site(
     Ledger.create(
         site.ledger_folder, epsilon=budget, delta=plan.privacy.delta, typical_plan=plan.events()
     ).disconnect()
+    aside.rename(folder)
 
 
 def enroll_site(folder: Path, name: str, registry: Registry) -> None:
@@ -206,12 +215,20 @@ def make_sites(
     """
     count = int(sites.max()) + 1
     found = sorted(path for path in root.glob("[0-9]*") if path.is_dir())
-    if found and len(found) != count:
+    marker, which = root / _BEING_MADE, _which_sites(dataset, sites, split, seed)
+    making = marker.is_file() or not found
+    if making and found and marker.read_text(encoding="utf-8") != which:
+        raise SiteError(
+            f"{root} holds a part of other sites, whose making was interrupted: delete it, as nobody has asked them "
+            "for anything yet, or choose another folder"
+        )
+    if not making and len(found) != count:
         raise SiteError(f"{root} holds {len(found)} sites, but {count} are asked for: choose another folder")
     remembered = root / SPLIT_FILE
-    if not found:
+    if making:
         root.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(split.name + "\n", encoding="utf-8")
+        write_whole(remembered, split.name.encode() + b"\n")
+        write_whole(marker, which.encode())
     else:
         made_under = (
             remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else LeaveOneOut().name
@@ -221,15 +238,15 @@ def make_sites(
                 f"the sites in {root} were made under the split {made_under}, and may hold events that the split "
                 f"{split.name} keeps back: choose another folder"
             )
-    if not found and budget is None:
+    if making and budget is None:
         budget, _ = smallest_budget(plan.events(), plan.privacy.delta)
     cleaned = histories_of_sites(dataset, sites, policy, seed)
     made = []
     for number in range(count):
         folder = root / f"{number:05d}"
         name = site_name(number)
-        if budget is not None and not found:
-            training = split.training(next(cleaned))
+        training = split.training(next(cleaned)) if making else None
+        if budget is not None and training is not None and not folder.is_dir():
             if len(training) < plan.privacy.users_per_site:
                 raise SiteError(
                     f"{name} has {len(training)} users, but the plan's sampling counts on at least "
@@ -242,4 +259,12 @@ def make_sites(
             enroll_site(folder, name, registry)
         training = Histories.load(Site.load(folder).histories_folder)
         made.append(SimulatedSite(name=name, folder=folder, users=len(training), events=training.events))
+    marker.unlink(missing_ok=True)
     return made
+
+
+def _which_sites(dataset: Dataset, sites: npt.NDArray[np.int64], split: Split, seed: int) -> str:
+    """A digest of who falls to which site, and of what is held out."""
+    digest = hashlib.sha256(f"{seed} {split.name}\n".encode() + sites.tobytes())
+    digest.update("\n".join(dataset.users["user"].to_list()).encode())
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ from simulations.audit.certificate_cli import certificate
 from simulations.audit.conformance.cli import conformance
 from simulations.audit.noise_cli import noise
 from simulations.audit.pack_cli import pack
+from simulations.bars import progress
 
 if TYPE_CHECKING:
     from simulations.audit.findings import Findings, SiteFinding
@@ -61,7 +62,8 @@ def receipts(
 
     # Google's accountant warns of orders below 2 that it leaves out, which only loosens its figure.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    found = audit_receipts(run, registry)
+    with progress("receipts", hidden=as_json) as on_receipts:
+        found = audit_receipts(run, registry, on_receipts)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
     else:

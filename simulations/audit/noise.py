@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,14 @@ LIMITS = (
 )
 
 
-def audit_noise(path: Path, *, level: float = LEVEL) -> Evidence:
+def audit_noise(
+    path: Path, *, level: float = LEVEL, on_asked: Callable[[int, int], None] = lambda done, of: None
+) -> Evidence:
     """Tests a run's releases; reads the run's folder alone. Writes nothing.
 
     Args:
         level: of false alarms of the whole audit.
+        on_asked: as for `judge`.
 
     Raises:
         RunError: there is no run, or what it says of its rounds cannot be read.
@@ -54,7 +57,7 @@ def audit_noise(path: Path, *, level: float = LEVEL) -> Evidence:
     checks = [_kept(found)]
     series: dict[str, Any] = {"sites": {}}
     if found.releases:
-        checks += judge(found.releases, level=level)
+        checks += judge(found.releases, level=level, on_asked=on_asked)
         series = _series(by_site(found.releases), level / len(QUESTIONS))
     return Evidence(
         tool="noise",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -37,22 +37,32 @@ SURE = ("grid",)
 """What is asked besides, and never alarms falsely."""
 
 
-def judge(releases: Sequence[Release], *, level: float) -> list[Check]:
+def judge(
+    releases: Sequence[Release],
+    *,
+    level: float,
+    on_asked: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Check]:
     """Asks every question.
 
     Args:
         releases: in the order of rounds; at least one.
         level: of false alarms, of all questions together.
+        on_asked: told how many of how many groups of questions are asked.
     """
     share, sites = level / len(QUESTIONS), by_site(releases)
-    checks = [
-        *_levels(sites, len(releases), share),
-        *_shapes(sites, share),
-        *_repeats(sites, share),
-        *_shared(sites, share),
-        *_rest(sites, share),
-        *how_drawn(sites, share),
-    ]
+    groups: tuple[Callable[[], Iterable[Check]], ...] = (
+        lambda: _levels(sites, len(releases), share),
+        lambda: _shapes(sites, share),
+        lambda: _repeats(sites, share),
+        lambda: _shared(sites, share),
+        lambda: _rest(sites, share),
+        lambda: how_drawn(sites, share),
+    )
+    checks: list[Check] = []
+    for number, ask in enumerate(groups, 1):
+        checks += ask()
+        on_asked(number, len(groups))
     order = {name: place for place, name in enumerate((*QUESTIONS, *SURE))}
     return sorted(checks, key=lambda check: order[check.name])
 

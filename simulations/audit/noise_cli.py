@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simulations.audit.terminal import conclude
+from simulations.bars import progress
 
 if TYPE_CHECKING:
     from simulations.audit.evidence import Check, Evidence
@@ -30,7 +31,8 @@ def noise(
     from simulations.audit.noise import audit_noise
     from simulations.audit.noise_chart import draw
 
-    found = audit_noise(run.resolve())
+    with progress("questions about the noise", hidden=as_json) as on_asked:
+        found = audit_noise(run.resolve(), on_asked=on_asked)
     file = found.write(run)
     if found.series["sites"]:
         draw(run / FOLDER / CHART, found.series["sites"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,17 @@ class Line:
     anchor: Countersignature
 
 
-def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
+def audit_receipts(
+    path: Path,
+    registry: Path | None = None,
+    on_receipts: Callable[[int, int], None] = lambda done, of: None,
+) -> Findings:
     """Checks a run's folder. What does not hold is in the findings; only what is not there at all is raised.
 
     Args:
         path: of the run.
         registry: folder of the server's registry; else looked for in the run's folder.
+        on_receipts: told of how many receipts are checked, and of how many there are.
 
     Raises:
         RunError: there is no such run.
@@ -65,8 +71,9 @@ def audit_receipts(path: Path, registry: Path | None = None) -> Findings:
     if lines and lines[0].said["run"] != run.name:
         findings.run = str(lines[0].said["run"])
         findings.notes.append(f"the folder is now called {run.name}, but the run was {findings.run}")
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         _check_line(line, run, plan, reader, chains, findings)
+        on_receipts(number, len(lines))
     _check_rounds(run, plan, lines, findings)
     check_epsilons(run, plan, chains, lines_seen(lines), findings)
     check_aggregates(run, plan, findings)

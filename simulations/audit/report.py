@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,17 +106,22 @@ class Report:
         return clean
 
 
-def build_report(path: Path, registry: Path | None = None) -> Report:
+def build_report(
+    path: Path,
+    registry: Path | None = None,
+    on_receipts: Callable[[int, int], None] = lambda done, of: None,
+) -> Report:
     """Recomputes a run's record and gathers the evidence that lies in its folder.
 
     Args:
         path: of the run.
         registry: folder of the server's registry, or of a copy; else looked for in the run's folder.
+        on_receipts: as for `audit_receipts`.
 
     Raises:
         RunError, PlanError, RegistryError: as `audit_receipts` does.
     """
-    findings = audit_receipts(path, registry)
+    findings = audit_receipts(path, registry, on_receipts)
     run = RunFolder(path.resolve())
     plan = run.plan()
     reader = RegistryReader(registry or registry_of(run))

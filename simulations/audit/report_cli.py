@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulations.bars import progress
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,6 +22,7 @@ RegistryFolder = Annotated[
     Path | None,
     typer.Option(help="The server's registry, or a copy, where it is not in the run's folder."),
 ]
+_RECORD = "recomputing the record: receipts"
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same as JSON, to this file.")]
 
 
@@ -37,8 +40,8 @@ def report(
 
     console = Console()
     _quiet()
-    with console.status("recomputing the record"):
-        found = build_report(run, registry)
+    with progress(_RECORD) as on_receipts:
+        found = build_report(run, registry, on_receipts)
         write(found, output, json)
     finish(found, output, console)
 
@@ -58,10 +61,11 @@ def full(
 
     console = Console()
     _quiet()
-    build_report(run, registry)  # a folder that holds no run is refused before anything takes its time
+    with progress(_RECORD) as on_receipts:
+        build_report(run, registry, on_receipts)  # what is no run is refused before anything takes its time
     stopped = run_tools(run, console)
-    with console.status("recomputing the record"):
-        found = build_report(run, registry)
+    with progress(_RECORD) as on_receipts:
+        found = build_report(run, registry, on_receipts)
         write(found, output, json)
     finish(found, output, console)
     if stopped:

@@ -1,10 +1,9 @@
-"""What the audit's commands share on the terminal: the run they are given, a progress bar, lines, the exit code."""
+"""What the audit's commands share on the terminal: the run they are given, lines, the exit code."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,19 +30,6 @@ def plan_of(run: Path | None) -> Plan:
     if not (run / "plan.json").is_file():
         raise RunError(f"there is no run in {run}: give a run's folder, such as those under runs/")
     return read_recorded_plan(run / "plan.json")
-
-
-@contextmanager
-def progress(
-    what: str, *, hidden: bool, total: int | None = None
-) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on the standard error, gone when all is done; yields what tells it how much is done, and of how much."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def say(console: Console, line: str) -> None:

@@ -64,7 +64,7 @@ def test_another_epsilon_on_the_command_line_calibrates_a_plans_noise_anew(
     stated = read_plan(plan)
     assert stated.privacy.noise_multiplier is not None
 
-    def simulated(_: object, plan: Plan, *more: object) -> None:
+    def simulated(_: object, plan: Plan, *more: object, **given: object) -> None:
         seen.append(plan)
         raise SystemExit(0)
 

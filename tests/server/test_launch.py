@@ -139,6 +139,7 @@ def test_only_the_runs_own_ending_and_rounds_make_it_whole(
     done = conclude(server, run, "finished:failed")
     assert not done.path.name.endswith(".incomplete")
     assert json.loads((done.path / PRIVACY).read_bytes())["epsilon"] == 0.0  # nobody was charged here
+    assert "there are no test figures" in (done.path / "summary.md").read_text()
     # Another command that follows the same run finds it whole.
     assert conclude(server, run, "finished:completed") == done
     assert follow(server, run, 1, Watcher()) == done

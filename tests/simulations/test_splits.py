@@ -112,9 +112,9 @@ def test_a_run_without_a_look_at_the_test_split_evaluates_and_shows_validation_a
     looked: list[str] = []
     whole_evaluate = federation.evaluate
 
-    def spy(scorer: Any, held_out: Any, part: Any, items: int) -> Any:
+    def spy(scorer: Any, held_out: Any, part: Any, *more: Any) -> Any:
         looked.append(part)
-        return whole_evaluate(scorer, held_out, part, items)
+        return whole_evaluate(scorer, held_out, part, *more)
 
     monkeypatch.setattr(federation, "evaluate", spy)
     run = tiny_run(tmp_path, test=False)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from simulations.audit.terminal import conclude, plan_of, progress, say
+from simulations.audit.terminal import conclude, plan_of, say
+from simulations.bars import progress
 
 if TYPE_CHECKING:
     from simulations.audit.evidence import Check, Evidence
