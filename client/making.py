@@ -119,7 +119,15 @@ def make_site(
             sources.catalog_layout,
             say=notes.append,
         )
-        log = scan_log(sources.logs, sources.format, sources.columns, sources.layout, partial)
+        log = scan_log(
+            sources.logs,
+            sources.format,
+            sources.columns,
+            sources.layout,
+            partial,
+            time_format=sources.time_format,
+            sure=sources.sure,
+        )
         notes += log.notes
         histories, report = clean_to(
             partial / "histories", log, catalog, policy or CleaningPolicy(), secret, progress

@@ -21,6 +21,8 @@ class Sources:
         logs, catalog: files, as for `read_log` and `read_catalog`.
         format, catalog_format: of each; "auto" goes by the name.
         columns, catalog_columns: field -> column name or place, where names are not known ones.
+        time_format: of the log's times, where they have no form that is known by itself.
+        sure: whether times are taken as they are read, however odd.
         layout, catalog_layout: separator, quotes and encoding of text.
     """
 
@@ -32,6 +34,8 @@ class Sources:
     catalog_format: str = "auto"
     catalog_columns: Mapping[str, str] | None = None
     catalog_layout: Layout = field(default_factory=Layout)
+    time_format: str | None = None
+    sure: bool = False
 
     def save(self, folder: Path) -> None:
         """Writes `sources.json`, mode 0600."""

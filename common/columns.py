@@ -27,6 +27,14 @@ LogColumns = Annotated[
 LogSeparator = Annotated[str | None, typer.Option("--separator", help=_SEPARATOR)]
 LogQuotes = Annotated[str, typer.Option("--quotes", help=_QUOTES)]
 LogEncoding = Annotated[str, typer.Option("--encoding", help=_ENCODING)]
+LogTimes = Annotated[
+    str | None,
+    typer.Option(
+        "--time-format",
+        help="Of its times: epoch-s, epoch-ms, epoch-us, epoch-ns, compact, excel, or a pattern: '%d.%m.%Y %H:%M'.",
+    ),
+]
+Sure = Annotated[bool, typer.Option("--yes", help="Take times as they are read, however odd.")]
 CatalogFormat = Annotated[str, typer.Option("--catalog-format", help=f"Of the catalog: {_FORMATS}")]
 CatalogColumns = Annotated[
     str | None,

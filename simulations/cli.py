@@ -69,6 +69,8 @@ def simulate(
     separator: reading.LogSeparator = None,
     quotes: reading.LogQuotes = "auto",
     encoding: reading.LogEncoding = "auto",
+    time_format: reading.LogTimes = None,
+    yes: reading.Sure = False,
     catalog_format: reading.CatalogFormat = "auto",
     catalog_columns: reading.CatalogColumns = None,
     catalog_separator: reading.CatalogSeparator = None,
@@ -210,7 +212,9 @@ def simulate(
     console = Console(stderr=as_json, quiet=call.on_outcome is not None)
     if log is not None:
         layout = reading.text_layout(separator, quotes, encoding)
-        data = load_own(log, None, format, mapping, layout=layout, catalog=source)
+        data = load_own(
+            log, None, format, mapping, layout=layout, catalog=source, time_format=time_format, sure=yes
+        )
     else:
         load = load_movielens_100k if dataset == "movielens-100k" else load_online_retail
         data = load(data_path, offline=offline, say=lambda text: console.print(text, highlight=False))

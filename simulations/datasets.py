@@ -16,11 +16,13 @@ from common.assets import Asset, AssetFile, Say, fetch
 from common.events.catalog import KNOWN_COLUMNS as CATALOG_COLUMNS
 from common.events.catalog import Catalog, CatalogFile, make_catalog, read_catalog
 from common.events.fields import are_places, check_type, pick_columns
+from common.events.ids import id_expression
 from common.events.layout import CATALOG, LOG, Layout
 from common.events.parts import format_of
 from common.events.readers import KNOWN_COLUMNS as LOG_COLUMNS
 from common.events.readers import keep, open_table, read_log, scan_log
-from common.events.schema import LogError, id_expression
+from common.events.schema import LogError
+from common.events.times import check_times
 
 MOVIELENS_100K = Asset(
     name="movielens-100k",
@@ -100,6 +102,8 @@ def load_own(
     *,
     layout: Layout | None = None,
     catalog: CatalogFile | None = None,
+    time_format: str | None = None,
+    sure: bool = False,
 ) -> Dataset:
     """One's own log, with its public catalog; without one, the log's item list is declared public.
 
@@ -110,6 +114,7 @@ def load_own(
         columns: user, item, time, kind, value name columns of the log; catalog_item, text, categories name
             columns of the catalog (of the log, where there is no catalog). Known names need none.
         layout: of the log's text.
+        time_format, sure: as for `scan_log`.
         catalog: what is said of the catalog's file by options of its own; in place of `catalog_path`.
 
     Raises:
@@ -125,8 +130,9 @@ def load_own(
             "categories"
         )
     log_path = Path(log_path).expanduser()
-    scanned = scan_log(log_path, format, of_log, layout)
+    scanned = scan_log(log_path, format, of_log, layout, time_format=time_format, sure=sure)
     keep(scanned)
+    check_times(scanned.frame, span=scanned.check_span, forms=scanned.check_forms)
     log, notes = scanned.tidied(), [f"{note}." for note in scanned.notes]
     if catalog is None and catalog_path is not None:
         catalog = CatalogFile(Path(catalog_path).expanduser())

@@ -15,7 +15,8 @@ import polars as pl
 
 from common.assets import Asset, AssetFile, Say, fetch
 from common.events.catalog import make_catalog
-from common.events.schema import EVENT_SCHEMA, LogError, time_expression
+from common.events.schema import EVENT_SCHEMA, LogError
+from common.events.times import TimeForm
 from simulations.datasets import Dataset
 
 ONLINE_RETAIL = Asset(
@@ -103,7 +104,7 @@ def load_online_retail(
         .select(
             user=pl.col("CustomerID").cast(pl.Int64).cast(pl.String),
             item="item",
-            time=time_expression("InvoiceDate", pl.Datetime("ns")),
+            time=TimeForm().expression("InvoiceDate", pl.Datetime("ns")),
             kind=pl.lit("purchase"),
             value=pl.lit(None, dtype=pl.Float32),
         )

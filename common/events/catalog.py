@@ -14,11 +14,12 @@ from pathlib import Path
 import polars as pl
 
 from common.events.fields import check_type, pick_columns
+from common.events.ids import check_ids, id_expression
 from common.events.layout import CATALOG, Layout
 from common.events.parts import Part
 from common.events.plain import plain_text
 from common.events.readers import open_table
-from common.events.schema import LogError, id_expression
+from common.events.schema import LogError
 from common.events.table import Section
 
 KNOWN_COLUMNS = {
@@ -215,6 +216,7 @@ def _rows(
     asked_for = [*dict.fromkeys(picked.values())]
     year = "release_year" if format == "recbole" and "release_year" in types else None
     frame = section.scan([*asked_for, *([year] if year else [])], ())
+    check_ids(section.found, "item", picked["item"], types[picked["item"]], frame)
     text = pl.col(picked["text"])
     text = (
         text.cast(pl.List(pl.String)).list.join(" ") if isinstance(types[picked["text"]], pl.List) else text

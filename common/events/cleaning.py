@@ -196,6 +196,10 @@ def _report(
         events_kept=events_kept,
         users_kept=users_kept,
         tied_events=tied,
+        days=read.span.days,
+        early=read.span.early,
+        late=read.span.late,
+        near=read.near,
     )
 
 

@@ -14,6 +14,7 @@ from common.events.numbering import NOBODY, UNKNOWN_ITEM, Items, Kinds, Users
 from common.events.readers import Log
 from common.events.schema import LogError
 from common.events.spill import BUCKETS, Spill
+from common.events.times import Span, check_readable
 
 Progress = Callable[[str, int, int | None], None]
 """Told what is being done, how many events are done, and of how many where that is known."""
@@ -35,6 +36,8 @@ class Reading:
         begins: [BUCKETS + 1] users in the buckets before.
         kind_names: sorted.
         kinds: [numbers] the place of a numbered kind among them.
+        span: of the events that are used.
+        near: sentences of ids that differ from another by next to nothing.
     """
 
     events: int
@@ -45,6 +48,8 @@ class Reading:
     begins: npt.NDArray[np.int64]
     kind_names: tuple[str, ...]
     kinds: npt.NDArray[np.int16]
+    span: Span
+    near: tuple[str, ...]
 
 
 def read_once(
@@ -55,9 +60,9 @@ def read_once(
     users = Users(secret, untidy=log.untidy)
     items = Items(catalog, untidy=log.untidy)
     kinds = Kinds(log.default_kind, untidy=log.untidy)
-    events, dropped = 0, np.zeros(3, dtype=np.int64)
+    events, dropped, span = 0, np.zeros(3, dtype=np.int64), Span.begin()
     for batch in _batches(log.frame, items):
-        dropped += _put_down(batch, users, items, kinds, spill)
+        dropped += _put_down(batch, users, items, kinds, spill, span)
         events += len(batch)
         progress("reading", events, log.events)
     if log.events is not None and events != log.events:
@@ -65,11 +70,15 @@ def read_once(
             f"{events:,} rows were read of {log.events:,} that the log's files have: look for a damaged row, or a file "
             "that is written still"
         )
-    return _ordered(users, kinds, events, dropped)
+    if log.check_forms:
+        check_readable(int(dropped[1]), events - int(dropped[0]))
+    if log.check_span:
+        span.check()
+    return _ordered(users, kinds, events, dropped, span, (*users.near(), *items.near()))
 
 
 def _put_down(
-    batch: pl.DataFrame, users: Users, items: Items, kinds: Kinds, spill: Spill
+    batch: pl.DataFrame, users: Users, items: Items, kinds: Kinds, spill: Spill, span: Span
 ) -> npt.NDArray[np.int64]:
     """Puts down a batch's usable events; [3] events dropped for each of the first reasons."""
     numbers = users.of(batch["user"])
@@ -78,12 +87,14 @@ def _put_down(
     timeless = times.is_null().to_numpy() & ~unnamed
     unknown = (rows == UNKNOWN_ITEM).fill_null(False).to_numpy() & ~unnamed & ~timeless
     useful = np.flatnonzero(~(unnamed | timeless | unknown))
+    seconds = times.fill_null(0).to_numpy()
+    span.add(seconds[useful])
     spill.add(
         users.buckets[numbers[useful]],
         useful,
         user=numbers,
         item=rows.fill_null(UNKNOWN_ITEM).to_numpy(),
-        time=times.fill_null(0).to_numpy(),
+        time=seconds,
         kind=kinds.of(batch["kind"]),
         value=batch["value"].to_numpy(),
     )
@@ -121,7 +132,14 @@ def _grown(batches: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         yield pl.concat(held).rechunk()
 
 
-def _ordered(users: Users, kinds: Kinds, events: int, dropped: npt.NDArray[np.int64]) -> Reading:
+def _ordered(
+    users: Users,
+    kinds: Kinds,
+    events: int,
+    dropped: npt.NDArray[np.int64],
+    span: Span,
+    near: tuple[str, ...],
+) -> Reading:
     own = np.flatnonzero(users.same_as == np.arange(len(users.same_as)))
     halves = users.digests[own].view(">u8").astype(np.uint64)  # [users, 2]
     own = own[np.lexsort((halves[:, 1], halves[:, 0]))]
@@ -139,4 +157,6 @@ def _ordered(users: Users, kinds: Kinds, events: int, dropped: npt.NDArray[np.in
         begins=np.searchsorted(digests[:, 0], np.arange(BUCKETS + 1)),
         kind_names=tuple(names),
         kinds=np.array([place[name] for name in kinds.names], dtype=np.int16),
+        span=span,
+        near=near,
     )

@@ -13,13 +13,18 @@ import polars as pl
 
 from common.events.catalog import Catalog
 from common.events.deidentify import Keyed
-from common.events.schema import DEFAULT_KIND, LogError, id_expression
+from common.events.ids import id_expression
+from common.events.near import near_ids, said_of_near, ways_of
+from common.events.schema import DEFAULT_KIND, LogError
 
 NOBODY = np.uint32(2**32 - 1)
 """Stands for the user of an event that names none."""
 
 UNKNOWN_ITEM = -1
 """Stands for the row of an item that the catalog lacks."""
+
+_UNKNOWN_AT_MOST = 100_000
+"""Of a log's items that the catalog lacks, so many are held against it: a log may name any number."""
 
 _KINDS_AT_MOST = int(np.iinfo(np.int16).max)
 
@@ -142,6 +147,13 @@ class Users:
         found[named] = users
         return found
 
+    def near(self) -> tuple[str, ...]:
+        """What is to be said of users whose ids differ from another's by next to nothing."""
+        own = np.flatnonzero(self.same_as == np.arange(len(self.same_as)))
+        count, by = near_ids(self._numbers.texts.gather(own))
+        said = said_of_near("users", count, len(own), by)
+        return (said,) if said else ()
+
     def _meet(self) -> None:
         """Gives pseudonyms to those who were not met before: one keyed hash a user, not an event."""
         before = len(self.same_as)
@@ -231,6 +243,7 @@ class Items:
         ids = pl.Series("text", catalog.ids, dtype=pl.String)
         self._rows = pl.Enum(ids)
         self._untidy = untidy
+        self._ids, self._unknown = ids, pl.Series("text", [], dtype=pl.String)
         # An id that is not trimmed is no id that a trimmed text can be.
         self._at_once = not untidy or bool(ids.equals(tidied(ids)))
 
@@ -254,4 +267,16 @@ class Items:
             texts = tidied(texts)
         found = texts.cast(self._rows, strict=False).to_physical().cast(pl.Int32).fill_null(UNKNOWN_ITEM)
         named = found.set(texts.is_null(), None)
+        if len(self._unknown) < _UNKNOWN_AT_MOST:
+            new = texts.filter(found == UNKNOWN_ITEM).drop_nulls()
+            self._unknown = self._unknown.append(new).unique()
         return rows.clone().scatter(places, named)
+
+    def near(self) -> tuple[str, ...]:
+        """What is to be said of items whose ids differ by next to nothing, in the catalog or between it and the log."""
+        count, by = near_ids(self._ids)
+        said = [said_of_near("items of the catalog", count, len(self._ids), by)]
+        count, by = near_ids(self._unknown, self._ids)
+        if count:
+            said.append(f"{count:,} items of the log are not in the catalog, but for {ways_of(by)}")
+        return tuple(filter(None, said))

@@ -13,15 +13,17 @@ from pathlib import Path
 import polars as pl
 
 from common.events.fields import are_places, check_type, pick_columns
+from common.events.ids import check_ids, id_expression
 from common.events.json_lines import json_lines
 from common.events.layout import LOG, Asked, Layout
 from common.events.parquet import parquet
 from common.events.parts import find_parts
 from common.events.plain import Plain
-from common.events.schema import DEFAULT_KIND, EVENT_SCHEMA, LogError, id_expression, time_expression
+from common.events.schema import DEFAULT_KIND, EVENT_SCHEMA, LogError
 from common.events.separated import format_by_first_line, movielens, separated
 from common.events.several_ids import refuse_several_ids
 from common.events.table import Section, Table
+from common.events.times import TimeForm, form_of
 
 KNOWN_COLUMNS = {
     "user": ("user", "user_id", "userid"),
@@ -46,6 +48,7 @@ class Log:
         default_kind: of an event that names none.
         events: how many there are, where the files say; so many must be read.
         notes: what is to be said of the files, a line each, and nothing about a user.
+        check_span, check_forms: whether times that cannot be believed, or are unreadable for the most, are refused.
         kept: plain copies of what was packed, which live as long as this does.
     """
 
@@ -54,6 +57,8 @@ class Log:
     default_kind: str = DEFAULT_KIND
     events: int | None = None
     notes: tuple[str, ...] = ()
+    check_span: bool = False
+    check_forms: bool = False
     kept: tuple[Plain, ...] = field(default=(), repr=False)
 
     def tidied(self) -> pl.LazyFrame:
@@ -92,6 +97,9 @@ def scan_log(
     columns: Mapping[str, str] | None = None,
     layout: Layout | None = None,
     work: Path | None = None,
+    *,
+    time_format: str | None = None,
+    sure: bool = False,
 ) -> Log:
     """A log as cleaning reads it: lazily, with texts as the file has them.
 
@@ -104,13 +112,19 @@ def scan_log(
             from 1 on, {"user": "1", "item": "3", "time": "2"}, of a text file without a line of names.
         layout: separator, quotes and encoding, where they are not what the name says.
         work: where plain copies of packed files lie; None: where the system keeps such files.
+        time_format: of the times, where they have not one of `times.FORMS`: a name, or a pattern of strptime's.
+        sure: whether times are taken as they are read, however odd.
 
     Raises:
         LogError: the file is missing, empty, of unknown format, lacks a column, or cannot be read as it is.
     """
     path = Path(path).expanduser()
     table = open_table(path, format, columns, layout or Layout(), LOG, KNOWN_COLUMNS, work)
-    frames = [_events(section, columns) for section in table.sections]
+    frames: list[tuple[pl.LazyFrame, bool]] = []
+    form: TimeForm | None = None
+    for section in table.sections:  # parts of one log have one form of times: the first one's
+        frame, rated, form = _events(section, columns, time_format, form)
+        frames.append((frame, rated))
     frame = frames[0][0] if len(frames) == 1 else pl.concat([frame for frame, _ in frames])
     try:
         if frame.head(1).collect().is_empty():
@@ -125,12 +139,20 @@ def scan_log(
         default_kind="rating" if rated else DEFAULT_KIND,
         events=None if None in counts else sum(count or 0 for count in counts),
         notes=table.notes,
+        check_span=time_format is None and not sure,
+        check_forms=not sure,
         kept=table.kept,
     )
 
 
-def _events(section: Section, columns: Mapping[str, str] | None) -> tuple[pl.LazyFrame, bool]:
-    """A section's events in the schema, and whether they have values."""
+def _events(
+    section: Section, columns: Mapping[str, str] | None, time_format: str | None, form: TimeForm | None
+) -> tuple[pl.LazyFrame, bool, TimeForm]:
+    """A section's events in the schema, whether they have values, and the form of their times.
+
+    Args:
+        form: that another section's times have; None for the first section.
+    """
     picked = pick_columns(section.found, columns, KNOWN_COLUMNS, _REQUIRED)
     optional = {
         name for field, name in picked.items() if field not in _REQUIRED and field not in (columns or {})
@@ -144,17 +166,22 @@ def _events(section: Section, columns: Mapping[str, str] | None) -> tuple[pl.Laz
     table = section.scan(list(dict.fromkeys(picked.values())), optional)
     types = {name: section.types.get(name, pl.String()) for name in picked.values()}
     refuse_several_ids(section.found, picked["item"], table)
+    for field_name in ("user", "item"):
+        check_ids(section.found, field_name, picked[field_name], types[picked[field_name]], table)
+    times = picked["time"]
+    if form is None:
+        form = form_of(section.found, times, types[times], table, time_format)
     value = pl.lit(None)
     if "value" in picked:
         value = pl.col(picked["value"]).cast(pl.Float32, strict=False)
         value = pl.when(value.is_finite()).then(value).otherwise(None)
     frame = table.select(
         **{name: _text(picked[name], types) for name in ("user", "item")},
-        time=time_expression(picked["time"], types[picked["time"]]),
+        time=form.expression(times, types[times]),
         kind=_text(picked["kind"], types) if "kind" in picked else pl.lit(None, dtype=pl.String),
         value=value.cast(EVENT_SCHEMA["value"]),
     )
-    return frame, "value" in picked
+    return frame, "value" in picked, form
 
 
 def _text(name: str, types: Mapping[str, pl.DataType]) -> pl.Expr:

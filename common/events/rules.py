@@ -69,6 +69,9 @@ class CleaningReport:
         events_kept: events in the histories.
         users_kept: rows of the histories.
         tied_events: kept events that share their time with another event of the same user.
+        days: the first day and the last of the events that could be used, before users were left out.
+        early, late: events before 1990, and in the future.
+        near: sentences of ids that differ from another by next to nothing.
     """
 
     events_read: int
@@ -79,6 +82,10 @@ class CleaningReport:
     events_kept: int
     users_kept: int
     tied_events: int
+    days: str = ""
+    early: int = 0
+    late: int = 0
+    near: tuple[str, ...] = ()
 
     def table(self) -> Table:
         """The report for a terminal."""
@@ -91,5 +98,21 @@ class CleaningReport:
         for reason, events in self.dropped.items():
             table.add_row(f"dropped: {reason}", f"{events:,}", users.get(reason, ""))
         table.add_row("kept", f"{self.events_kept:,}", f"{self.users_kept:,}", style="bold")
-        table.add_row("of these at equal times of one user", f"{self.tied_events:,}", "")
+        share = f" ({self.tied_events / self.events_kept:.0%})" if self.tied_events else ""
+        table.add_row("of these at equal times of one user", f"{self.tied_events:,}{share}", "")
+        if self.days:
+            table.add_row(f"times: {self.days}", "", "")
+        for what, events in (("before 1990", self.early), ("in the future", self.late)):
+            if events:
+                table.add_row(f"of these {what}", f"{events:,}", "", style="yellow")
         return table
+
+    def sentences(self) -> tuple[str, ...]:
+        """What is to be said beside the table, before anything is trained."""
+        tied: tuple[str, ...] = ()
+        if 2 * self.tied_events > self.events_kept:
+            tied = (
+                f"{self.tied_events / self.events_kept:.0%} of events share their time with another of the same user: "
+                "what came first is not known there, and is decided by a keyed hash",
+            )
+        return (*self.near, *tied)

@@ -52,7 +52,7 @@ def test_quotes_in_tsv_are_text(tmp_path: Path, tracks: list[str]) -> None:
 
 def test_tsv_has_quotes_where_it_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "log.tsv", 'user\titem\ttime\n"u\t1"\t1\t2\n')
-    assert events(path, quotes="double") == [("u\t1", "1", 2)]
+    assert events(path, quotes="double") == [("u1", "1", 2)]  # an id has no control characters
     quoted = write(tmp_path / "q.tsv", '"user"\t"item"\t"time"\n"u"\t"1"\t"2"\n')
     assert "--quotes double" in refusal(quoted)
     assert events(quoted, quotes="double") == [("u", "1", 2)]

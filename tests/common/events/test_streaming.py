@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _check(rows: list[Row], log: Any, policy: CleaningPolicy, folder: Path | Non
         assert f"nothing is left of the log: mostly {reason!r}" in str(error)  # noqa: PT017
         return
     assert expected is not None
-    assert counted == report
+    assert replace(counted, days="", early=0, late=0, near=()) == report  # those have tests of their own
     assert _difference(found, expected) is None
 
 
@@ -110,7 +111,7 @@ def test_random_messy_logs_give_what_plain_python_gives(rows: list[Row], policy:
 _TEXTS = {
     "user": [*USERS[:3], f" {USERS[0]}", f"{USERS[1]}\t", f" {USERS[6]} ", "", "  ", "b\ufffdd"],
     "item": [*ITEMS[:3], f" {ITEMS[0]}", f"{ITEMS[4]} ", "item-unheard-of", "", " "],
-    "time": ["1", "2", " 2 ", "2.5", "1970-01-01", "1000000000000", "soon", ""],
+    "time": ["1", "2", " 2 ", "2.5", "1970-01-01", "1000000000", "soon", ""],
     "kind": ["view", " view", "buy", ""],
 }
 
@@ -127,15 +128,15 @@ def test_files_with_untidy_texts_give_what_plain_python_gives(
     file = tmp_path / f"log.{format}"
     table = pl.DataFrame(texts, schema=list(_TEXTS), orient="row")
     table.write_csv(file, quote_style="always") if format == "csv" else table.write_parquet(file)
-    times = {"1": 1, "2": 2, " 2 ": 2, "2.5": 2, "1970-01-01": 0, "1000000000000": 10**9}
+    times = {"1": 1, "2": 2, " 2 ": 2, "2.5": 2, "1970-01-01": 0, "1000000000": 10**9}
     rows: list[Row] = [
         (_tidy(user), _tidy(item), times.get(when), _tidy(kind), None) for user, item, when, kind in texts
     ]
     with _small_pieces():
-        _check(rows, scan_log(file), policy)
+        _check(rows, scan_log(file, sure=True), policy)
         _check(rows, read_log(file), policy)
     folder = tmp_path / str(time.monotonic_ns())
-    _check(rows, scan_log(file), policy, folder)
+    _check(rows, scan_log(file, sure=True), policy, folder)
 
 
 def _tidy(text: str) -> str | None:
@@ -146,7 +147,7 @@ def _tidy(text: str) -> str | None:
 def test_an_id_of_the_catalog_that_is_not_trimmed_is_no_trimmed_texts_item(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user,item,time\n" + 'u," a ",1\nu,b,2\nu,"b ",3\nu,c,4\n' * 2)
     catalog = Catalog((" a ", "b", "c"), ("", "", ""), ((), (), ()))
-    histories, report = clean(scan_log(tmp_path / "log.csv"), catalog, CleaningPolicy(), SECRET)
+    histories, report = clean(scan_log(tmp_path / "log.csv", sure=True), catalog, CleaningPolicy(), SECRET)
     again, same = clean(read_log(tmp_path / "log.csv"), catalog, CleaningPolicy(), SECRET)
     assert histories.items.tolist() == [1, 1, 2]
     assert report == same
@@ -226,7 +227,7 @@ def _forms(raw: str) -> list[bytes]:
 def test_what_is_put_down_meanwhile_names_no_user_and_is_its_owners_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = scan_log(_raw_log(tmp_path / "log.parquet"))
+    log = scan_log(_raw_log(tmp_path / "log.parquet"), sure=True)
     folder = tmp_path / "site"
     folder.mkdir(mode=0o700)
     seen: list[int] = []
@@ -267,7 +268,7 @@ def test_a_row_damaged_in_the_last_piece_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(LogError, match="cannot be read to its end") as caught:
             clean_to(
                 site / "h",
-                scan_log(tmp_path / "log.csv"),
+                scan_log(tmp_path / "log.csv", sure=True),
                 CATALOG,
                 CleaningPolicy(),
                 SECRET,
@@ -285,7 +286,7 @@ def test_a_disk_that_takes_no_more_is_said_and_nothing_stays(tmp_path: Path, mos
     pl.DataFrame(rows, schema=["user", "item", "time"], orient="row").write_parquet(tmp_path / "log.parquet")
     site = tmp_path / "site"
     site.mkdir()
-    log = scan_log(tmp_path / "log.parquet")
+    log = scan_log(tmp_path / "log.parquet", sure=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
@@ -297,7 +298,7 @@ def test_a_disk_that_takes_no_more_is_said_and_nothing_stays(tmp_path: Path, mos
 
 
 def test_a_stop_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
-    log = scan_log(_raw_log(tmp_path / "log.parquet"))
+    log = scan_log(_raw_log(tmp_path / "log.parquet"), sure=True)
     for stage in ("reading", "binding"):
 
         def stop(what: str, done: int, of: int | None, stage: str = stage) -> None:
@@ -320,7 +321,8 @@ from common.events.readers import scan_log
 items = tuple(f"item-{row}" for row in range(6))
 def die(what, done, of):
     os.kill(os.getpid(), signal.SIGKILL)
-clean_to(Path(sys.argv[2]), scan_log(sys.argv[1]), Catalog(items, items, ((),) * 6), CleaningPolicy(), bytes(32), die)
+log = scan_log(sys.argv[1], sure=True)
+clean_to(Path(sys.argv[2]), log, Catalog(items, items, ((),) * 6), CleaningPolicy(), bytes(32), die)
 """
 
 
