@@ -6,7 +6,7 @@ than memory. What is packed, or no plain UTF-8, is copied first (`plain.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Log:
         events: how many there are, where the files say; so many must be read.
         notes: what is to be said of the files, a line each, and nothing about a user.
         kept: plain copies of what was packed, which live as long as this does.
+        look_again: where the frame cannot be read to its end: raises a `LogError` that says why, if that is found.
     """
 
     frame: pl.LazyFrame
@@ -55,6 +56,7 @@ class Log:
     events: int | None = None
     notes: tuple[str, ...] = ()
     kept: tuple[Plain, ...] = field(default=(), repr=False)
+    look_again: Callable[[], None] = lambda: None
 
     def tidied(self) -> pl.LazyFrame:
         """The frame with tidy texts, each event's tidied by itself."""
@@ -110,12 +112,13 @@ def scan_log(
     """
     path = Path(path).expanduser()
     table = open_table(path, format, columns, layout or Layout(), LOG, KNOWN_COLUMNS, work)
-    frames = [_events(section, columns) for section in table.sections]
-    frame = frames[0][0] if len(frames) == 1 else pl.concat([frame for frame, _ in frames])
     try:
+        frames = [_events(section, columns) for section in table.sections]
+        frame = frames[0][0] if len(frames) == 1 else pl.concat([frame for frame, _ in frames])
         if frame.head(1).collect().is_empty():
             raise LogError(f"log {path} holds no event: give one that has some")
     except pl.exceptions.PolarsError as error:
+        table.look_again()
         raise unreadable(path, table.format, LOG) from error
     counts = [section.rows for section in table.sections]
     rated = table.format in ("movielens", "recbole") and any(rated for _, rated in frames)
@@ -126,6 +129,7 @@ def scan_log(
         events=None if None in counts else sum(count or 0 for count in counts),
         notes=table.notes,
         kept=table.kept,
+        look_again=table.look_again,
     )
 
 
