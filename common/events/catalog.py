@@ -232,6 +232,7 @@ def _rows(
             categories=_categories(picked, types, format),
         ).collect()
     except (pl.exceptions.PolarsError, OSError) as error:
+        section.look_again()
         raise CatalogError(
             f"{section.found.shown} cannot be read to its end as {format}: look for a damaged row, or name its format "
             f"with {CATALOG.option('format')}"

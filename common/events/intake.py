@@ -61,7 +61,7 @@ def read_once(
     items = Items(catalog, untidy=log.untidy)
     kinds = Kinds(log.default_kind, untidy=log.untidy)
     events, dropped, span = 0, np.zeros(3, dtype=np.int64), Span.begin()
-    for batch in _batches(log.frame, items):
+    for batch in _batches(log, items):
         dropped += _put_down(batch, users, items, kinds, spill, span)
         events += len(batch)
         progress("reading", events, log.events)
@@ -101,8 +101,8 @@ def _put_down(
     return np.array([reason.sum() for reason in (unnamed, timeless, unknown)], dtype=np.int64)
 
 
-def _batches(frame: pl.LazyFrame, items: Items) -> Iterator[pl.DataFrame]:
-    plan = frame.select(
+def _batches(log: Log, items: Items) -> Iterator[pl.DataFrame]:
+    plan = log.frame.select(
         "user",
         "time",
         *items.expressions(),
@@ -112,6 +112,7 @@ def _batches(frame: pl.LazyFrame, items: Items) -> Iterator[pl.DataFrame]:
     try:
         yield from _grown(plan.collect_batches(chunk_size=_BATCH, engine="streaming"))
     except (pl.exceptions.PolarsError, OSError) as error:
+        log.look_again()
         # The library's own text may quote a row, which is a user's data.
         raise LogError(
             "the log cannot be read to its end: look for a damaged row or a cut-off file"

@@ -7,6 +7,7 @@ goes through Python's reader into a copy first, which holds the asked columns al
 from __future__ import annotations
 
 import ast
+import codecs
 import json
 import math
 import re
@@ -29,6 +30,7 @@ LOOKED_AT = 1_000
 """So many objects of each part of a log say what columns there are; a catalog's all do."""
 
 _LONGEST = 1 << 26
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
 _ODD = re.compile(rb"NaN|Infinity|[:\[,]\s*-?\d{19}|\\u[dD][89a-fA-F]")
 _NESTED = re.compile(rb":[ \t]*[\[{]")
 _NESTED_KEY = re.compile(rb'"((?:[^"\\]|\\.){0,256})"[ \t]*:[ \t]*[\[{]')
@@ -67,8 +69,9 @@ class _Objects:
         values = self._stream() if kind == "stream" else self._lines(kind)
         for value in values:
             if not isinstance(value, dict):
+                what = "a list" if isinstance(value, (list, tuple)) else "a text or number"
                 raise LogError(
-                    f"{self.part.path} holds a {type(value).__name__}, where an object an event is read"
+                    f"{self.part.path} holds {what} where an object is to be: write an object a row"
                 )
             yield value
 
@@ -83,30 +86,30 @@ class _Objects:
                 raise self.fault(f"line {number}") from error
 
     def _stream(self) -> Iterator[Any]:
-        decoder = json.JSONDecoder(strict=False)
-        text, number = "", 0
-        in_array = self.plain.head().lstrip()[:1] == b"["
-        with self.plain.path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(1 << 20).lstrip()
-            text = text[1:] if in_array else text
-            ended = False
-            while True:
-                text = text.lstrip(" \t\r\n,")
-                if text[:1] == "]" and in_array:
-                    return
-                try:
-                    value, end = decoder.raw_decode(text)
-                except (ValueError, RecursionError) as error:
-                    more = "" if ended or len(text) > _LONGEST else file.read(max(1 << 20, len(text)))
-                    if not more and not text and not in_array:
+        decoder, bytes_decoder = (
+            json.JSONDecoder(strict=False),
+            codecs.getincrementaldecoder("utf-8")("replace"),
+        )
+        blocks = self.plain.blocks()
+        text, number = bytes_decoder.decode(next(blocks, b"")).lstrip(), 0
+        in_array = text[:1] == "["
+        place = 1 if in_array else 0
+        while True:
+            place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr] - it matches anywhere
+            if in_array and text[place : place + 1] == "]":
+                return
+            try:
+                value, place = decoder.raw_decode(text, place)
+            except (ValueError, RecursionError) as error:
+                more = next(blocks, None) if len(text) - place < _LONGEST else None
+                if more is None:
+                    if place == len(text) and not in_array:
                         return
-                    if not more:
-                        raise self.fault(f"object {number + 1}") from error
-                    text += more
-                    continue
-                number += 1
-                yield value
-                text = text[end:]
+                    raise self.fault(f"object {number + 1}") from error
+                text, place = text[place:] + bytes_decoder.decode(more), 0
+                continue
+            number += 1
+            yield value
 
 
 def json_lines(
@@ -153,7 +156,12 @@ def _section(part: Part, layout: Layout, work: Path | None, asked: Asked, mapped
         return pl.scan_ndjson([source.path], schema=wanted)
 
     found = Found(f"{asked.noun} {part.shown}", list(types), asked)
-    return Section(found, types, scan, None, tuple(notes), copies)
+
+    def look_again() -> None:
+        for _ in objects:  # which says what line is none
+            pass
+
+    return Section(found, types, scan, None, tuple(notes), copies, look_again)
 
 
 def _row(asked: Asked) -> str:

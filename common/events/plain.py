@@ -54,27 +54,43 @@ _OTHER: tuple[tuple[bytes, str, str], ...] = (
 
 
 class Plain:
-    """A plain UTF-8 file; as long as it lives, so does its copy."""
+    """A file that is UTF-8 text once it is unpacked, which is what its bytes are here; its copy lives as long as it.
 
-    def __init__(self, path: Path, copy: IO[bytes] | None = None) -> None:
+    Attributes:
+        path: of the file: plain, or packed in a way that polars reads.
+    """
+
+    def __init__(self, path: Path, copy: IO[bytes] | None = None, packed: str | None = None) -> None:
         self.path = path
-        self._copy = copy
+        self._copy, self._packed = copy, packed
 
     def blocks(self) -> Iterator[bytes]:
-        """The file's bytes, some at a time."""
+        """The bytes, some at a time.
+
+        Raises:
+            LogError: it is cut off or damaged.
+        """
+        if self._packed is not None:
+            yield from _unpacked_blocks(self.path, self._packed)
+            return
         with self.path.open("rb", buffering=0) as file:
             while block := file.read(_BLOCK):
                 yield block
 
     def lines(self) -> Iterator[bytes]:
-        """The file's lines, each with its end."""
-        with self.path.open("rb") as file:
-            yield from file
+        """The lines, each with its end."""
+        held = b""
+        for block in self.blocks():
+            lines = (held + block).split(b"\n")
+            held = lines.pop()
+            for line in lines:
+                yield line + b"\n"
+        if held:
+            yield held
 
-    def head(self, size: int = 1 << 16) -> bytes:
-        """The file's first bytes."""
-        with self.path.open("rb") as file:
-            return file.read(size)
+    def head(self) -> bytes:
+        """The first bytes, some or all."""
+        return next(self.blocks(), b"")[: 1 << 16]
 
 
 def make_copy(pieces: Iterable[bytes], work: Path | None) -> Plain:
@@ -216,20 +232,25 @@ def _unpacked(part: Part, work: Path | None) -> Plain:
     try:
         with part.path.open("rb") as file:
             head = file.read(16)
-        packed = next((kind for magic, kind in _PACKED if head.startswith(magic)), None)
-        if packed is None:
-            return Plain(part.path)
-        return make_copy(_UNPACK[packed](part.path), work)
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise LogError(f"{part.path} is cut off or damaged: fetch or write it again") from error
+    except OSError as error:
+        raise LogError(f"{part.path} cannot be read: {error.strerror}") from error
+    packed = next((kind for magic, kind in _PACKED if head.startswith(magic)), None)
+    if packed in (None, "gzip", "zstandard"):
+        return Plain(part.path, packed=packed)
+    return make_copy(_unpacked_blocks(part.path, packed), work)
+
+
+def _unpacked_blocks(path: Path, packed: str) -> Iterator[bytes]:
+    try:
+        yield from _UNPACK[packed](path)
     except pl.exceptions.PolarsError as error:
         raise LogError(
-            f"{part.path} is cut off, or holds another encoding than UTF-8: unpack it with zstd -d, and give the file"
+            f"{path} is cut off, or holds another encoding than UTF-8: unpack it with zstd -d, and give the file"
         ) from error
-    except OSError as error:
-        if error.strerror is None:
-            raise LogError(f"{part.path} is cut off or damaged: fetch or write it again") from error
-        raise LogError(f"{part.path} cannot be read: {error.strerror}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError) as error:
+        if isinstance(error, OSError) and error.strerror is not None:
+            raise LogError(f"{path} cannot be read: {error.strerror}") from error
+        raise LogError(f"{path} is cut off or damaged: fetch or write it again") from error
 
 
 def _stream(open_: Callable[[Path], io.BufferedIOBase]) -> Callable[[Path], Iterator[bytes]]:

@@ -6,7 +6,7 @@ than memory. What is packed, or no plain UTF-8, is copied first (`plain.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class Log:
         notes: what is to be said of the files, a line each, and nothing about a user.
         check_span, check_forms: whether times that cannot be believed, or are unreadable for the most, are refused.
         kept: plain copies of what was packed, which live as long as this does.
+        look_again: where the frame cannot be read to its end: raises a `LogError` that says why, if that is found.
     """
 
     frame: pl.LazyFrame
@@ -60,6 +61,7 @@ class Log:
     check_span: bool = False
     check_forms: bool = False
     kept: tuple[Plain, ...] = field(default=(), repr=False)
+    look_again: Callable[[], None] = lambda: None
 
     def tidied(self) -> pl.LazyFrame:
         """The frame with tidy texts, each event's tidied by itself."""
@@ -122,14 +124,15 @@ def scan_log(
     table = open_table(path, format, columns, layout or Layout(), LOG, KNOWN_COLUMNS, work)
     frames: list[tuple[pl.LazyFrame, bool]] = []
     form: TimeForm | None = None
-    for section in table.sections:  # parts of one log have one form of times: the first one's
-        frame, rated, form = _events(section, columns, time_format, form)
-        frames.append((frame, rated))
-    frame = frames[0][0] if len(frames) == 1 else pl.concat([frame for frame, _ in frames])
     try:
+        for section in table.sections:  # parts of one log have one form of times: the first one's
+            frame, has_values, form = _events(section, columns, time_format, form)
+            frames.append((frame, has_values))
+        frame = frames[0][0] if len(frames) == 1 else pl.concat([frame for frame, _ in frames])
         if frame.head(1).collect().is_empty():
             raise LogError(f"log {path} holds no event: give one that has some")
     except pl.exceptions.PolarsError as error:
+        table.look_again()
         raise unreadable(path, table.format, LOG) from error
     counts = [section.rows for section in table.sections]
     rated = table.format in ("movielens", "recbole") and any(rated for _, rated in frames)
@@ -142,6 +145,7 @@ def scan_log(
         check_span=time_format is None and not sure,
         check_forms=not sure,
         kept=table.kept,
+        look_again=table.look_again,
     )
 
 

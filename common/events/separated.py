@@ -5,6 +5,7 @@ Text is read as text, so that no type is guessed from the first rows.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,7 +176,21 @@ def _section(
         sum(read.rows - first.skipped for read in reads),
         tuple(note for read in reads for note in read.notes),
         tuple(read.plain for read in reads),
+        look_again=lambda: _find_longer_line(reads, len(names), asked),
     )
+
+
+def _find_longer_line(reads: Sequence[_Read], most: int, asked: Asked) -> None:
+    for read in reads:
+        lines = (line.decode("utf-8", "replace") for line in read.plain.lines())
+        quoting = csv.QUOTE_MINIMAL if read.quoted else csv.QUOTE_NONE
+        rows = csv.reader(lines, delimiter=read.separator, quoting=quoting)
+        for fields in rows:
+            if len(fields) > most:
+                raise LogError(
+                    f"{asked.noun} {read.part.shown}: line {rows.line_num} has {len(fields)} fields, where the first "
+                    f"has {most}: mend it, or name what stands between fields with {asked.option('separator')}"
+                )
 
 
 def _hint(read: _Read, asked: Asked, layout: Layout) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,6 +29,8 @@ class Section:
         rows: how many there are, where the files say.
         notes: what is to be said of the parts, a line each.
         kept: copies that live as long as they are read.
+        look_again: where the library could not read the parts to their end: raises a `LogError` that says why,
+            where the cause is found.
     """
 
     found: Found
@@ -37,6 +39,7 @@ class Section:
     rows: int | None = None
     notes: tuple[str, ...] = ()
     kept: Sequence[Plain] = ()
+    look_again: Callable[[], None] = lambda: None
 
     def with_keys(self, keys: Mapping[str, str | None]) -> Section:
         """The section, with columns that its folders name where its files have none of that name."""
@@ -54,7 +57,7 @@ class Section:
             return frame.select(*own, *named)
 
         types = {**self.types, **dict.fromkeys(keys, pl.String())}
-        return Section(found, types, scan, self.rows, self.notes, self.kept)
+        return replace(self, found=found, types=types, scan=scan)
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,8 @@ class Table:
     def kept(self) -> tuple[Plain, ...]:
         """Copies that live as long as the table is read."""
         return tuple(plain for section in self.sections for plain in section.kept)
+
+    def look_again(self) -> None:
+        """Raises a `LogError` that says why the table cannot be read to its end, where the cause is found."""
+        for section in self.sections:
+            section.look_again()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from common.events.catalog import read_catalog
+from common.events.catalog import Catalog, read_catalog
+from common.events.cleaning import CleaningPolicy, clean
 from common.events.fields import looks_like_a_name
+from common.events.readers import scan_log
 from common.events.schema import LogError
 from tests.common.events.reading import Row, events, refusal, write
 
@@ -201,10 +204,27 @@ def test_a_spreadsheets_own_line_is_named(tmp_path: Path) -> None:
     assert "--separator" in refusal(path)
 
 
-def test_a_line_with_more_fields_than_names_is_refused_without_quoting_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "log.csv", "user,item,time\nu,i,1\nsecret-user,2,3,4,5\n")
-    with pytest.raises((LogError, pl.exceptions.PolarsError)):
-        events(path)
+@pytest.mark.parametrize("quoted", ["", ',"a, b"'])
+def test_a_line_with_more_fields_than_names_is_named_without_quoting_it(tmp_path: Path, quoted: str) -> None:
+    text = "user,item,time" + (",note" if quoted else "") + "\n"
+    text += "".join(f"u,{n},{n}{quoted}\n" for n in range(3000)) + f"secret-user,2,3{quoted},4,5\n"
+    path = write(tmp_path / "log.csv", text)
+    with pytest.raises(LogError) as caught:
+        clean(scan_log(path, sure=True), Catalog(("1",), ("",), ((),)), CleaningPolicy(), bytes(32))
+    assert "line 3002 has" in str(caught.value)
+    assert "--separator" in str(caught.value)
+    assert "secret-user" not in str(caught.value)
+    early = write(tmp_path / "early.csv", "user,item,time\nsecret-user,2,3,4,5\n")
+    assert "line 2 has 5 fields, where the first has 3" in refusal(early)
+
+
+def test_rows_that_are_read_are_held_against_the_lines_of_the_file(tmp_path: Path) -> None:
+    log = scan_log(write(tmp_path / "log.csv", "user,item,time\nu,1,1\nv,1,2\n"))
+    assert log.events == 2
+    with pytest.raises(LogError, match="2 rows were read of 3 that the log's files have"):
+        clean(
+            replace(log, events=3), Catalog(("1",), ("",), ((),)), CleaningPolicy(minimum_events=1), bytes(32)
+        )
 
 
 @pytest.mark.parametrize(

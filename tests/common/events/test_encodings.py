@@ -213,7 +213,7 @@ def test_a_file_whose_name_says_another_format_is_found_out(tmp_path: Path) -> N
 def test_a_copy_is_nobody_elses_and_gone_with_the_log(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    path = write(tmp_path / "log.csv.gz", gzip.compress(_csv(ACCENTS).encode()))
+    path = write(tmp_path / "log.csv.bz2", bz2.compress(_csv(ACCENTS).encode()))
     log = scan_log(path, work=work)
     (copy,) = log.kept
     assert copy.path.stat().st_mode & 0o777 == 0o600
@@ -233,6 +233,17 @@ def test_a_folder_that_cannot_take_a_copy_is_named(tmp_path: Path) -> None:
 
 
 def test_no_copy_is_made_of_what_is_plain(tmp_path: Path) -> None:
-    path = write(tmp_path / "log.csv", _csv(ACCENTS))
-    plain, notes = plain_text(Part(path, path.name, {}), Layout(), None, LOG)
-    assert (plain.path, notes) == (path, [])
+    for name, content in (
+        ("log.csv", _csv(ACCENTS).encode()),
+        ("log.csv.gz", gzip.compress(_csv(ACCENTS).encode())),
+    ):
+        path = write(tmp_path / name, content)
+        plain, notes = plain_text(Part(path, path.name, {}), Layout(), None, LOG)
+        assert (plain.path, notes) == (path, [])
+
+
+def test_packed_files_that_were_joined_are_read_whole(tmp_path: Path) -> None:
+    rows: list[Row] = [(f"u{n % 7}", f"i{n}", n) for n in range(1000)]
+    text = _csv(rows).encode()
+    halves = gzip.compress(text[:7000]) + gzip.compress(text[7000:])
+    assert events(write(tmp_path / "log.csv.gz", halves)) == sorted(rows, key=repr)

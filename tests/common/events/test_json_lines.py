@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from common.events.catalog import read_catalog
-from common.events.readers import read_log
+from common.events.catalog import Catalog, read_catalog
+from common.events.cleaning import CleaningPolicy, clean
+from common.events.readers import read_log, scan_log
 from common.events.schema import LogError
 from tests.common.events.reading import Row, events, refusal, write
 
@@ -158,3 +159,11 @@ def test_catalogs_in_json_of_any_shape(tmp_path: Path) -> None:
         assert described.texts == ("one two", "three", "", "")
     with pytest.raises(LogError, match="column 'price'"):
         read_catalog(path, columns={"text": "price"})
+
+
+def test_a_damaged_line_far_down_is_named_without_quoting_it(tmp_path: Path) -> None:
+    text = _lines(_objects()) + '{"user":"secret","item"\n' + _lines(_objects())
+    path = write(tmp_path / "log.jsonl", text)
+    with pytest.raises(LogError, match="line 1101 is no JSON object") as caught:
+        clean(scan_log(path), Catalog(("i1",), ("",), ((),)), CleaningPolicy(), bytes(32))
+    assert "secret" not in str(caught.value)
