@@ -70,10 +70,10 @@ def _say_invitation(invitation: Invitation) -> None:
 
 def _typical_events(plan_file: Path | None, epsilon: float, delta: float, users: int) -> list[Event]:
     from common.cli import UserError
-    from common.config import make_plan, read_plan
+    from common.config import make_plan, read_recorded_plan
 
     if plan_file is not None:
-        plan = read_plan(plan_file)
+        plan = read_recorded_plan(plan_file)  # its events alone count: an older plan has them, too
         if plan.privacy.users_per_site > users:
             raise UserError(
                 f"the typical plan counts on {plan.privacy.users_per_site} users, but --users-at-least is "
@@ -203,6 +203,8 @@ def init(
         return
     console = Console()
     console.print(made.report.table())
+    for sentence in made.report.sentences():
+        console.print(f"Note: {sentence}.", style="yellow", highlight=False)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     for note in made.notes:
         say(f"Note: {note}.")

@@ -86,6 +86,8 @@ class ConsoleWatcher(Watcher):
 
     def _show_sites(self, sites: list[SimulatedSite], report: CleaningReport, plan: Plan) -> None:
         self._console.print(report.table())
+        for sentence in report.sentences():
+            self._console.print(f"Note: {sentence}.", style="yellow", highlight=False)
         self._console.print(site_table(sites, plan))
 
     def _show_step(self, number: int, done: int, of: int) -> None:
