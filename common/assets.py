@@ -337,6 +337,8 @@ def _from_hub(name: str, offline: bool, say: Say) -> Path:
     import huggingface_hub
 
     # Safetensors first: .bin weights are pickles, taken only where a model has nothing else.
+    # Sub-folders that begin with a number are modules of sentence-transformers (1_Pooling), which say how texts are
+    # pooled; others hold the same weights for other programs.
     common = ["*.json", "*.txt", "*.model"]
     problem: Exception | None = None
     say(f"{name}: from the Hugging Face hub")
@@ -345,7 +347,7 @@ def _from_hub(name: str, offline: bool, say: Say) -> Path:
             folder = huggingface_hub.snapshot_download(
                 name,
                 allow_patterns=patterns,
-                ignore_patterns=["*/*"],
+                ignore_patterns=["[!0-9]*/*"],
                 local_files_only=offline,
                 etag_timeout=_ANSWER_SECONDS,
             )

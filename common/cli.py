@@ -107,7 +107,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
         "common.events.schema": ("LogError",),
         "common.events.histories": ("HistoriesError",),
         "common.events.deidentify": ("SecretError",),
-        "common.models.language_model": ("LanguageModelError",),
+        "common.models.model_folder": ("LanguageModelError",),
         "common.privacy.accountants": ("ContradictionError",),
         "common.privacy.faults": ("ReceiptError",),
         "client.ledger_errors": ("LedgerError",),

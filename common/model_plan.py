@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from common.events.labels import LabelRule
-from common.models.names import CORES, FAMILIES, TASKS
+from common.models.names import CORES, FAMILIES, TASKS, UnknownTokens
 from common.phases import FROZEN
 
 _REFUSED_ADAPTERS = {
@@ -35,6 +35,13 @@ class ModelPlan(BaseModel):
     )
     encoder: str = Field(
         default="all-MiniLM-L6-v2", description="language model: a known name, a folder or a hub id"
+    )
+    unknown_tokens: UnknownTokens = Field(
+        default="refuse",
+        description="allow: train even where the encoder does not know a tenth of the catalog's tokens",
+        exclude_if=lambda said: bool(
+            said == "refuse"
+        ),  # plans of before say the same, and have the same digest
     )
     mode: Literal["vectors", "lora"] = Field(
         default="vectors", description="vectors: frozen item vectors; lora: adapters on the top layers"

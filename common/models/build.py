@@ -102,11 +102,12 @@ def build_model(
         frozen_precision: of the language model's frozen weights in mode lora.
 
     Raises:
-        LanguageModelError: the language model cannot be read, or not in this mode.
+        LanguageModelError: the language model cannot be read, or not in this mode, or does not know the catalog's
+            words.
         PlanError: the catalog lacks what the task needs.
     """
     lm = load_language_model(folder)
-    public = item_vectors(lm, texts, plan.width, cache=cache)
+    public = item_vectors(lm, texts, plan.width, cache=cache, unknown_tokens=plan.unknown_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         encoder = None

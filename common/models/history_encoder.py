@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from common.models.array_cache import Array, cached_array
 from common.models.batches import HistoryBatch
 from common.models.item_vectors import TextProjection
-from common.models.language_model import LanguageModel, LanguageModelError, texts_key, transformer_layers
+from common.models.language_model import LanguageModel, texts_key, transformer_layers
 from common.models.lora import add_lora
+from common.models.model_folder import LanguageModelError
 
 _TEXTS_AT_ONCE = 16_384
+_PADDING = 11
+"""Tokens of padding behind the history that is tried."""
 
 
 def item_tokens(lm: LanguageModel, texts: list[str], most: int, cache: Path | None = None) -> Tensor:
@@ -40,7 +43,7 @@ def item_tokens(lm: LanguageModel, texts: list[str], most: int, cache: Path | No
         table[:] = -1
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             part = [
-                text if text.strip() else lm.tokenizer.pad_token
+                lm.reading.text(text) if text.strip() else lm.tokenizer.pad_token
                 for text in texts[start : start + _TEXTS_AT_ONCE]
             ]
             cut = lm.tokenizer(part, add_special_tokens=False, truncation=True, max_length=most)["input_ids"]
@@ -52,7 +55,11 @@ def item_tokens(lm: LanguageModel, texts: list[str], most: int, cache: Path | No
         fill(table)
     else:
         table = cached_array(
-            cache, texts_key(f"first {most} tokens", lm, texts), (len(texts), most), np.int32, fill
+            cache,
+            texts_key(f"first {most} tokens, as {lm.reading}", lm, texts),
+            (len(texts), most),
+            np.int32,
+            fill,
         )
     longest = max(1, int((table >= 0).sum(axis=1).max(initial=0)))
     return torch.from_numpy(table[:, :longest].astype(np.int64))
@@ -95,6 +102,7 @@ class HistoryEncoder(nn.Module):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
+        _check_pooling(lm)
         model = copy.deepcopy(lm.model).to(precision)
         layers = transformer_layers(model)
         if not 1 <= top_layers <= len(layers):
@@ -118,6 +126,7 @@ class HistoryEncoder(nn.Module):
         self.most_tokens = min(most_tokens, lm.most_tokens)
         self._top = top_layers
         self._digest = lm.digest
+        self._unit_norm = lm.reading.unit_norm
         table = item_tokens(lm, texts, min(tokens_per_item, self.most_tokens), cache)
         self.register_buffer("item_tokens", table, persistent=False)
         self.register_buffer("mean", projection.mean, persistent=False)
@@ -219,17 +228,24 @@ class HistoryEncoder(nn.Module):
 
         Raises:
             LanguageModelError: it fails, lets an event see a later one, gives other states from its top layers
-                than as a whole, or is random.
+                than as a whole, hangs on padding or on other rows, or is random.
         """
         kind = self.model.config.model_type  # type: ignore[union-attr]
         token_events = torch.tensor([[0, 0, 1, 1, 2, -1]])
         first = torch.tensor([[3, 4, 5, 6, 7, 0]]) % vocabulary
         second = torch.tensor([[3, 4, 5, 6, 8, 0]]) % vocabulary
+        padding = torch.full((1, max(0, min(_PADDING, self.most_tokens - 6))), -1)
+        wide = torch.cat([first, torch.zeros_like(padding)], dim=1)
+        wide_events = torch.cat([token_events, padding], dim=1)
+        other = torch.arange(wide.shape[1]).unsqueeze(0) % vocabulary
         training = self.model.training
         self.model.train()
         try:
             whole, again = self._whole(first, token_events), self._whole(first, token_events)
             later = self._whole(second, token_events)
+            beside = self._whole(torch.cat([other, wide]), torch.cat([torch.zeros_like(other), wide_events]))[
+                1:
+            ]
             parts = self._above(self._below(first, token_events), token_events)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise LanguageModelError(
@@ -239,9 +255,15 @@ class HistoryEncoder(nn.Module):
         finally:
             self.model.train(training)
         room = 1e-4 * float(whole.abs().max())
+        # Products of other shapes round otherwise, in bfloat16 so that it shows.
+        rounding = room * max(1.0, 1e5 * torch.finfo(self.precision).eps)
         for holds, otherwise in (
             (torch.allclose(whole, again, atol=room), "reads the same history differently each time"),
             (torch.allclose(whole[:, :4], later[:, :4], atol=room), "lets an event see later ones"),
+            (
+                torch.allclose(whole[:, :5], beside[:, :5], atol=rounding),
+                "reads a history otherwise beside a longer one",
+            ),
             (torch.allclose(whole[:, :5], parts[:, :5], atol=room), "cannot be cut between its layers"),
         ):
             if not holds:
@@ -266,9 +288,23 @@ class HistoryEncoder(nn.Module):
         )[:, :events]
         read = (counts > 0).unsqueeze(-1)
         pooled = pooled / counts.clamp(min=1).unsqueeze(-1)
+        if self._unit_norm:
+            pooled = nn.functional.normalize(pooled, dim=-1)
         vectors: Tensor = nn.functional.normalize((pooled - self.mean) @ self.rotation, dim=-1)
         vectors = vectors * read
         return vectors
+
+
+def _check_pooling(lm: LanguageModel) -> None:
+    """Refuses what has no meaning for the tokens of one event among others."""
+    own = lm.reading
+    way = f"the pooling {' and '.join(own.pooling)}" if own.pooling != ("mean",) else ""
+    way = way or (f"the prompt {own.prompt!r}" if own.prompt else "")
+    if way:
+        raise LanguageModelError(
+            f"the language model's folder asks for {way}, and a history is read event by event with the mean and "
+            "without a prompt: use frozen item vectors with it (model.mode=vectors)"
+        )
 
 
 class _LowerLayersDoneError(Exception):

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from common.models.array_cache import Array, cached_array
-from common.models.language_model import LanguageModel, embed_texts, texts_key
+from common.models.language_model import TOKENS_OF_A_TEXT, LanguageModel, embed_texts, texts_key
+from common.models.names import UnknownTokens
+from common.models.vocabulary import check_vocabulary
 
 _ROWS_AT_ONCE = 16_384
 _ROUNDING = 1e-6
@@ -95,21 +97,41 @@ def project(pooled: Tensor, width: int) -> ItemVectors:
 
 
 def item_vectors(
-    lm: LanguageModel, texts: list[str], width: int, *, cache: Path | None = None
+    lm: LanguageModel,
+    texts: list[str],
+    width: int,
+    *,
+    cache: Path | None = None,
+    unknown_tokens: UnknownTokens = "allow",
 ) -> ItemVectors:
     """Item vectors of a catalog's texts, from the cache where these texts went through this model before.
 
     What the language model said of each text lies in a file of the cache, and is mapped, not read, from there.
+
+    Args:
+        unknown_tokens: what becomes of a catalog of which more than a tenth is unknown to the language model.
+
+    Raises:
+        LanguageModelError: such a catalog is refused, or the language model cannot be read.
     """
+
+    def check() -> None:
+        if unknown_tokens == "refuse":
+            check_vocabulary(lm.tokenizer, texts)
+
     if cache is None:
+        check()
         return project(embed_texts(lm, texts), width)
 
     def fill(said: Array) -> None:
+        check()
         for start in range(0, len(texts), _ROWS_AT_ONCE):
             part = texts[start : start + _ROWS_AT_ONCE]
             said[start : start + len(part)] = embed_texts(lm, part).numpy()
 
-    key = texts_key("mean states of 128 tokens", lm, texts)
+    # What was tried before it was kept is part of the key: what lies there has passed.
+    what = f"{lm.reading} of {TOKENS_OF_A_TEXT} tokens, tried; unknown tokens: {unknown_tokens}"
+    key = texts_key(what, lm, texts)
     return project(
         torch.from_numpy(cached_array(cache, key, (len(texts), lm.width), np.float32, fill)), width
     )

@@ -1,6 +1,7 @@
 """Any Hugging Face encoder or decoder as a frozen reader of texts, and its layers as a list.
 
-`AutoModel` and `AutoTokenizer` do the reading. Weights stay frozen; adapters are added by `lora.py`.
+`AutoModel` and `AutoTokenizer` do the reading; a model is tried once (`reading_check.py`) before what it says is used.
+Weights stay frozen; adapters are added by `lora.py`.
 """
 
 from __future__ import annotations
@@ -10,32 +11,43 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.assets import DEFAULT_LANGUAGE_MODEL
+from common.models.model_folder import (
+    LanguageModelError,
+    check_files,
+    digest_of_files,
+    read_config,
+    unreadable,
+)
+from common.models.reading_check import check_reading, check_tokenizer, check_weights, reads_one_way
+from common.models.text_reading import BY_THE_MEAN, TextReading, text_reading
 
-class LanguageModelError(ValueError):
-    """The language model cannot be used; the message says why and what to do."""
+TOKENS_OF_A_TEXT = 128
+"""Of a text that becomes one vector; the model's own bound may be lower."""
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A frozen language model with its tokenizer; both are read when first asked for.
+    """A frozen language model with its tokenizer; both are read, and tried, when first asked for.
 
     Attributes:
         digest: sha256 of all that the reading of a text depends on, for caches.
-        width: of a token's state.
+        width: of a text's vector; of a token's state where `reading` pools in one way.
         load: reads the transformer without a task head, in eval mode for dropout, no trainable parameter, and the
             tokenizer.
+        reading: how the model wants texts to be read and pooled.
     """
 
     digest: str
     width: int
     load: Callable[[], tuple[nn.Module, Any]]
+    reading: TextReading = BY_THE_MEAN
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, Any]:
@@ -46,7 +58,7 @@ class LanguageModel:
         """The transformer.
 
         Raises:
-            LanguageModelError: it cannot be read.
+            LanguageModelError: it cannot be read, or not in the same way each time.
         """
         return self._loaded[0]
 
@@ -55,29 +67,38 @@ class LanguageModel:
         """Its tokenizer.
 
         Raises:
-            LanguageModelError: it cannot be read.
+            LanguageModelError: as for `model`.
         """
         return self._loaded[1]
 
-    @property
+    @cached_property
     def causal(self) -> bool:
-        """Whether tokens see only earlier tokens (a decoder)."""
-        config: Any = self.model.config
-        return bool(getattr(config, "is_decoder", False)) or config.model_type not in _TWO_WAY
+        """Whether tokens see only earlier tokens (a decoder); tried, as no configuration says it reliably."""
+        return reads_one_way(self.model, self.tokenizer)
 
     @property
     def most_tokens(self) -> int:
         """The longest sequence that the model's positions allow."""
-        positions = int(getattr(self.model.config, "max_position_embeddings", 512) or 512)
-        # RoBERTa and its kin count positions from the padding id on, so their table is longer than a sequence.
-        kept_back = [
-            module.padding_idx + 1
-            for name, module in self.model.named_modules()
-            if name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ]
-        return positions - max(kept_back, default=0)
+        return _most_tokens(self.model)
+
+
+def _most_tokens(model: nn.Module) -> int:
+    positions = int(getattr(model.config, "max_position_embeddings", None) or _POSITIONS)
+    if positions < 0:  # XLNet's word for no bound
+        positions = _POSITIONS
+    # RoBERTa and its kin count positions from the padding id on, so their table is longer than a sequence.
+    kept_back = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+    ]
+    return positions - max(kept_back, default=0)
+
+
+_POSITIONS = 512
+"""Of models that do not say how many they have."""
 
 
 def load_language_model(folder: Path) -> LanguageModel:
@@ -87,58 +108,94 @@ def load_language_model(folder: Path) -> LanguageModel:
     the tokenizer is asked for, and not where a cache has what they said.
 
     Raises:
-        LanguageModelError: no such folder, or no config in it. From `model` and `tokenizer` of what is returned: no
-            weights or not all of them, or a model that transformers cannot read.
+        LanguageModelError: no such folder, no config in it, or a kind of model that cannot be used. From `model` and
+            `tokenizer` of what is returned: no weights or not all of them, a model that transformers cannot read, a
+            tokenizer of another model, or states that hang on what else is read.
     """
+    config = read_config(folder)
+    reading = text_reading(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        digest = _digest_of_files(folder)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    width = config.get("hidden_size") if isinstance(config, dict) else None
+        digest, files = digest_of_files(folder, reading.parts)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    if not _DEFAULT_WEIGHTS.isdisjoint(files):
+        # Fetched, the default model has no modules.json; with one, at another site, its vectors must be the same.
+        reading = BY_THE_MEAN
+
+    def load() -> tuple[nn.Module, Any]:
+        return _read(folder, config)
+
+    width = config.get("hidden_size")
     if not isinstance(width, int):  # some architectures have another name for it, which transformers knows
-        model, tokenizer = _read(folder)
-        return LanguageModel(digest, int(model.config.hidden_size), lambda: (model, tokenizer))  # type: ignore[union-attr, arg-type]
-    return LanguageModel(digest, width, lambda: _read(folder))
+        read = load()
+        width = _width(read[0])
+        return LanguageModel(digest, width * len(reading.pooling), lambda: read, reading)
+    return LanguageModel(digest, width * len(reading.pooling), load, reading)
 
 
-def _digest_of_files(folder: Path) -> str:
-    """Of the name and bytes of each file, and of the library that reads them."""
-    digest = hashlib.sha256(f"transformers {version('transformers')}".encode())
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            with file.open("rb") as stream:
-                digest.update(f"\n{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()
+_DEFAULT_WEIGHTS = frozenset(
+    file.sha256 for file in DEFAULT_LANGUAGE_MODEL.files if file.name == "model.safetensors"
+)
 
 
-def _unreadable(folder: Path, error: Exception) -> LanguageModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return LanguageModelError(
-        f"{folder} holds no language model that can be read ({reason}); "
-        "it needs config.json, weights (*.safetensors) and the tokenizer's files"
-    )
+def _width(model: nn.Module) -> int:
+    width = getattr(model.config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise LanguageModelError(
+            f"a model of type {model.config.model_type} has no one width of its states: "  # type: ignore[union-attr]
+            "choose another, such as all-MiniLM-L6-v2"
+        )
+    return width
 
 
-def _read(folder: Path) -> tuple[nn.Module, Any]:
+def _read(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """The model and its tokenizer, frozen and tried; any exception of theirs becomes one sentence."""
+    try:
+        check_files(folder, config)
+        return _tried(*_loaded_by_transformers(folder))
+    except LanguageModelError:
+        raise
+    except (
+        Exception
+    ) as error:  # safetensors, pickle, tokenizers, torch and each architecture have errors of their own
+        raise unreadable(folder, error) from error
+
+
+def _tried(model: nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
+    model, tokenizer = _frozen(model, tokenizer)
+    check_weights(model)
+    check_tokenizer(model, tokenizer)
+    check_reading(model, tokenizer, min(TOKENS_OF_A_TEXT, _most_tokens(model)))
+    return model, tokenizer
+
+
+def _loaded_by_transformers(folder: Path) -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model, loaded = AutoModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model, loaded = AutoModel.from_pretrained(
+        folder,
+        local_files_only=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are told of below, by name
+    )
+    differing = sorted(str(each[0]) for each in loaded["mismatched_keys"])
+    if differing:
+        raise LanguageModelError(
+            f"{len(differing)} weights in {folder}, such as {differing[0]}, have another size than its config.json "
+            "says: fetch both from one place"
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(folder, error) from error
     lacking = sorted(name for name in loaded["missing_keys"] if not name.startswith(_UNREAD))
     if lacking:  # transformers would draw them at random, other ones at every site
         raise LanguageModelError(
             f"{folder} lacks {len(lacking)} weights of its model, such as {lacking[0]}: fetch it again"
         )
-    return _frozen(model, tokenizer)
+    return model, tokenizer
 
 
 def _frozen(model: nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
@@ -153,13 +210,20 @@ def _frozen(model: nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
-        raise LanguageModelError("the tokenizer has neither a padding, nor an end, nor an unknown token")
+        raise LanguageModelError(
+            "the tokenizer has neither a padding, nor an end, nor an unknown token: name one in its "
+            "tokenizer_config.json"
+        )
     return model, tokenizer
 
 
 def freeze(model: nn.Module, tokenizer: Any) -> LanguageModel:
-    """A model in memory: its digest is over the weights that are read, the vocabulary, and how texts are cut."""
-    model, tokenizer = _frozen(model, tokenizer)
+    """A model in memory: its digest is over the weights that are read, the vocabulary, and how texts are cut.
+
+    Raises:
+        LanguageModelError: as for `LanguageModel.model`.
+    """
+    model, tokenizer = _tried(model, tokenizer)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(_UNREAD):
@@ -184,23 +248,6 @@ def _without_dropout(owner: object) -> None:
 
 _UNREAD = "pooler."
 """A head that nothing here reads; checkpoints often lack it, and transformers then draws it at random."""
-
-_TWO_WAY = frozenset(
-    [
-        "bert",
-        "roberta",
-        "xlm-roberta",
-        "distilbert",
-        "mpnet",
-        "electra",
-        "albert",
-        "deberta",
-        "deberta-v2",
-        "camembert",
-        "modernbert",
-        "nomic_bert",
-    ]
-)
 
 
 def transformer_layers(model: nn.Module) -> nn.ModuleList:
@@ -228,27 +275,31 @@ def texts_key(what: str, lm: LanguageModel, texts: list[str]) -> str:
 
 
 @torch.no_grad()
-def embed_texts(lm: LanguageModel, texts: list[str], *, batch: int = 64, most_tokens: int = 128) -> Tensor:
-    """Mean-pooled states of each text's tokens.
+def embed_texts(
+    lm: LanguageModel, texts: list[str], *, batch: int = 64, most_tokens: int = TOKENS_OF_A_TEXT
+) -> Tensor:
+    """Each text's vector: its tokens' states, pooled as the model wants it.
 
     Returns:
         [texts, width] float32; a row of zeros for an empty text.
     """
     device = next(lm.model.parameters()).device
     out = torch.zeros(len(texts), lm.width)
+    left_out = lm.reading.left_out(lm.tokenizer)
+    bounds = (most_tokens + left_out, lm.most_tokens, lm.reading.most_tokens)
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
         tokens = lm.tokenizer(
-            [texts[i] for i in rows],
+            [lm.reading.text(texts[i]) for i in rows],
             padding=True,
             truncation=True,
-            max_length=min(most_tokens, lm.most_tokens),
+            max_length=min(bound for bound in bounds if bound is not None),
             return_tensors="pt",
             padding_side="right",
         ).to(device)
         mask = tokens["attention_mask"]
         states = lm.model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state.float()
-        weight = mask.unsqueeze(-1).to(states.dtype)
-        out[rows] = ((states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)).cpu()
+        mask[:, :left_out] = 0
+        out[rows] = lm.reading.pool(states, mask).cpu()
     return out

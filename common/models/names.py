@@ -12,6 +12,9 @@ from typing import Any, Literal
 FrozenPrecision = Literal["float32", "bfloat16"]
 """Of the language model's frozen weights in mode lora, and of what they compute."""
 
+UnknownTokens = Literal["refuse", "allow"]
+"""What becomes of a catalog of which the language model does not know a tenth of the tokens."""
+
 FAMILIES: dict[str, str] = {
     "recommend": "common.models.families.recommend:Recommend",
     "dual": "common.models.families.dual:Dual",

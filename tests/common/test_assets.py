@@ -314,6 +314,35 @@ def test_a_hub_model_offline_and_not_cached_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
+def test_of_a_hub_model_the_folders_that_say_how_it_is_read_are_fetched_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    held = ["config.json", "model.safetensors", "tokenizer.json", "modules.json", "sentence_bert_config.json"]
+    held += ["config_sentence_transformers.json", "1_Pooling/config.json", "2_Dense/config.json"]
+    others = [
+        "onnx/config.json",
+        "onnx/model.onnx",
+        "openvino/openvino_model.xml",
+        "original/model.safetensors",
+    ]
+    asked: dict[str, list[str]] = {}
+
+    def snapshot(_name: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: object) -> str:
+        found = filter_repo_objects(
+            [*held, *others], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        asked["files"] = list(found)
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_bytes(b"weights")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert language_model("some/model") == tmp_path
+    assert asked["files"] == held
+
+
 def test_the_default_language_model_offline_and_not_cached_says_how_to_get_it() -> None:
     for name in (DEFAULT_LANGUAGE_MODEL.name, "sentence-transformers/all-MiniLM-L6-v2"):
         with pytest.raises(AssetError, match=r"fedtide data fetch all-MiniLM-L6-v2 --source FOLDER"):

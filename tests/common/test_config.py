@@ -150,6 +150,7 @@ def other(value: Any) -> list[Any]:
                 "interest",
                 "float32",
                 "bfloat16",
+                "allow",
                 f"{value}-x",
             ]
         case None:

@@ -134,7 +134,7 @@ def test_an_odd_catalog_trains_lists_and_predicts(
 ) -> None:
     texts = CATALOGS[name]
     log, catalog = odd_files(tmp_path, texts)
-    options = ("--mode", mode, "--baseline-epochs", "0")
+    options = ("--mode", mode, "--baseline-epochs", "0", "--set", "model.unknown_tokens=allow")
     with own_cache(data / "cache"):
         run = fedtide(capsys, *simulate(log, catalog, data / "model", tmp_path / "runs", *options))["run"]
         asked = ("--run", run, "--history", f"{texts[0]}; -{texts[-1].strip() or texts[0]}")

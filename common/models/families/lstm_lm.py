@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from common.models.batches import HistoryBatch
 from common.models.heads import zero_linear
-from common.models.language_model import LanguageModelError
+from common.models.model_folder import LanguageModelError
 from common.models.names import CORES, named
 from common.models.sequence import Ingredients, Reading, SequenceModel
 
