@@ -25,7 +25,7 @@ from common.events.histories import Histories
 from common.events.histories_files import HistoriesWriter
 from common.events.intake import Progress, Reading, read_once
 from common.events.readers import Log
-from common.events.rules import ORDERING_RULE, REASONS, CleaningPolicy, CleaningReport, Duplicates
+from common.events.rules import ORDERING_RULE, REASONS, WAYS_OUT, CleaningPolicy, CleaningReport, Duplicates
 from common.events.schema import LogError
 from common.events.spill import Spill
 
@@ -186,7 +186,7 @@ def _report(
         keep(_names(digests[some]), part)
     if not events_kept:
         reason = max(REASONS, key=lambda name: dropped[name])
-        raise LogError(f"nothing is left of the log: mostly {reason!r}; check the columns and the catalog")
+        raise LogError(f"nothing is left of the log: mostly {reason!r}: {WAYS_OUT[reason]}")
     return CleaningReport(
         events_read=read.events,
         dropped=dropped,

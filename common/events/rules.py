@@ -28,6 +28,22 @@ REASONS = (
 )
 """Why an event is dropped; the first reason that applies counts."""
 
+WAYS_OUT: Mapping[str, str] = dict(
+    zip(
+        REASONS,
+        (
+            "name the columns that hold them",
+            "name the column of times, or the form that they have",
+            "give the catalog that lists the log's items, by the same ids",
+            "let duplicates be kept",
+            "raise the cap, if these are people",
+            "lower the minimum of events",
+        ),
+        strict=True,
+    )
+)
+"""Reason -> what helps where nothing is left for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class CleaningPolicy:
