@@ -113,8 +113,8 @@ def _refuse_wide_rows(part: Part, quoting: Quoting, fields: int, asked: Asked) -
     if quoting.widest > fields:
         raise LogError(
             f"{asked.noun} {part.shown}: line {quoting.line} has {quoting.widest} fields, where the first has "
-            f"{fields}: mend it, or say what stands between fields with {asked.option('separator')}, and whether quotes do with "
-            f"{asked.option('quotes')}"
+            f"{fields}: mend it, or say what stands between fields with {asked.option('separator')}, and whether "
+            f"quotes do with {asked.option('quotes')}"
         )
 
 
