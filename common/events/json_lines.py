@@ -95,7 +95,9 @@ class _Objects:
         in_array = text[:1] == "["
         place = 1 if in_array else 0
         while True:
-            place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr] - it matches anywhere
+            between = _BETWEEN.match(text, place)
+            assert between is not None  # it matches anywhere
+            place = between.end()
             if in_array and text[place : place + 1] == "]":
                 return
             try:

@@ -88,7 +88,7 @@ def find_parts(path: Path, format: str, asked: Asked, otherwise: str | None = No
         LogError: there is none, they are empty, of several formats, or of one that is not read.
     """
     if format not in get_args(Format):
-        raise LogError(f"format {format!r} is unknown: choose {format_names()}")
+        raise LogError(f"{asked.option('format')} {format!r} is unknown: choose {format_names()}")
     if not path.exists():
         raise LogError(f"{path} does not exist: check the path")
     parts = [Part(path, path.name, {})]

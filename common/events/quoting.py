@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from common.events.layout import Asked
 from common.events.plain import Plain, make_copy
@@ -34,41 +35,68 @@ class Quoting:
         quoted: whether it has any.
         tidy: whether all of them begin and end fields, and none has a line's end within.
         rows: lines whose end is not within quotes, the last one too.
+        widest: fields of the row that has most.
+        line: number of the line with which that row ends.
     """
 
     quoted: bool
     tidy: bool
     rows: int
+    widest: int
+    line: int
 
 
 def look_at_quotes(plain: Plain, separator: str, quotes: bool) -> Quoting:
-    """Looks at every quote and line of a file.
+    """Looks at every quote, separator and line of a file.
 
     Args:
         separator: one ASCII character.
         quotes: whether fields may stand in quotes at all.
     """
-    rows, inside, quoted, tidy = 0, False, False, True
-    last = _NEWLINE
+    rows = widest = line = lines = carried = 0
+    inside, quoted, tidy = False, False, True
+    last, between = _NEWLINE, ord(separator)
+    none = np.empty(0, dtype=np.int64)
     for block in _not_ending_in_quotes(plain.blocks()):
-        if not quotes or (b'"' not in block and not inside):
-            rows += block.count(b"\n")
-        else:
+        data = np.frombuffer(block, dtype=np.uint8)
+        at = none
+        if quotes and (inside or b'"' in block):
             quoted = True
-            data = np.frombuffer(block, dtype=np.uint8)
             at = np.flatnonzero(data == _QUOTE)
-            ends = np.flatnonzero(data == _NEWLINE)
             begins, closes = (at[1::2], at[0::2]) if inside else (at[0::2], at[1::2])
             before = np.where(begins > 0, data[begins - 1], last)
             after = np.where(closes + 1 < len(data), data[np.minimum(closes + 1, len(data) - 1)], _NEWLINE)
-            within = (np.searchsorted(at, ends) + inside) % 2 == 1
-            kinds = (ord(separator), _NEWLINE, _QUOTE)
+            kinds = (between, _NEWLINE, _QUOTE)
             tidy = tidy and bool(np.isin(before, kinds).all() and np.isin(after, (*kinds, _RETURN)).all())
-            tidy = tidy and not within.any()
-            rows += int((~within).sum())
-            inside = (len(at) + inside) % 2 == 1
+        ends, all_ends = _outside(data, _NEWLINE, at, inside)
+        separators, _ = _outside(data, between, at, inside)
+        tidy = tidy and len(ends) == all_ends
+        fields = np.diff(np.searchsorted(separators, ends), prepend=-carried) + 1
+        if len(fields) and (most := int(fields.max())) > widest:
+            widest, end = most, ends[int(fields.argmax())]
+            line = lines + 1 + int((data[:end] == _NEWLINE).sum())
+        carried = (
+            len(separators) - int(np.searchsorted(separators, ends[-1]))
+            if len(ends)
+            else carried + len(separators)
+        )
+        rows, lines = rows + len(ends), lines + all_ends
+        inside = (len(at) + inside) % 2 == 1
         last = block[-1]
-    return Quoting(quoted, tidy and not inside, rows + (last != _NEWLINE))
+    if last != _NEWLINE:
+        rows += 1
+        widest, line = max((widest, line), (carried + 1, lines + 1), key=lambda each: each[0])
+    return Quoting(quoted, tidy and not inside, rows, widest, line)
+
+
+def _outside(
+    data: npt.NDArray[np.uint8], value: int, quotes: npt.NDArray[np.int64], inside: bool
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Places of a byte that are not within quotes, and how many there are in all."""
+    places = np.flatnonzero(data == value)
+    if not len(quotes) and not inside:
+        return places, len(places)
+    return places[(np.searchsorted(quotes, places) + inside) % 2 == 0], len(places)
 
 
 def _not_ending_in_quotes(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -84,8 +112,8 @@ def _not_ending_in_quotes(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 def with_tidy_quotes(
     plain: Plain, shown: str, separator: str, work: Path | None, asked: Asked, *, trusted: bool
-) -> tuple[Plain, int]:
-    """A copy of the file in which every quote begins or ends a field, and how many rows it has.
+) -> Plain:
+    """A copy of the file in which every quote begins or ends a field.
 
     Args:
         trusted: a quoted field is one, whatever it holds.
@@ -94,8 +122,7 @@ def with_tidy_quotes(
         LogError: a line's quotes cannot be read, or can be read two ways.
     """
     lines = _Lines(plain.lines(), shown, separator.encode(), asked, trusted)
-    copy = make_copy(lines.tidied(), work)
-    return copy, lines.rows
+    return make_copy(lines.tidied(), work)
 
 
 class _Lines:
@@ -115,14 +142,13 @@ class _Lines:
         self._field = re.compile(
             rb'("' + inner + rb'"(?=' + end + rb"|\Z)|[^" + end + rb"]*)(?:" + end + rb"|\Z)"
         )
-        self.rows, self._number = 0, 0
+        self._number = 0
         self._count = 0  # fields of the first line
         self._digits: list[bool] | None = None  # which fields of the first row begin with a digit
 
     def tidied(self) -> Iterator[bytes]:
         """Rows, each with its end."""
         while (line := self._next()) is not None:
-            self.rows += 1
             row = line if b'"' not in line or self._whole.match(line) else self._row(line)
             if line.strip() and self._digits is None:
                 fields = self._fields(row)
@@ -155,8 +181,7 @@ class _Lines:
                     f"their own, too: say {quotes} none where quotes are text, or {quotes} double where they hold "
                     "one field"
                 )
-            self._put_back.extendleft(reversed(more))
-            self._number = began
+            self._give_back(more)
         if len(fields) != count:
             raise LogError(
                 f"{self._shown}: the quotes of line {began} neither end where a field ends nor leave as many fields "
@@ -178,8 +203,12 @@ class _Lines:
                     break
             elif b'"' in line.replace(b'""', b""):
                 break
-        self._put_back.extendleft(reversed(taken))
+        self._give_back(taken)
         return []
+
+    def _give_back(self, lines: list[bytes]) -> None:
+        self._put_back.extendleft(reversed(lines))
+        self._number -= len(lines)
 
     def _fields(self, line: bytes) -> list[bytes]:
         """The fields of a line or of the lines of a row; quotes are text but where they hold a field."""

@@ -5,7 +5,6 @@ Text is read as text, so that no type is guessed from the first rows.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from common.events.fields import Found, looks_like_a_name
 from common.events.layout import JOINER, Asked, Layout
 from common.events.parts import Part
 from common.events.plain import Plain, make_copy, plain_text
-from common.events.quoting import first_record, look_at_quotes, with_tidy_quotes
+from common.events.quoting import Quoting, first_record, look_at_quotes, with_tidy_quotes
 from common.events.schema import LogError
 from common.events.table import Section
 
@@ -100,13 +99,23 @@ def _read(part: Part, separator: str, layout: Layout, work: Path | None, asked: 
         quotes = False
         plain, separator = _joined(plain, separator, work, part), JOINER
     quoting = look_at_quotes(plain, separator, quotes)
-    rows = quoting.rows
     if quoting.quoted and not quoting.tidy:
-        plain, rows = with_tidy_quotes(
-            plain, part.shown, separator, work, asked, trusted=layout.quotes == "double"
-        )
+        trusted = layout.quotes == "double"
+        plain = with_tidy_quotes(plain, part.shown, separator, work, asked, trusted=trusted)
+        quoting = replace(look_at_quotes(plain, separator, True), quoted=True)
     fields = tuple(first_record(plain.head(), separator, quoting.quoted))
-    return _Read(part, plain, separator, quoting.quoted, rows, fields, 0, tuple(notes))
+    _refuse_wide_rows(part, quoting, len(fields), asked)
+    return _Read(part, plain, separator, quoting.quoted, quoting.rows, fields, 0, tuple(notes))
+
+
+def _refuse_wide_rows(part: Part, quoting: Quoting, fields: int, asked: Asked) -> None:
+    """Refuses a file in which a row has more fields than the first: something stands in the wrong column there."""
+    if quoting.widest > fields:
+        raise LogError(
+            f"{asked.noun} {part.shown}: line {quoting.line} has {quoting.widest} fields, where the first has "
+            f"{fields}: mend it, or say what stands between fields with {asked.option('separator')}, and whether "
+            f"quotes do with {asked.option('quotes')}"
+        )
 
 
 def _single_blanks(line: bytes) -> bytes:
@@ -176,21 +185,7 @@ def _section(
         sum(read.rows - first.skipped for read in reads),
         tuple(note for read in reads for note in read.notes),
         tuple(read.plain for read in reads),
-        look_again=lambda: _find_longer_line(reads, len(names), asked),
     )
-
-
-def _find_longer_line(reads: Sequence[_Read], most: int, asked: Asked) -> None:
-    for read in reads:
-        lines = (line.decode("utf-8", "replace") for line in read.plain.lines())
-        quoting = csv.QUOTE_MINIMAL if read.quoted else csv.QUOTE_NONE
-        rows = csv.reader(lines, delimiter=read.separator, quoting=quoting)
-        for fields in rows:
-            if len(fields) > most:
-                raise LogError(
-                    f"{asked.noun} {read.part.shown}: line {rows.line_num} has {len(fields)} fields, where the first "
-                    f"has {most}: mend it, or name what stands between fields with {asked.option('separator')}"
-                )
 
 
 def _hint(read: _Read, asked: Asked, layout: Layout) -> str:
@@ -235,7 +230,8 @@ def movielens(parts: Sequence[Part], layout: Layout, work: Path | None, asked: A
         separator, places = ":", [str(place) for place in range(2 * len(names) - 1)]
     elif separator == "::":
         plain, separator = _joined(plain, separator, work, part), JOINER
-    rows = look_at_quotes(plain, separator, False).rows
+    quoting = look_at_quotes(plain, separator, False)
+    _refuse_wide_rows(part, quoting, len(places), asked)
     frame = pl.scan_csv(
         plain.path,
         separator=separator,
@@ -252,7 +248,7 @@ def movielens(parts: Sequence[Part], layout: Layout, work: Path | None, asked: A
         return frame.select(pl.col(own[name]).alias(name) for name in asked_for)
 
     found = Found(f"{asked.noun} {part.shown}", names, asked)
-    return [Section(found, dict.fromkeys(names, pl.String()), scan, rows, tuple(notes), (plain,))]
+    return [Section(found, dict.fromkeys(names, pl.String()), scan, quoting.rows, tuple(notes), (plain,))]
 
 
 def format_by_first_line(part: Part, layout: Layout, asked: Asked) -> tuple[str, Layout]:

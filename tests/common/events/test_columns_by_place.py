@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,17 +206,32 @@ def test_a_spreadsheets_own_line_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quoted", ["", ',"a, b"'])
-def test_a_line_with_more_fields_than_names_is_named_without_quoting_it(tmp_path: Path, quoted: str) -> None:
+@pytest.mark.parametrize("short", ["", "\n", "u,1\n"])
+def test_a_line_with_more_fields_than_names_is_named_without_quoting_it(
+    tmp_path: Path, quoted: str, short: str
+) -> None:
     text = "user,item,time" + (",note" if quoted else "") + "\n"
-    text += "".join(f"u,{n},{n}{quoted}\n" for n in range(3000)) + f"secret-user,2,3{quoted},4,5\n"
-    path = write(tmp_path / "log.csv", text)
-    with pytest.raises(LogError) as caught:
-        clean(scan_log(path, sure=True), Catalog(("1",), ("",), ((),)), CleaningPolicy(), bytes(32))
-    assert "line 3002 has" in str(caught.value)
-    assert "--separator" in str(caught.value)
-    assert "secret-user" not in str(caught.value)
-    early = write(tmp_path / "early.csv", "user,item,time\nsecret-user,2,3,4,5\n")
-    assert "line 2 has 5 fields, where the first has 3" in refusal(early)
+    text += "".join(f"u,{n},{n}{quoted}\n" for n in range(3000)) + short
+    line = text.count("\n") + 1
+    path = write(tmp_path / "log.csv", text + f"secret-user,2,3{quoted},4,5\n" + short)
+    message = refusal(path)
+    assert f"line {line} has {6 if quoted else 5} fields, where the first has {4 if quoted else 3}" in message
+    assert "--separator" in message
+    assert "secret-user" not in message
+    assert len(events(write(tmp_path / "right.csv", text))) == 3000 + bool(short)
+
+
+@pytest.mark.parametrize("quoted", [',"a\nb"', ',5" disc'])
+def test_a_wide_line_with_quotes_is_named_too(tmp_path: Path, quoted: str) -> None:
+    text = "user,item,time,note\n" + f"u,1,1{quoted}\n"
+    message = refusal(write(tmp_path / "log.csv", text + f"secret-user,2,3{quoted},4,5\n"))
+    assert re.search("line [345] ", message)
+    assert "secret-user" not in message
+
+
+def test_a_line_of_names_that_lacks_one_is_found_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", "user,item,time\n1,u,i,1500000000\n2,u,j,1500000001\n")
+    assert "line 2 has 4 fields, where the first has 3" in refusal(path)
 
 
 def test_rows_that_are_read_are_held_against_the_lines_of_the_file(tmp_path: Path) -> None:

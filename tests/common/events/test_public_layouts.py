@@ -15,7 +15,7 @@ import pytest
 from common.columns import column_mapping
 from common.events.catalog import read_catalog
 from common.events.layout import Layout
-from common.events.readers import read_log
+from common.events.readers import scan_log
 from tests.common.events.reading import events, refusal, write
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "logs.md").read_text(encoding="utf-8")
@@ -297,6 +297,7 @@ PUBLIC = [
         "2019-10-01 00:00:00 UTC,view,44600062,2103807459595387724,,shiseido,35.79,541312140,72d76fde\n",
         "--columns item=product_id,time=event_time",
         (("541312140", "44600062", "view", None),),
+        (1569888000,),
     ),
     Public(
         "Taobao",
@@ -352,32 +353,68 @@ PUBLIC = [
         "--catalog-columns item=video_id,text=caption,categories=first_level_category_name",
         (("3649", "\u7cbe\u795e\u5c0f\u4f19\n\u8def, \u96be\u8d70", ("\u989c\u503c",)),),
     ),
+    Public(
+        "Goodreads",
+        "goodreads_interactions_poetry.json.gz",
+        gzip.compress(
+            _lines(
+                {
+                    "user_id": "8842281e",
+                    "book_id": "24375664",
+                    "review_id": "5cd4",
+                    "is_read": True,
+                    "rating": 5,
+                    "date_added": "Fri Aug 25 13:55:02 -0700 2017",
+                    "read_at": "",
+                }
+            ).encode()
+        ),
+        "--columns item=book_id,time=date_added --time-format '%a %b %d %H:%M:%S %z %Y'",
+        (("8842281e", "24375664", "view", 5.0),),
+        (1503694502,),
+        "goodreads_books_poetry.json.gz",
+        gzip.compress(
+            _lines(
+                {
+                    "book_id": "948",
+                    "title": "W",
+                    "popular_shelves": [{"count": "3", "name": "x"}],
+                    "series": [],
+                }
+            ).encode()
+        ),
+        "--catalog-columns item=book_id",
+        (("948", "W", ()),),
+    ),
 ]
 
 
-def _given(options: str, prefix: str = "") -> tuple[str, dict[str, str], Layout]:
-    """Format, columns and layout, as a command line has them."""
+def _given(options: str, prefix: str = "") -> tuple[str | None, dict[str, str], Layout]:
+    """Form of times, columns and layout, as a command line has them."""
     words = shlex.split(options)
     given = {
         name.removeprefix(f"--{prefix}"): value for name, value in zip(words[::2], words[1::2], strict=True)
     }
     columns = column_mapping(given.get("columns"), f"--{prefix}columns")
-    return given.get("format", "auto"), columns, Layout(given.get("separator"))
+    return given.get("time-format"), columns, Layout(given.get("separator"))
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda each: each.name)
 def test_a_public_layout_is_read_with_the_options_of_the_page(tmp_path: Path, public: Public) -> None:
     for options in filter(None, (public.options, public.catalog_options)):
         assert f"`{options}`" in DOCUMENT
-    format, columns, layout = _given(public.options)
-    frame = read_log(write(tmp_path / public.log, public.content), format, columns, layout).collect()
+    times, columns, layout = _given(public.options)
+    log = scan_log(
+        write(tmp_path / public.log, public.content), columns=columns, layout=layout, time_format=times
+    )
+    frame = log.tidied().collect()
     rows = sorted(frame.rows(), key=lambda row: row[:2])
     assert [(row[0], row[1], row[3], row[4]) for row in rows] == list(public.wanted)
     if public.times is not None:
         assert tuple(row[2] for row in rows) == public.times
     if public.catalog:
-        format, columns, layout = _given(public.catalog_options, "catalog-")
-        catalog = read_catalog(write(tmp_path / public.catalog, public.items), format, columns, layout)
+        _, columns, layout = _given(public.catalog_options, "catalog-")
+        catalog = read_catalog(write(tmp_path / public.catalog, public.items), "auto", columns, layout)
         found = tuple(zip(catalog.ids, catalog.texts, catalog.categories, strict=True))
         assert found == public.catalog_wanted
 
@@ -401,23 +438,6 @@ CONVERTED = [
         },
         "events.parquet",
         [("1", "2", 1447200000), ("328862", "323294", 1440806400)],
-    ),
-    (
-        "Goodreads",
-        {
-            "goodreads_interactions_X.json.gz": gzip.compress(
-                _lines(
-                    {
-                        "user_id": "8842281e",
-                        "book_id": "24375664",
-                        "rating": 5,
-                        "date_added": "Fri Aug 25 13:55:02 -0700 2017",
-                    }
-                ).encode()
-            )
-        },
-        "events.parquet",
-        [("8842281e", "24375664", 1503694502)],
     ),
 ]
 
@@ -456,16 +476,11 @@ def test_minds_lists_are_refused_by_column_and_type_and_its_news_are_read(tmp_pa
     assert catalog.texts == ('"Wheel" guest: The Brands', "Y")
 
 
-def test_goodreads_books_are_read_and_its_log_without_times_is_refused(tmp_path: Path) -> None:
+def test_goodreads_log_without_times_is_refused(tmp_path: Path) -> None:
     path = write(
         tmp_path / "goodreads_interactions.csv", "user_id,book_id,is_read,rating,is_reviewed\n0,948,1,5,0\n"
     )
     assert "has no column for time" in refusal(path, "item=book_id")
-    book = {"book_id": "948", "title": "W", "popular_shelves": [{"count": "3", "name": "x"}], "series": []}
-    options = "--catalog-columns item=book_id"
-    assert f"`{options}`" in DOCUMENT
-    path = write(tmp_path / "goodreads_books_X.json.gz", gzip.compress(_lines(book).encode()))
-    assert read_catalog(path, columns=_given(options, "catalog-")[1]).texts == ("W",)
 
 
 def test_retailrockets_properties_become_a_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,3 +204,18 @@ def test_where_a_block_ends_does_not_matter(tmp_path_factory: pytest.TempPathFac
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(common.events.plain, "_BLOCK", size)
             assert look_at_quotes(plain, ",", True) == whole
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "", "b c", "x"]), min_size=1, max_size=5), min_size=1, max_size=6)
+)
+def test_the_widest_row_is_found(tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]) -> None:
+    text = "\n".join(map(",".join, rows))
+    for end in ("", "\n"):
+        if not text + end:
+            continue
+        plain = Plain(write(tmp_path_factory.mktemp("rows") / "log.csv", text + end))
+        seen = look_at_quotes(plain, ",", True)
+        assert seen.widest == max(map(len, rows))
+        assert len(rows[seen.line - 1]) == seen.widest

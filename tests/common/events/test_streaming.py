@@ -255,20 +255,16 @@ def test_what_is_put_down_meanwhile_names_no_user_and_is_its_owners_alone(
 
 
 def test_a_row_damaged_in_the_last_piece_leaves_nothing(tmp_path: Path) -> None:
-    lines = [
-        "user,item,time",
-        *(f"user-{event % 9},item-1,{event}" for event in range(300_000)),
-        "secret-user,1,2,3,4",
-    ]
-    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    lines = [f'{{"user":"user-{event % 9}","item":"item-1","time":{event}}}' for event in range(300_000)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"user":"secret-user"']) + "\n")
     site, seen = tmp_path / "site", []
     site.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intake, "_BATCH", 1 << 16)
-        with pytest.raises(LogError, match="line 300002 has 5 fields") as caught:
+        with pytest.raises(LogError, match="line 300001 is no JSON object") as caught:
             clean_to(
                 site / "h",
-                scan_log(tmp_path / "log.csv", sure=True),
+                scan_log(tmp_path / "log.jsonl", sure=True),
                 CATALOG,
                 CleaningPolicy(),
                 SECRET,
