@@ -10,6 +10,7 @@ import typer
 from click.core import ParameterSource
 
 from common.cli import InterruptError, UserError
+from server.run_names import run_named
 from server.runs import RunError, RunFolder
 from server.shell_lines import resume_line
 from simulations.begun import Begun, is_trained
@@ -67,7 +68,7 @@ def go_on(context: typer.Context, given: Mapping[str, Any], command: Callable[..
             f"--resume goes on with the plan and options that the run was begun with: leave {option} out, or leave "
             "--resume out to begin a new run"
         )
-    run = RunFolder.find(given["resume"], given["runs"])
+    run = run_named(given["resume"], given["runs"])
     if run.is_whole:
         return run
     run.check_version("give the whole command again, which begins a new run")
