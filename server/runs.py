@@ -144,6 +144,7 @@ class RunFolder:
                 continue
             try:
                 path.mkdir(parents=True)
+                _sync_names(root)
             except FileExistsError:
                 continue
             except OSError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +85,23 @@ def go_on(context: typer.Context, given: Mapping[str, Any], command: Callable[..
     context.obj = replace(call_of(context), unfinished=run)
     command(context, **again | {"resume": None})
     return None
+
+
+@contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM, which batch systems send, ends the command as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def interrupted(run: RunFolder | None) -> InterruptError:

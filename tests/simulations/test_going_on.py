@@ -338,7 +338,10 @@ def test_a_simulation_killed_at_any_moment_comes_to_its_end(tmp_path: Path, engi
 
 
 @pytest.mark.timeout(400)
-def test_the_last_line_of_an_interrupted_command_goes_on_as_it_stands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_last_line_of_an_interrupted_command_goes_on_as_it_stands(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
     command = Command(tmp_path, "inline")
     process = command.begin(*command.arguments, "--runs", "runs it is", "--rounds", "60", "--epsilon", "60")
     odd = tmp_path / "runs it is"  # given as a relative one, with spaces: what is printed holds from anywhere
@@ -347,7 +350,7 @@ def test_the_last_line_of_an_interrupted_command_goes_on_as_it_stands(tmp_path: 
         end = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < end and not list(odd.glob("*/rounds.jsonl")):
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         said, _ = process.communicate(timeout=100)
         assert process.returncode == 130, said[-3000:]
         last = said.splitlines()[-1]
