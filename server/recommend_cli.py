@@ -140,12 +140,12 @@ def _folder(run: Path) -> Path:
     import sys
 
     from common.finished import FinishedError
-    from server.runs import RunFolder
+    from server.run_names import run_named
     from server.shell_lines import resume_line
 
     if (run / "model.safetensors").is_file() and not run.name.endswith(".incomplete"):
         return run
-    found = RunFolder.find(run, Path("runs"))
+    found = run_named(run, Path("runs"))
     way_out = f"`{resume_line(found)}`"
     if not (found.path / "model.safetensors").is_file():
         raise FinishedError(

@@ -144,6 +144,7 @@ class RunFolder:
                 continue
             try:
                 path.mkdir(parents=True)
+                _sync_names(root)
             except FileExistsError:
                 continue
             except OSError as error:
@@ -171,26 +172,6 @@ class RunFolder:
         if path.name.endswith((INCOMPLETE, DISCARDED)) or not (path / "model.safetensors").is_file():
             raise RunError(f"the run in {path} did not end well, so it has no model: run it again")
         return cls(path)
-
-    @classmethod
-    def find(cls, given: str | Path, runs: Path) -> RunFolder:
-        """The run of a folder, or of a name under `runs`, with or without the ending of an unfinished one.
-
-        Raises:
-            RunError: there is none, or it was put away.
-        """
-        path = Path(given).expanduser()
-        for place in (path, runs / path.name):
-            bare = place.with_name(place.name.removesuffix(INCOMPLETE))
-            for each in (bare, bare.with_name(bare.name + INCOMPLETE)):
-                if (each / "plan.json").is_file():
-                    if each.name.endswith(DISCARDED):
-                        raise RunError(f"the run in {each} was put away for good: begin a new one")
-                    return cls(each.resolve())
-        raise RunError(
-            f"there is no run {given}, neither as a folder nor by this name in {runs}: `ls {runs}` shows those that "
-            "there are"
-        )
 
     @property
     def is_whole(self) -> bool:

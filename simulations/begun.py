@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from client.private_files import sync_folder
 from common.events.deidentify import Keyed
 from common.events.histories import Histories
 from server.deployment import open_locked
@@ -59,6 +60,7 @@ class Begun:
         """Writes it into the run's private folder."""
         folder = private_folder(run)
         folder.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(run.path)
         values = asdict(self) | {"given": {name: _stored(value) for name, value in self.given.items()}}
         write_private_whole(folder / BEGUN, json.dumps(values, indent=2).encode() + b"\n")
 

@@ -143,7 +143,7 @@ def simulate(
     from common.cli import UserError
     from common.events.catalog import CatalogFile
     from server.runs import RunError, RunFolder
-    from simulations.going_on import call_of, go_on, interrupted, to_keep, with_way_out
+    from simulations.going_on import call_of, ended_as_interrupted, go_on, interrupted, to_keep, with_way_out
 
     if resume is not None:
         if (done := go_on(context, given, simulate)) is not None:
@@ -246,7 +246,7 @@ def simulate(
         return watcher
 
     try:
-        with watcher.showing():
+        with ended_as_interrupted(), watcher.showing():
             if call.unfinished is not None:
                 fold = Begun.load(call.unfinished).fold
                 options = replace(options, fold=fold)

@@ -38,14 +38,15 @@ def compare(
     from rich.console import Console
 
     from common.cli import UserError
-    from server.runs import RunFolder, write_whole
+    from server.run_names import run_named
+    from server.runs import write_whole
     from simulations import plots
     from simulations.compare import compare as held_together
     from simulations.splits import Part
 
     if part not in (None, "test", "validation"):
         raise UserError(f"--part {part!r} is unknown: choose test or validation")
-    found = held_together([RunFolder.find(each, runs) for each in run], cast("Part | None", part))
+    found = held_together([run_named(each, runs) for each in run], cast("Part | None", part))
     out.mkdir(parents=True, exist_ok=True)
     plots.runs_side_by_side(
         out / "comparison.png",

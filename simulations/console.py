@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,9 +139,8 @@ def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Tab
     """One round: who took part, what it cost, what it brought."""
     table = Table(title=None, show_header=record["round"] == 1)
     headline = quality.metrics[quality.headline]
-    left_out = ", ".join(
-        f"{each.get('site') or each['node']}: {each['reason']}" for each in record["left_out"]
-    )
+    reasons = Counter(str(each["reason"]) for each in record["left_out"])
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     cells = {
         "#": str(record["round"]),
         "phase": record["phase"],

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -273,7 +274,10 @@ def _run_and_watch(
         REGISTRY_FOLDER: str(registry_folder(root)),
         NODES_EXPECTED: str(len(sites)),
     }
+    import_module("opacus")  # here, and not by a site and the follower at once, which Python calls a deadlock
     follower = Follower(run, plan, sites, built, held_out, watcher)
+    watcher.on_phase("measuring the rounds that are done")
+    follower.catch_up()
     watcher.on_phase("training")
     with follower.following():
         if begun.is_trained(run):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +13,7 @@ import typer
 from click.core import ParameterSource
 
 from common.cli import InterruptError, UserError
+from server.run_names import run_named
 from server.runs import RunError, RunFolder
 from server.shell_lines import resume_line
 from simulations.begun import Begun, is_trained
@@ -67,7 +71,7 @@ def go_on(context: typer.Context, given: Mapping[str, Any], command: Callable[..
             f"--resume goes on with the plan and options that the run was begun with: leave {option} out, or leave "
             "--resume out to begin a new run"
         )
-    run = RunFolder.find(given["resume"], given["runs"])
+    run = run_named(given["resume"], given["runs"])
     if run.is_whole:
         return run
     run.check_version("give the whole command again, which begins a new run")
@@ -81,6 +85,23 @@ def go_on(context: typer.Context, given: Mapping[str, Any], command: Callable[..
     context.obj = replace(call_of(context), unfinished=run)
     command(context, **again | {"resume": None})
     return None
+
+
+@contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM, which batch systems send, ends the command as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def interrupted(run: RunFolder | None) -> InterruptError:

@@ -19,6 +19,7 @@ import polars as pl
 
 from client.ledger import Ledger
 from client.policy import ANY_PLAN, Performance
+from client.private_files import sync_folder
 from client.server_key import NoServerKeyError, trust, trusted_key
 from client.site_folder import Site, SiteError
 from common.config import Plan
@@ -162,6 +163,7 @@ def make_site(
         site.ledger_folder, epsilon=budget, delta=plan.privacy.delta, typical_plan=plan.events()
     ).disconnect()
     aside.rename(folder)
+    sync_folder(folder.parent)
 
 
 def enroll_site(folder: Path, name: str, registry: Registry) -> None:

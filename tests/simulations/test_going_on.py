@@ -196,6 +196,10 @@ def test_recommend_works_once_training_ended_and_says_what_is_missing(
     done = small.goes_on(run).run
     for name in (str(run.path), run.path.name, str(done.path), done.name):  # whichever was noted down
         assert recommended(name, 0) == (out, "")
+    assert "2 runs in runs are called tiny: give one's folder, such as 2" in recommended("tiny", 2)[1]
+    shutil.rmtree(half.path)
+    assert recommended("tiny", 0) == (out, "")
+    assert "there is no run iny" in recommended("iny", 2)[1]
 
 
 def test_the_order_of_a_logs_lines_and_the_seed_are_no_part_of_what_the_data_are(small: Small) -> None:
@@ -323,6 +327,10 @@ def test_a_simulation_killed_at_any_moment_comes_to_its_end(tmp_path: Path, engi
         assert privacy["epsilon"] <= 8.0 + 1e-6
         burnt = [e for site in privacy["sites"] for e in site["events"] if e["outcome"] != "released"]
         counts["burnt"] += len(burnt)
+        # A site sits a round out where a charge was burnt in it, and for no other reason.
+        out = [each["reason"] for record in run.records() for each in record["left_out"]]
+        assert set(out) <= {"policy"}
+        assert len(out) <= len(burnt)
         assert sum(len(site["events"]) for site in privacy["sites"]) == sum(asked.values())
         run.path.rename(tmp_path / f"whole-{number}")
     assert counts["kills"], "no kill hit: the test has lost its bite"
@@ -330,7 +338,10 @@ def test_a_simulation_killed_at_any_moment_comes_to_its_end(tmp_path: Path, engi
 
 
 @pytest.mark.timeout(400)
-def test_the_last_line_of_an_interrupted_command_goes_on_as_it_stands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_last_line_of_an_interrupted_command_goes_on_as_it_stands(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
     command = Command(tmp_path, "inline")
     process = command.begin(*command.arguments, "--runs", "runs it is", "--rounds", "60", "--epsilon", "60")
     odd = tmp_path / "runs it is"  # given as a relative one, with spaces: what is printed holds from anywhere
@@ -339,7 +350,7 @@ def test_the_last_line_of_an_interrupted_command_goes_on_as_it_stands(tmp_path: 
         end = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < end and not list(odd.glob("*/rounds.jsonl")):
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         said, _ = process.communicate(timeout=100)
         assert process.returncode == 130, said[-3000:]
         last = said.splitlines()[-1]
