@@ -30,7 +30,7 @@ from simulations.grid.cells import (
     WHOLE,
     Bench,
 )
-from simulations.grid.tried import TRIED
+from simulations.grid.tried import SPREAD, TRIED
 
 SIGNIFICANT_Z = 1.96
 _BUDGETS = (NONE, "20", "8", "2")
@@ -189,6 +189,16 @@ def write_page(folder: Path, output: Path, seconds: float, *, say: Callable[[str
     for bench, rows in benches:
         lines += ["", f"## {bench}", "", _about(rows), "", *_table(rows), "", *_recipes(rows), ""]
         lines += _sentences(rows, rows_of(folder, bench, "validation"))
-    lines += ["", "## What was tried before", "", TRIED, ""]
+    lines += [
+        "",
+        "## How far one draw lies from another",
+        "",
+        SPREAD,
+        "",
+        "## What was tried before",
+        "",
+        TRIED,
+        "",
+    ]
     write_whole(output, "\n".join(lines).encode())
     say(f"{output} is written from {count} cells")
