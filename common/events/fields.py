@@ -150,5 +150,5 @@ def check_type(found: Found, field: str, name: str, dtype: pl.DataType) -> None:
 
 
 def _short(dtype: pl.DataType) -> str:
-    text = str(dtype)
+    text = str(dtype).removesuffix("({})")
     return text if len(text) <= 80 else text[:76] + " ..."

@@ -42,6 +42,7 @@ class _Objects:
 
     part: Part
     plain: Plain
+    asked: Asked
 
     def fault(self, where: str) -> LogError:
         return LogError(
@@ -52,7 +53,9 @@ class _Objects:
         """ "lines", "python" or "stream"."""
         head = self.plain.head().lstrip()
         if head[:1] not in (b"{", b"["):
-            raise self.fault("its first line")
+            raise LogError(
+                f"{self.part.path} does not begin as JSON does: name its format with {self.asked.option('format')}"
+            )
         if head[:1] == b"[":
             return "stream"
         if re.match(rb"\{\s*'", head):
@@ -130,7 +133,7 @@ def json_lines(
 
 def _section(part: Part, layout: Layout, work: Path | None, asked: Asked, mapped: Sequence[str]) -> Section:
     plain, notes = plain_text(part, layout, work, asked)
-    objects = _Objects(part, plain)
+    objects = _Objects(part, plain, asked)
     types: dict[str, pl.DataType] = {}
     for each in islice(objects, LOOKED_AT if asked.noun == "log" else None):
         for name, value in each.items():
@@ -204,7 +207,7 @@ def _rewritten(
                 row[name] = None
             else:
                 row[name] = _text(value)
-        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -227,4 +230,5 @@ def _text(value: Any) -> str | None:
         return "true" if value else "false"
     if isinstance(value, float) and value == int(value) and abs(value) < 2**53:
         return f"{int(value)}.0"
-    return str(value)
+    # Half of a pair of code units is no letter: lost, and never taken for another.
+    return str(value).encode("utf-8", "surrogatepass").decode("utf-8", "replace")

@@ -50,6 +50,10 @@ _OTHER: tuple[tuple[bytes, str, str], ...] = (
     (b"\xd0\xcf\x11\xe0", "an old office document", ""),
     (b"SQLite format 3\x00", "a database", ""),
     (b"%PDF", "a PDF", ""),
+    (b"<!DOCTYPE", "a web page", ""),
+    (b"<!doctype", "a web page", ""),
+    (b"<html", "a web page", ""),
+    (b"version https://git-lfs", "a pointer of Git LFS to the file", ""),
 )
 
 
@@ -137,7 +141,11 @@ def plain_text(part: Part, layout: Layout, work: Path | None, asked: Asked) -> t
     head = plain.head()
     for magic, what, format in _OTHER:
         if head.startswith(magic):
-            way_out = f"say {asked.option('format')} {format}" if format else "export it as CSV"
+            way_out = (
+                f"say {asked.option('format')} {format}"
+                if format
+                else "fetch the file itself, or export it as CSV"
+            )
             raise LogError(f"{part.path} is {what}, whatever its name says: {way_out}")
     encoding = layout.encoding
     if encoding == "auto":

@@ -9,11 +9,11 @@ row's does), nobody can tell a stray quote from a long field: that file is refus
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from common.events.schema import LogError
 
 _QUOTE, _NEWLINE, _RETURN = b'"\n\r'
 _LINES_OF_A_FIELD = 10_000
+_INNER = rb'[^"]*(?:""[^"]*)*'
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Quoting:
         rows: lines whose end is not within quotes, the last one too.
         widest: fields of the row that has most.
         line: number of the line with which that row ends.
+        blank: lines that hold nothing.
     """
 
     quoted: bool
@@ -44,6 +46,7 @@ class Quoting:
     rows: int
     widest: int
     line: int
+    blank: int
 
 
 def look_at_quotes(plain: Plain, separator: str, quotes: bool) -> Quoting:
@@ -53,7 +56,7 @@ def look_at_quotes(plain: Plain, separator: str, quotes: bool) -> Quoting:
         separator: one ASCII character.
         quotes: whether fields may stand in quotes at all.
     """
-    rows = widest = line = lines = carried = 0
+    rows = widest = line = lines = carried = blank = begun = 0
     inside, quoted, tidy = False, False, True
     last, between = _NEWLINE, ord(separator)
     none = np.empty(0, dtype=np.int64)
@@ -75,18 +78,20 @@ def look_at_quotes(plain: Plain, separator: str, quotes: bool) -> Quoting:
         if len(fields) and (most := int(fields.max())) > widest:
             widest, end = most, ends[int(fields.argmax())]
             line = lines + 1 + int((data[:end] == _NEWLINE).sum())
-        carried = (
-            len(separators) - int(np.searchsorted(separators, ends[-1]))
-            if len(ends)
-            else carried + len(separators)
-        )
+        lengths = np.diff(ends, prepend=-1 - begun) - 1
+        if len(lengths) and lengths.min() < 2:
+            final = np.where(ends > 0, data[ends - 1], last)
+            blank += int(((lengths == 0) | ((lengths == 1) & (final == _RETURN))).sum())
+        if len(ends):
+            carried, begun = -int(np.searchsorted(separators, ends[-1])), -1 - int(ends[-1])
+        carried, begun = carried + len(separators), begun + len(data)
         rows, lines = rows + len(ends), lines + all_ends
         inside = (len(at) + inside) % 2 == 1
         last = block[-1]
     if last != _NEWLINE:
         rows += 1
         widest, line = max((widest, line), (carried + 1, lines + 1), key=lambda each: each[0])
-    return Quoting(quoted, tidy and not inside, rows, widest, line)
+    return Quoting(quoted, tidy and not inside, rows, widest, line, blank)
 
 
 def _outside(
@@ -134,14 +139,11 @@ class _Lines:
         self._source, self._put_back = source, deque[bytes]()
         self._shown, self._separator, self._asked, self._trusted = shown, separator, asked, trusted
         end = re.escape(separator)
-        inner = rb'[^"]*(?:""[^"]*)*'
-        field = rb'(?:"' + inner + rb'"|[^"' + end + rb"]*)"
+        field = rb'(?:"' + _INNER + rb'"|[^"' + end + rb"]*)"
         self._whole = re.compile(rb"(?:" + field + end + rb")*" + field + rb"\r?\n?\Z")
-        self._open = re.compile(rb"(?:" + field + end + rb')*"' + inner + rb"\Z")
-        self._closing = re.compile(inner + rb'"(?=' + end + rb"|\r?\n?\Z)")
-        self._field = re.compile(
-            rb'("' + inner + rb'"(?=' + end + rb"|\Z)|[^" + end + rb"]*)(?:" + end + rb"|\Z)"
-        )
+        self._open = re.compile(rb"(?:" + field + end + rb')*"' + _INNER + rb"\Z")
+        self._closing = re.compile(_INNER + rb'"(?=' + end + rb"|\r?\n?\Z)")
+        self._field = _field(separator)
         self._number = 0
         self._count = 0  # fields of the first line
         self._digits: list[bool] | None = None  # which fields of the first row begin with a digit
@@ -151,7 +153,7 @@ class _Lines:
         while (line := self._next()) is not None:
             row = line if b'"' not in line or self._whole.match(line) else self._row(line)
             if line.strip() and self._digits is None:
-                fields = self._fields(row)
+                fields = _fields(row, self._field)
                 if self._count:
                     self._digits = _digits(fields)
                 else:
@@ -166,13 +168,15 @@ class _Lines:
 
     def _row(self, line: bytes) -> bytes:
         """The row that begins with a line whose quotes are not tidy by themselves."""
-        began, fields = self._number, self._fields(line)
+        began, fields = self._number, _fields(line, self._field)
         count = self._count or len(fields)
         digits = self._digits or _digits(fields)
         if self._open.match(line):
             more = self._lines_of_the_field()
-            if more and len(self._fields(b"".join([line, *more]))) == count:
-                rows = len(fields) == count and all(_is_row(self._fields(each), digits) for each in more)
+            if more and len(_fields(b"".join([line, *more]), self._field)) == count:
+                rows = len(fields) == count and all(
+                    _is_row(_fields(each, self._field), digits) for each in more
+                )
                 if self._trusted or not rows:
                     return b"".join([line, *more])
                 quotes = self._asked.option("quotes")
@@ -210,18 +214,25 @@ class _Lines:
         self._put_back.extendleft(reversed(lines))
         self._number -= len(lines)
 
-    def _fields(self, line: bytes) -> list[bytes]:
-        """The fields of a line or of the lines of a row; quotes are text but where they hold a field."""
-        fields, place, line = [], 0, line.rstrip(b"\r\n")
-        while True:
-            found = self._field.match(line, place)
-            assert found is not None  # an empty field matches anywhere
-            field = found.group(1)
-            held = len(field) > 1 and field[:1] == b'"' == field[-1:]
-            fields.append(field[1:-1].replace(b'""', b'"') if held else field)
-            if found.end() == len(line) and not (found.end() > found.end(1)):
-                return fields
-            place = found.end()
+
+def _field(separator: bytes) -> re.Pattern[bytes]:
+    """A field, in quotes where they hold it whole, and what ends it."""
+    end = re.escape(separator)
+    return re.compile(rb'("' + _INNER + rb'"(?=' + end + rb"|\Z)|[^" + end + rb"]*)(?:" + end + rb"|\Z)")
+
+
+def _fields(line: bytes, pattern: re.Pattern[bytes]) -> list[bytes]:
+    """The fields of a line or of the lines of a row; quotes are text but where they hold a field."""
+    fields, place, line = [], 0, line.rstrip(b"\r\n")
+    while True:
+        found = pattern.match(line, place)
+        assert found is not None  # an empty field matches anywhere
+        field = found.group(1)
+        held = len(field) > 1 and field[:1] == b'"' == field[-1:]
+        fields.append(field[1:-1].replace(b'""', b'"') if held else field)
+        if found.end() == found.end(1):
+            return fields
+        place = found.end()
 
 
 def _digits(fields: list[bytes]) -> list[bool]:
@@ -234,10 +245,11 @@ def _is_row(fields: list[bytes], digits: list[bool]) -> bool:
     )
 
 
-def first_record(head: bytes, separator: str, quotes: bool) -> list[str]:
-    """The fields of a file's first line that is not blank."""
-    line = next((line for line in head.splitlines() if line.strip()), b"")
-    text = line.decode("utf-8", "replace")
-    if not quotes or '"' not in text:
-        return [field.strip() for field in text.split(separator)]
-    return [field.strip() for field in next(csv.reader([text], delimiter=separator))]
+def first_rows(plain: Plain, separator: str, quotes: bool) -> list[list[str]]:
+    """The fields of a file's first two lines that are not blank, or of the one that there is."""
+    lines = islice((line for line in plain.lines() if line.strip()), 2)
+    pattern = _field(separator.encode())
+    rows = (
+        _fields(line, pattern) if quotes else line.rstrip(b"\r\n").split(separator.encode()) for line in lines
+    )
+    return [[field.decode("utf-8", "replace").strip() for field in row] for row in rows]

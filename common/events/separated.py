@@ -15,7 +15,7 @@ from common.events.fields import Found, looks_like_a_name
 from common.events.layout import JOINER, Asked, Layout
 from common.events.parts import Part
 from common.events.plain import Plain, make_copy, plain_text
-from common.events.quoting import Quoting, first_record, look_at_quotes, with_tidy_quotes
+from common.events.quoting import Quoting, first_rows, look_at_quotes, with_tidy_quotes
 from common.events.schema import LogError
 from common.events.table import Section
 
@@ -33,9 +33,8 @@ class _Read:
     part: Part
     plain: Plain
     separator: str
-    quoted: bool
-    rows: int
-    fields: tuple[str, ...]  # of the first line that is not blank
+    quoting: Quoting
+    rows: list[tuple[str, ...]]  # of the first two lines that are not blank
     skipped: int  # lines to pass over: those up to the line of names
     notes: tuple[str, ...]
 
@@ -64,18 +63,27 @@ def separated(
     groups: dict[tuple[object, ...], list[_Read]] = {}
     for first in reads:
         read = first
-        if places is None:
-            read = replace(first, skipped=_lines_to_names(first.plain))
-            names = (
-                tuple(name.partition(":")[0] for name in read.fields) if format == "recbole" else read.fields
-            )
-            if format == "recbole" and not all(":" in name for name in read.fields):
+        names: tuple[str, ...] = read.rows[0]
+        wanted = len(names)
+        if format == "recbole":
+            if not all(":" in name for name in names):
                 raise LogError(f"{read.part.path} is no RecBole atomic file: its header must read name:type")
-        else:
-            names = tuple(str(place) for place in range(1, len(read.fields) + 1))
-            if _has_names(read.fields, places, known):
-                read = replace(first, skipped=_lines_to_names(first.plain))
-        key = (names, read.separator, read.quoted, read.skipped, tuple(read.part.keys.items()))
+            names = tuple(name.partition(":")[0] for name in names)
+        if places is None or _has_names(names, places, known):
+            read = replace(first, skipped=_lines_to_names(first.plain))
+        if places is not None:
+            if read.skipped and len(read.rows) > 1:
+                wanted = len(read.rows[1])  # whoever gives places need not have a name for each
+            names = tuple(str(place) for place in range(1, wanted + 1))
+        _refuse_wide_rows(read.part, read.quoting, wanted, asked)
+        key = (
+            names,
+            read.separator,
+            read.quoting.quoted,
+            bool(read.quoting.blank),
+            read.skipped,
+            tuple(read.part.keys.items()),
+        )
         groups.setdefault(key, []).append(read)
     return [
         _section(group, list(names), asked, format, places is None, layout).with_keys(group[0].part.keys)  # type: ignore[call-overload]
@@ -103,9 +111,10 @@ def _read(part: Part, separator: str, layout: Layout, work: Path | None, asked: 
         trusted = layout.quotes == "double"
         plain = with_tidy_quotes(plain, part.shown, separator, work, asked, trusted=trusted)
         quoting = replace(look_at_quotes(plain, separator, True), quoted=True)
-    fields = tuple(first_record(plain.head(), separator, quoting.quoted))
-    _refuse_wide_rows(part, quoting, len(fields), asked)
-    return _Read(part, plain, separator, quoting.quoted, quoting.rows, fields, 0, tuple(notes))
+    rows = [tuple(row) for row in first_rows(plain, separator, quoting.quoted)]
+    if not rows:
+        raise LogError(f"{part.path} is empty: give a file with rows")
+    return _Read(part, plain, separator, quoting, rows, 0, tuple(notes))
 
 
 def _refuse_wide_rows(part: Part, quoting: Quoting, fields: int, asked: Asked) -> None:
@@ -113,8 +122,8 @@ def _refuse_wide_rows(part: Part, quoting: Quoting, fields: int, asked: Asked) -
     if quoting.widest > fields:
         raise LogError(
             f"{asked.noun} {part.shown}: line {quoting.line} has {quoting.widest} fields, where the first has "
-            f"{fields}: mend it, or say what stands between fields with {asked.option('separator')}, and whether "
-            f"quotes do with {asked.option('quotes')}"
+            f"{fields}: mend it or the first line, or say what stands between and around fields, "
+            f"{asked.option('separator')} and {asked.option('quotes')}"
         )
 
 
@@ -168,11 +177,14 @@ def _section(
         has_header=False,
         skip_lines=first.skipped,
         schema=dict.fromkeys(inner, pl.String()),
-        quote_char='"' if first.quoted else None,
+        quote_char='"' if first.quoting.quoted else None,
         encoding="utf8-lossy",
         missing_columns="insert",
         glob=False,
     )
+    blank = first.quoting.blank > 0
+    if blank:
+        frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
     own = dict(zip(reversed(names), reversed(inner), strict=True))
 
     def scan(asked_for: Sequence[str], optional: Collection[str] = ()) -> pl.LazyFrame:
@@ -182,7 +194,7 @@ def _section(
         found,
         dict.fromkeys(names, pl.String()),
         scan,
-        sum(read.rows - first.skipped for read in reads),
+        None if blank else sum(read.quoting.rows - first.skipped for read in reads),
         tuple(note for read in reads for note in read.notes),
         tuple(read.plain for read in reads),
     )
@@ -190,17 +202,17 @@ def _section(
 
 def _hint(read: _Read, asked: Asked, layout: Layout) -> str:
     """What separator or quotes the first line has in truth, where it is one column, or its names stand in quotes."""
-    line = next((line for line in read.plain.head().splitlines() if line.strip()), b"").decode(
-        "utf-8", "replace"
-    )
-    if len(read.fields) == 1:
+    line = next((line for line in read.plain.lines() if line.strip()), b"").decode("utf-8", "replace")
+    if line.startswith(("{", "[")):
+        return f"it holds JSON: say {asked.option('format')} jsonl"
+    if len(read.rows[0]) == 1:
         for candidate, shown in _CANDIDATES:
             if candidate in line and candidate != read.separator:
                 return f"its first line is one column, with {shown} in it: say {asked.option('separator')} {shown}"
     if (
-        not read.quoted
+        not read.quoting.quoted
         and layout.quotes == "auto"
-        and all(len(field) > 1 and field[0] == field[-1] == '"' for field in read.fields)
+        and all(len(field) > 1 and field[0] == field[-1] == '"' for field in read.rows[0])
     ):
         return f"its column names stand in quotes: say {asked.option('quotes')} double"
     return ""
@@ -222,7 +234,8 @@ def movielens(parts: Sequence[Part], layout: Layout, work: Path | None, asked: A
     if not names:
         expected = "user, item, rating, timestamp" if asked.noun == "log" else "item, title, genres"
         raise LogError(
-            f"{part.path} is no MovieLens file: expected {expected}; name its format with {asked.option('format')}"
+            f"{part.path} is no MovieLens file, as its name would say: expected {expected}; say what it is with "
+            f"{asked.option('format')} and {asked.option('columns')}"
         )
     places = [str(place) for place in range(len(names))]
     if separator == "::" and len(line.split(":")) == 2 * len(names) - 1 and names is RATINGS:

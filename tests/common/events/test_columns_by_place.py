@@ -218,7 +218,7 @@ def test_a_line_with_more_fields_than_names_is_named_without_quoting_it(
     assert f"line {line} has {6 if quoted else 5} fields, where the first has {4 if quoted else 3}" in message
     assert "--separator" in message
     assert "secret-user" not in message
-    assert len(events(write(tmp_path / "right.csv", text))) == 3000 + bool(short)
+    assert len(events(write(tmp_path / "right.csv", text))) == 3000 + ("u" in short)
 
 
 @pytest.mark.parametrize("quoted", [',"a\nb"', ',5" disc'])
@@ -232,6 +232,43 @@ def test_a_wide_line_with_quotes_is_named_too(tmp_path: Path, quoted: str) -> No
 def test_a_line_of_names_that_lacks_one_is_found_out(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", "user,item,time\n1,u,i,1500000000\n2,u,j,1500000001\n")
     assert "line 2 has 4 fields, where the first has 3" in refusal(path)
+
+
+def test_names_that_lack_one_are_passed_over_where_places_are_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", "user,item,time\n1,u,i,1500000000\n2,u,j,1500000001\n")
+    assert events(path, "user=2,item=3,time=4") == [("u", "i", 1500000000), ("u", "j", 1500000001)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("named", [True, False])
+def test_blank_lines_are_no_events(tmp_path: Path, end: str, named: bool) -> None:
+    lines = (
+        ["", "user,item,time", "u,i,1", "", "", "v,j,2", ""] if named else ["", "u,i,1", "", "v,j,2", "", ""]
+    )
+    path = write(tmp_path / "log.csv", end.join(lines) + end)
+    assert events(path, None if named else PLACES) == [("u", "i", 1), ("v", "j", 2)]
+
+
+def test_a_first_line_of_any_length_is_read(tmp_path: Path) -> None:
+    more = 20_000
+    text = "user,item,time," + ",".join(f"c{n}" for n in range(more)) + "\nu,i,1" + "," * more + "\n"
+    assert events(write(tmp_path / "log.csv", text)) == [("u", "i", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!DOCTYPE html><html>", "a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a pointer of Git LFS"),
+        ('{"user":"secret","item":1,"time":1}\n', "--format jsonl"),
+        ('[{"user":"secret","item":1,"time":1}]\n', "--format jsonl"),
+        ("\n\n\n", "is empty"),
+    ],
+)
+def test_what_is_no_table_is_named(tmp_path: Path, text: str, said: str) -> None:
+    message = refusal(write(tmp_path / "log.csv", text))
+    assert said in message
+    assert "secret" not in message
 
 
 def test_rows_that_are_read_are_held_against_the_lines_of_the_file(tmp_path: Path) -> None:

@@ -117,8 +117,8 @@ def test_lines_of_pythons_own_spelling_are_read(tmp_path: Path) -> None:
         ('[["secret", 1, 1]]', "holds a list"),
         ('{"users": {"secret": [1]}}', "objects within an object"),
         ('{"log": [{"user":"secret","item":1,"time":1}]}', "objects within an object"),
-        ("user,item,time\nsecret,1,1\n", "its first line is no JSON object"),
-        ("<events/>", "its first line is no JSON object"),
+        ("user,item,time\nsecret,1,1\n", "does not begin as JSON does: name its format with --format"),
+        ("<events/>", "does not begin as JSON does"),
         ('{"who":"secret","item":1,"time":1}\n', "no column for user; it has: who, item, time"),
         ("[]", "no column for user"),
     ],
@@ -167,3 +167,12 @@ def test_a_damaged_line_far_down_is_named_without_quoting_it(tmp_path: Path) -> 
     with pytest.raises(LogError, match="line 1101 is no JSON object") as caught:
         clean(scan_log(path), Catalog(("i1",), ("",), ((),)), CleaningPolicy(), bytes(32))
     assert "secret" not in str(caught.value)
+
+
+def test_half_a_letter_is_lost_and_merges_nobody(tmp_path: Path) -> None:
+    text = '{"user":"\\ud800","item":1,"time":1}\n{"user":"\\udbff","item":1,"time":2}\n'
+    text += '{"user":"\\ud83d\\ude00","item":1,"time":3}\n'
+    assert (
+        events(write(tmp_path / "log.jsonl", text))
+        == [(None, "1", 1), (None, "1", 2), ("\U0001f600", "1", 3)][::-1]
+    )
