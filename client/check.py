@@ -223,7 +223,7 @@ def _data(site: Site, progress: Progress | None) -> Iterator[Finding]:
 def _machine(site: Site) -> Iterator[Finding]:
     yield _tested("language models", lambda: _language_models(site))
     yield _tested("memory", lambda: _memory(site))
-    yield _tested("GPU", _gpu)
+    yield _tested("GPU", lambda: _gpu(site))
     yield _tested("disk", lambda: _disk(site.folder))
     yield _tested("dry step", lambda: dry_step(site))
 
@@ -268,10 +268,14 @@ def _memory(site: Site) -> str:
     return said
 
 
-def _gpu() -> str:
+def _gpu(site: Site) -> str:
     import torch
 
     if not torch.cuda.is_available():
+        if site.performance.device == "cuda":
+            raise _NotInOrderError(
+                "none that torch can use, but device is cuda", 'set device = "auto", or "cpu", in policy.toml'
+            )
         return "none: the CPU is used"
     return ", ".join(torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count()))
 

@@ -148,6 +148,13 @@ def init(
     from common.events.cleaning import CleaningPolicy
     from common.privacy.enrolment import fingerprint, node_fingerprint
 
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                "--device cuda: there is no accelerator that torch can use here; give --device auto, or cpu"
+            )
     try:
         with long_work() as progress:
             made = make_site(

@@ -167,7 +167,7 @@ def ask_sites(
     replies, pause = replies_to(grid, asked), _SHORTEST_POLL
 
     def leave_out(verdict: LeftOut, node: int) -> None:
-        record.left_out.append({"node": str(node), **asdict(verdict)})
+        record.left_out.append({"node": str(node), **asdict(verdict), "site": verdict.site or names[node]})
         _log.warning(
             "round %d: %s is left out: %s%s",
             exchange.round,
@@ -184,7 +184,8 @@ def ask_sites(
         for reply in came:
             node, request = asked.pop(reply.asked)
             if reply.error is not None:
-                record.left_out.append({"node": str(node), "reason": "node_error", "code": reply.error})
+                failed = {"node": str(node), "site": names[node], "reason": "node_error", "code": reply.error}
+                record.left_out.append(failed)
                 _log.warning(
                     "round %d: %s is left out: node_error %d: %s",
                     exchange.round,
@@ -255,7 +256,8 @@ def _sent(
         if message:
             asked[message] = node, request
         else:
-            record.left_out.append({"node": str(node), "reason": "node_error", "code": _AWAY})
+            away = {"node": str(node), "site": names[node], "reason": "node_error", "code": _AWAY}
+            record.left_out.append(away)
             _log.warning("round %d: %s is left out: it is not known any more", record.round, names[node])
     return asked
 

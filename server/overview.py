@@ -44,6 +44,7 @@ class RunLine:
     Attributes:
         state: "completed", "failed", "running", "interrupted" (the same command continues it), or "discarded".
         reason: of a failure.
+        waiting: what a run that is at work waits for, in words; empty where for nothing.
         refusals: reason -> how often an answer was left out for it.
         by_site: site -> admitted releases.
     """
@@ -58,6 +59,7 @@ class RunLine:
     bytes_up: int = 0
     seconds: float = 0.0
     reason: str = ""
+    waiting: str = ""
     refusals: dict[str, int] = field(default_factory=dict)
     by_site: dict[str, int] = field(default_factory=dict)
 
@@ -154,7 +156,7 @@ def run_line(folder: Path, *, active: bool) -> RunLine:
     if folder.name.endswith(DISCARDED_FOLDER):
         status = DISCARDED
     name = folder.name.removesuffix(INCOMPLETE).removesuffix(DISCARDED_FOLDER)
-    line = RunLine(name, status, reason=reason)
+    line = RunLine(name, status, reason=reason, waiting=waiting_for(folder) if status == RUNNING else "")
     refusals: Counter[str] = Counter()
     by_site: Counter[str] = Counter()
     for record in round_records(folder):
@@ -169,6 +171,16 @@ def run_line(folder: Path, *, active: bool) -> RunLine:
         by_site.update(record["admitted"])
     line.refusals, line.by_site = dict(refusals), dict(by_site)
     return line
+
+
+def waiting_for(folder: Path) -> str:
+    """What a run says that it waits for; empty where for nothing."""
+    try:
+        said = json.loads((folder / "waiting.json").read_bytes())
+        more, number = int(said["more"]), int(said["round"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"waiting for {more} more {'site' if more == 1 else 'sites'} before round {number}"
 
 
 def round_records(folder: Path) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ def _note(run: RunLine) -> str:
         return f"{run.name}: {run.reason}; `fedtide server run` with the same plan goes on with it"
     if run.state == "interrupted":
         return f"{run.name}: it is not at work; `fedtide server run` with the same plan goes on with it"
-    return ""
+    return f"{run.name}: {run.waiting}" if run.waiting else ""
 
 
 def _ago(moment: str | None) -> str:

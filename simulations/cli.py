@@ -87,7 +87,9 @@ def simulate(
     steps: Annotated[int | None, typer.Option(help="DP-SGD steps of a site in a round.")] = None,
     sampling_rate: Annotated[float | None, typer.Option(help="Each user's chance to be in a step.")] = None,
     users_per_site: Annotated[int | None, typer.Option(help="Public lower bound of a site's users.")] = None,
-    family: Annotated[str | None, typer.Option(help="Model family.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="recommend, dual, lstm-vae, classifier, ensemble or lstm-lm.")
+    ] = None,
     mode: Annotated[str | None, typer.Option(help="vectors (frozen item vectors) or lora.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Language model: known name, folder or hub id.")] = None,
     device: Annotated[

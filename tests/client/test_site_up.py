@@ -17,7 +17,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
+from client import check
 from client.agent import AgentError, free_port
 from client.check import Finding, check_site
 from client.connection import Connection
@@ -114,6 +116,16 @@ def test_everything_holds_for_an_enrolled_site_and_nothing_is_spent(place: Path)
 def entries(folder: Path) -> int:
     with Ledger.open(folder / "ledger") as ledger:
         return len(ledger.entries())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator here")
+def test_a_policy_that_asks_for_an_accelerator_where_there_is_none_is_told_so(place: Path) -> None:
+    site = Site.load(place / "north")
+    asked = replace(site, performance=site.performance.model_copy(update={"device": "cuda"}))
+    with pytest.raises(check._NotInOrderError) as told:
+        check._gpu(asked)
+    assert told.value.args[0] == "none that torch can use, but device is cuda"
+    assert check._gpu(site) == "none: the CPU is used"
 
 
 def test_a_node_that_is_not_enrolled_is_told_so(place: Path) -> None:

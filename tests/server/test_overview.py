@@ -127,3 +127,13 @@ _ABOUT_USERS = re.compile(r"user|event|loss|norm|batch|clip", re.IGNORECASE)
 def test_no_metric_is_about_users(server: Deployment) -> None:
     assert not [name for name, _ in scrape(server) if _ABOUT_USERS.search(name)]
     assert _ABOUT_USERS.search("fedtide_users_total")
+
+
+def test_a_run_that_waits_for_sites_says_so(server: Deployment) -> None:
+    folder = server.runs / "3-cut.incomplete"
+    (folder / "waiting.json").write_text('{"round": 2, "more": 1}')
+    assert run_line(folder, active=True).waiting == "waiting for 1 more site before round 2"
+    assert run_line(folder, active=False).waiting == ""  # what was killed waits for nobody
+    for odd in ("", "{}", "[]", '{"round": 2, "more": "x"}'):
+        (folder / "waiting.json").write_text(odd)
+        assert run_line(folder, active=True).waiting == ""

@@ -162,7 +162,9 @@ def test_a_site_that_is_gone_is_known_by_what_its_error_answers(sites: Sites) ->
     run = sites.run(round_deadline=300.0)
     start(sites, run, "gone")
     for record in records(run):
-        assert record["left_out"] == [{"node": str(LATE), "reason": "node_error", "code": 5}]
+        (away,) = record["left_out"]
+        assert (away["node"], away["reason"], away["code"]) == (str(LATE), "node_error", 5)
+        assert away["site"] == "site-2"
         assert (record["admitted"], record["missing"]) == (["site-0", "site-1"], 0)
 
 
