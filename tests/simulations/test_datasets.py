@@ -187,8 +187,8 @@ def test_the_log_of_a_packed_file_stays_readable(tmp_path: Path) -> None:
 
 
 def test_the_commands_have_the_options_for_a_catalog() -> None:
-    for app, command in ((site_app, ["init"]), (server_app, ["run"]), (simulate_app, [])):
-        said = CliRunner().invoke(app, [*command, "--help"], terminal_width=200).output
+    for command_app, command in ((site_app, ["init"]), (server_app, ["run"]), (simulate_app, [])):
+        said = CliRunner().invoke(command_app, [*command, "--help"], terminal_width=200).output
         for option in ("format", "columns", "separator", "quotes", "encoding"):
             assert f"--catalog-{option}" in said
-            assert f" --{option}" in said or app is server_app
+            assert f" --{option}" in said or command_app is server_app
