@@ -9,6 +9,9 @@ import typer
 from common.cli import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from common.events.catalog import CatalogFile
     from common.events.layout import Layout
 
 _FORMATS = "auto (by its name), csv, tsv, parquet, jsonl, movielens or recbole."
@@ -79,3 +82,19 @@ def text_layout(separator: str | None, quotes: str, encoding: str, prefix: str =
         return Layout(separator, quotes, encoding)
     except LogError as error:
         raise UserError(f"--{prefix}{error}") from error
+
+
+def catalog_file(
+    path: Path | None, format: str, columns: str | None, separator: str | None, quotes: str, encoding: str
+) -> CatalogFile | None:
+    """The catalog's file, of the options for it; None where there is none.
+
+    Raises:
+        UserError: one of them reads otherwise, or is unknown.
+    """
+    from common.events.catalog import CatalogFile
+
+    if path is None:
+        return None
+    layout = text_layout(separator, quotes, encoding, "catalog-")
+    return CatalogFile(path, format, column_mapping(columns, "--catalog-columns"), layout)

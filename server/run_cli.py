@@ -73,8 +73,7 @@ def run(
     """
     from rich.console import Console
 
-    from common.columns import column_mapping, text_layout
-    from common.events.catalog import CatalogFile
+    from common.columns import catalog_file
     from server.deployment import Deployment
     from server.launch import DoesNotFitError, LaunchError, find_run, launch, named
     from server.launch import stop as stop_run
@@ -93,14 +92,9 @@ def run(
         return
     console = Console(stderr=as_json)
     try:
-        source = None
-        if catalog is not None:
-            source = CatalogFile(
-                catalog,
-                catalog_format,
-                column_mapping(catalog_columns, "--catalog-columns"),
-                text_layout(catalog_separator, catalog_quotes, catalog_encoding, "catalog-"),
-            )
+        source = catalog_file(
+            catalog, catalog_format, catalog_columns, catalog_separator, catalog_quotes, catalog_encoding
+        )
         done = launch(
             server,
             plan,

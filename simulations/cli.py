@@ -143,7 +143,6 @@ def simulate(
     given = {option: value for option, value in locals().items() if option != "context"}
     from client.policy import performance_of
     from common.cli import UserError
-    from common.events.catalog import CatalogFile
     from server.runs import RunError, RunFolder
     from simulations.going_on import call_of, ended_as_interrupted, go_on, interrupted, to_keep, with_way_out
 
@@ -165,14 +164,9 @@ def simulate(
         "model.encoder": encoder,
     }
     mapping = reading.column_mapping(columns, "--columns")
-    source = None
-    if catalog is not None:
-        source = CatalogFile(
-            catalog,
-            catalog_format,
-            reading.column_mapping(catalog_columns, "--catalog-columns"),
-            reading.text_layout(catalog_separator, catalog_quotes, catalog_encoding, "catalog-"),
-        )
+    source = reading.catalog_file(
+        catalog, catalog_format, catalog_columns, catalog_separator, catalog_quotes, catalog_encoding
+    )
     if engine not in ("flower", "inline"):
         raise UserError(
             f"--engine {engine!r} is unknown: choose flower or inline; what sites take their steps by is --dp-engine"

@@ -153,8 +153,9 @@ def _has_names(fields: Sequence[str], places: Mapping[str, str], known: Mapping[
     if list(fields) in (numbers[: len(fields)], numbers[len(fields) :]) and len(fields) > 2:
         return True
     there = {field: fields[int(place) - 1] for field, place in places.items() if int(place) <= len(fields)}
-    if "time" in there:
-        return all(map(looks_like_a_name, there.values())) and not any(map(str.isdigit, there["time"]))
+    if "time" in places:
+        text = there.get("time", "".join(fields))
+        return all(map(looks_like_a_name, there.values())) and not any(map(str.isdigit, text))
     return any(text.lower() in known.get(field, ()) for field, text in there.items())
 
 
@@ -203,7 +204,7 @@ def _section(
 def _hint(read: _Read, asked: Asked, layout: Layout) -> str:
     """What separator or quotes the first line has in truth, where it is one column, or its names stand in quotes."""
     line = next((line for line in read.plain.lines() if line.strip()), b"").decode("utf-8", "replace")
-    if line.startswith(("{", "[")):
+    if read.rows[0][0].startswith(("{", "[")):
         return f"it holds JSON: say {asked.option('format')} jsonl"
     if len(read.rows[0]) == 1:
         for candidate, shown in _CANDIDATES:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gc
 import json
 import subprocess
 import sys
@@ -11,9 +13,14 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
+from client.cli import app as site_app
 from common.assets import home
+from common.events.catalog import CatalogFile
 from common.events.cleaning import CleaningPolicy, clean
+from common.events.layout import Layout
 from common.events.schema import LogError
+from server.cli import app as server_app
+from simulations.cli import simulate_app
 from simulations.data_cli import app
 from simulations.datasets import MOVIELENS_100K, Dataset, load_movielens_100k, load_own
 
@@ -155,3 +162,33 @@ def test_a_log_of_parquet_parts_is_own_data_too(tmp_path: Path) -> None:
             folder / f"{part}.parquet"
         )
     assert load_own(folder).users["user"].to_list() == ["u0", "u1"]
+
+
+def test_own_data_without_names_is_read_by_places_with_options_of_its_own_for_each_file(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "log.any").write_text("1500000000;u;A1\n1500000001;v;A2\n")
+    (tmp_path / "items.any").write_bytes("A1|Caf\u00e9\nA2|Tea\n".encode("latin-1"))
+    catalog = CatalogFile(tmp_path / "items.any", "csv", {"item": "1", "text": "2"}, Layout("|"))
+    places = {"time": "1", "user": "2", "item": "3"}
+    own = load_own(tmp_path / "log.any", columns=places, layout=Layout(";"), catalog=catalog)
+    assert own.users["user"].to_list() == ["u", "v"]
+    assert own.catalog.texts == ("Caf\u00e9", "Tea")
+    assert own.notes == ("items.any is read as Windows-1252, as it is not UTF-8.",)
+    assert own.log.collect().height == 2
+
+
+def test_the_log_of_a_packed_file_stays_readable(tmp_path: Path) -> None:
+    (tmp_path / "log.csv.bz2").write_bytes(bz2.compress(b"user,item,time\nu,i,1500000000\n"))
+    (tmp_path / "items.csv").write_text("item,title\ni,I\n")
+    own = load_own(tmp_path / "log.csv.bz2", tmp_path / "items.csv")
+    gc.collect()
+    assert own.log.collect().rows()[0][:3] == ("u", "i", 1500000000)
+
+
+def test_the_commands_have_the_options_for_a_catalog() -> None:
+    for command_app, command in ((site_app, ["init"]), (server_app, ["run"]), (simulate_app, [])):
+        said = CliRunner().invoke(command_app, [*command, "--help"], terminal_width=200).output
+        for option in ("format", "columns", "separator", "quotes", "encoding"):
+            assert f"--catalog-{option}" in said
+            assert f" --{option}" in said or command_app is server_app
