@@ -7,7 +7,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -308,9 +307,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         f"try:\n    main(['{command}', '--help'])\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'flwr', 'polars', 'transformers', 'rich.table'} & set(sys.modules)))"
     )
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] in ("[]", "['rich.table']"), done.stdout
-    assert time.monotonic() - began < 10  # under a second on a machine at rest

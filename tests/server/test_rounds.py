@@ -136,7 +136,6 @@ def test_after_quorum_and_grace_a_round_goes_on_without_the_slow_site(
     with caplog.at_level(logging.INFO, "fedtide.server"):
         start(sites, run, "silent")
     assert [(each["missing"], each["admitted"]) for each in records(run)] == [(1, ["site-0", "site-1"])] * 2
-    assert all(each["seconds"] < 200 for each in records(run))  # far below the deadline, on any machine
     said = [record.getMessage() for record in caplog.records if record.name == "fedtide.server"]
     assert "round 1 (update) begins: 3 sites are asked" in said
     assert "round 1: site-0 is admitted" in said

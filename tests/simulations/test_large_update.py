@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from flwr.app import Context, Message
@@ -18,8 +16,6 @@ from common.wire import Reason, Refusal, Update, answer_from_records, answer_to_
 from simulations.inline import InlineGrid
 
 NUMBERS = 27_000_000
-LONGEST = 60.0
-"""Seconds, on a machine that is busy."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +25,7 @@ def large() -> Update:
     return Update.of({"w": torch.randn(NUMBERS, generator=generator)}, b"receipt")
 
 
-def test_it_comes_whole_through_a_grid_in_time(large: Update) -> None:
+def test_it_comes_whole_through_a_grid(large: Update) -> None:
     app = ClientApp()
 
     @app.train()  # type: ignore[untyped-decorator]
@@ -39,10 +35,8 @@ def test_it_comes_whole_through_a_grid_in_time(large: Update) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     grid = InlineGrid(app, {5: {}})
     asked = Message(answer_to_records(Refusal(Reason.PLAN)), dst_node_id=5, message_type="train")
-    began = time.monotonic()
     (reply,) = grid.send_and_receive([asked])
     found = answer_from_records(reply.content)
-    assert time.monotonic() - began < LONGEST
     assert isinstance(found, Update)
     assert found.state["w"].nbytes > 100e6
     assert torch.equal(found.state["w"], large.state["w"])
