@@ -42,7 +42,8 @@ def main() -> None:
         [
             "## Help",
             "",
-            f"`python -m simulations.benchmarks.help`, {machine()}: `--help` in a new process, median of {given.repeats}.",
+            f"`python -m simulations.benchmarks.help`, {machine()}: `--help` in a new process, median of "
+            f"{given.repeats}.",
             "",
             *as_table(rows),
             "",
