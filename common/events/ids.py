@@ -42,7 +42,7 @@ def id_expression(name: str, dtype: pl.DataType) -> pl.Expr:
 def check_ids(found: Found, field: str, name: str, dtype: pl.DataType, table: pl.LazyFrame) -> None:
     """Refuses a column whose ids are not what they were: numbers beyond a float's exactness, or no numbers of things.
 
-    Floats are looked at whole; of texts the first 100,000.
+    Floats are looked at whole; of texts the first 100,000, and each distinct user's once more (`numbering.py`).
 
     Raises:
         LogError: names the column and its type.
@@ -72,9 +72,32 @@ def check_ids(found: Found, field: str, name: str, dtype: pl.DataType, table: pl
                 "ones: write ids as text or whole numbers, from where they still are"
             )
     elif dtype == pl.String:
-        some = table.select(column).head(_ROWS)
-        if some.select(column.str.contains(_POWER).any()).collect().item():
-            raise LogError(
-                f"{where} has ids such as 1.2e+09, powers of ten, whose last digits are lost: write ids as text or "
-                "whole numbers, from where they still are"
-            )
+        check_digits(table.select(column).head(_ROWS).collect().to_series(), where)
+
+
+def check_digits(texts: pl.Series, where: str) -> None:
+    """Refuses ids whose last digits a program lost that took them for floats: two of them may be one text.
+
+    Args:
+        where: they stand, for the message.
+
+    Raises:
+        LogError: powers of ten, or whole numbers with a float's point beyond what 64 bits tell apart.
+    """
+    text = pl.col("text")
+    whole = text.str.strip_chars().str.extract(_FLOAT_PART).str.strip_prefix("+")
+    number = whole.cast(pl.Int64, strict=False)
+    powers, large = (
+        pl.DataFrame({"text": texts})
+        .select(
+            powers=text.str.contains(_POWER).any(),
+            large=(whole.is_not_null() & (number.is_null() | (number.abs() > 2**53))).any(),
+        )
+        .row(0)
+    )
+    if powers or large:
+        example = "1.2e+09, powers of ten" if powers else "9007199254740994.0, floats beyond 2^53"
+        raise LogError(
+            f"{where} has ids such as {example}, whose last digits are lost: write ids as text or whole numbers, from "
+            "where they still are"
+        )

@@ -13,7 +13,7 @@ import polars as pl
 
 from common.events.catalog import Catalog
 from common.events.deidentify import Keyed
-from common.events.ids import id_expression
+from common.events.ids import check_digits, id_expression
 from common.events.near import near_ids, said_of_near, ways_of
 from common.events.schema import DEFAULT_KIND, LogError
 
@@ -148,7 +148,12 @@ class Users:
         return found
 
     def near(self) -> tuple[str, ...]:
-        """What is to be said of users whose ids differ from another's by next to nothing."""
+        """What is to be said of users whose ids differ from another's by next to nothing.
+
+        Raises:
+            LogError: ids have lost their last digits.
+        """
+        check_digits(self._numbers.texts, "the column of users")
         own = np.flatnonzero(self.same_as == np.arange(len(self.same_as)))
         count, by = near_ids(self._numbers.texts.gather(own))
         said = said_of_near("users", count, len(own), by)

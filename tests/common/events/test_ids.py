@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from common.events import ids as rules
 from common.events.catalog import Catalog, CatalogError, read_catalog
 from common.events.cleaning import CleaningPolicy, clean
 from common.events.ids import id_expression
@@ -140,6 +141,8 @@ def test_types_that_hold_ids_are_read(tmp_path: Path, ids: pl.Series) -> None:
         (pl.Series([b"1", b"2"]), "holds bytes"),
         (pl.Series(["1.2e+09", "7"]), "powers of ten"),
         (pl.Series(["1.23457E9", "7"]), "powers of ten"),
+        (pl.Series(["9007199254740994.0", "7"]), "floats beyond 2^53"),
+        (pl.Series(["123456789012345678901234.00", "7"]), "floats beyond 2^53"),
     ],
     ids=lambda value: str(getattr(value, "dtype", "")),
 )
@@ -160,6 +163,16 @@ def test_types_that_hold_no_ids_are_refused_by_column_and_type(
         pl.DataFrame({"item": ids, "text": ["a", "b"]}).write_parquet(tmp_path / "c.parquet")
         with pytest.raises(LogError, match="column 'item'"):
             read_catalog(tmp_path / "c.parquet")
+
+
+def test_a_user_far_down_whose_digits_are_lost_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "_ROWS", 2)
+    (tmp_path / "log.csv").write_text(f"user,item,time\nu,1,{TIME}\nv,1,{TIME}\n1.23457e+09,1,{TIME}\n")
+    log = scan_log(tmp_path / "log.csv")
+    with pytest.raises(LogError, match="the column of users has ids such as"):
+        clean(log, CATALOG, EVERYTHING, bytes(32))
 
 
 def test_a_catalog_that_spells_one_item_twice_is_refused(tmp_path: Path) -> None:
