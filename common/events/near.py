@@ -14,6 +14,7 @@ import polars as pl
 _MARKS = r"[^\p{L}\p{M}\p{N}]"
 _ZEROS = r"^0+([^0]|0$)"
 _MOST_LOOKED_AT = 10_000
+_AT_ONCE = 1 << 19
 _NAMES = {
     ",": "a comma",
     ".": "a point",
@@ -35,18 +36,15 @@ def near_ids(ids: pl.Series, others: pl.Series | None = None) -> tuple[int, tupl
     Returns:
         The count, and words such as ("case", "a comma"); the count of `ids` alone.
     """
-    text = pl.col("text")
-    bare = text.str.replace_all(_MARKS, "")
-    bare = pl.when(bare.str.len_bytes() > 0).then(bare).otherwise(text)
-    low = bare.str.to_lowercase()
-    keys = {"key": low.str.replace(_ZEROS, "$1"), "low": low, "bare": bare}
-    frame = pl.DataFrame({"text": ids}).with_columns(**keys)
     if others is None:
-        near = frame.filter(pl.len().over("key") > 1)
+        hashes = _hashes(ids)
+        near = _keyed(ids.filter(hashes.is_duplicated())).filter(pl.len().over("key") > 1)
         both = near
     else:
-        against = pl.DataFrame({"text": others}).with_columns(**keys)
-        near = frame.join(against.select("key").unique(), on="key", how="semi")
+        held = _hashes(others)
+        near = _keyed(ids.filter(_hashes(ids).is_in(held.implode())))
+        against = _keyed(others.filter(held.is_in(_hashes(near["text"]).implode())))
+        near = near.join(against.select("key").unique(), on="key", how="semi")
         both = pl.concat([near, against.join(near.select("key").unique(), on="key", how="semi")])
     if not len(near):
         return 0, ()
@@ -54,7 +52,7 @@ def near_ids(ids: pl.Series, others: pl.Series | None = None) -> tuple[int, tupl
         both.select("key").unique(maintain_order=True).head(_MOST_LOOKED_AT // 2), on="key", how="semi"
     )
     by = []
-    groups = looked.group_by("key").agg(pl.col("low", "bare", "text").n_unique(), marks=text)
+    groups = looked.group_by("key").agg(pl.col("low", "bare", "text").n_unique())
     if groups.filter(pl.col("bare") > pl.col("low")).height:
         by.append("case")
     if groups.filter(pl.col("low") > 1).height:
@@ -63,6 +61,21 @@ def near_ids(ids: pl.Series, others: pl.Series | None = None) -> tuple[int, tupl
     if len(marked):
         by.append(_marks_of(marked.to_list()))
     return len(near), tuple(by)
+
+
+def _keyed(ids: pl.Series) -> pl.DataFrame:
+    """Ids with what is left of them without marks (`bare`), without case (`low`), and without leading zeros (`key`)."""
+    text = pl.col("text")
+    bare = text.str.replace_all(_MARKS, "")
+    bare = pl.when(bare.str.len_bytes() > 0).then(bare).otherwise(text)
+    low = bare.str.to_lowercase()
+    return pl.DataFrame({"text": ids}).with_columns(key=low.str.replace(_ZEROS, "$1"), low=low, bare=bare)
+
+
+def _hashes(ids: pl.Series) -> pl.Series:
+    """[ids] uint64 hashes of their keys, some ids at a time: of millions, few texts are held twice."""
+    parts = [_keyed(ids.slice(start, _AT_ONCE))["key"].hash() for start in range(0, len(ids), _AT_ONCE)]
+    return pl.concat(parts) if parts else pl.Series([], dtype=pl.UInt64)
 
 
 def _marks_of(texts: Sequence[str]) -> str:
