@@ -209,11 +209,8 @@ class RunFolder:
         """Which version of the code began the run, as JSON: see `installed_version`."""
         return self.path / "version.json"
 
-    def check_version(self, otherwise: str | None = None) -> None:
+    def check_version(self) -> None:
         """Whether the installed version may go on with the run: sites of another would refuse what it asks, or err.
-
-        Args:
-            otherwise: what one can do instead; None: what a server's administrator can.
 
         Raises:
             RunError: another version began it, or one from before versions were noted.
@@ -226,9 +223,9 @@ class RunFolder:
             code, version = "", "of before versions were noted"
         if code != here["code"]:
             began = f"{version} (code {code[:16]})" if code else f"one {version}"
-            otherwise = otherwise or (
-                f"put it away with `fedtide server discard {self.path.parent.parent} {self.name}`"
-            )
+            otherwise = f"put it away with `fedtide server discard {self.path.parent.parent} {self.name}`"
+            if (self.path / PRIVATE / BEGUN).is_file():
+                otherwise = "give the whole command again, which begins a new run"
             raise RunError(
                 f"the unfinished run {self.name} was begun by another version of Fedtide, {began}, and this one is "
                 f"{here['version']} (code {here['code'][:16]}): go on with it under the version that began it, or "

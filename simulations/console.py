@@ -117,7 +117,8 @@ class QuietWatcher(ConsoleWatcher):
 
     def _show_phase(self, phase: str) -> None:
         super()._show_phase(phase)
-        self._progress.update(self._phase, description=f"{self._title}: {phase}")
+        self._name = f"{self._title}: {phase}"
+        self._progress.update(self._phase, description=self._name)
 
 
 def site_table(sites: list[SimulatedSite], plan: Plan) -> Table:

@@ -74,8 +74,8 @@ def go_on(context: typer.Context, given: Mapping[str, Any], command: Callable[..
     run = run_named(given["resume"], given["runs"])
     if run.is_whole:
         return run
-    run.check_version("give the whole command again, which begins a new run")
     begun = Begun.load(run)
+    run.check_version()
     if not begun.given:
         raise RunError(
             f"{run.path} was not begun by `fedtide simulate`: what began it goes on with it, or begins a new run"
@@ -117,6 +117,10 @@ def interrupted(run: RunFolder | None) -> InterruptError:
 def with_way_out(error: RunError, run: RunFolder | None) -> RunError:
     """The error of a run, with how to go on where that can help."""
     if run is None or not run.path.is_dir():
+        return error
+    try:
+        run.check_version()
+    except RunError:  # the code was changed while it ran
         return error
     over = len(list(run.records())) >= len(run.plan().schedule())
     if over and not is_trained(run):  # it would fail again

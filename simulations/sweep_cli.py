@@ -54,6 +54,7 @@ def sweep(
     from server.deployment import open_locked
     from server.runs import RunError
     from server.shell_lines import command_line
+    from simulations.going_on import ended_as_interrupted
     from simulations.sweep import Sweep
 
     if resume is not None:
@@ -72,7 +73,8 @@ def sweep(
         with open_locked(asked.folder / ".lock") as mine:
             if not mine:
                 raise RunError(f"another command is at work on {asked.folder}: wait for its end, or stop it")
-            _all_rows(asked, console, results)
+            with ended_as_interrupted():
+                _all_rows(asked, console, results)
     except (InterruptError, KeyboardInterrupt):
         raise InterruptError(
             f"{len(results)} of {len(asked.rows)} runs are done, and stay so; to go on:\n{line}"
@@ -191,6 +193,10 @@ def write_curve(asked: Sweep, results: list[Result]) -> Curve:
     return curve
 
 
+def _over(seeds: int) -> str:
+    return "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
+
+
 def rows_of(curve: Curve, metrics: tuple[str, ...]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows: epsilon and what was spent, then each metric of each part; baselines below."""
     header = ("", "spent", *(f"{name}, {part}" for name in metrics for part in curve.parts))
@@ -217,8 +223,8 @@ def in_markdown(curve: Curve) -> str:
 
     parts = [
         f"# {curve.asked.folder.name}",
-        f"Mean ± standard deviation over {curve.asked.seeds} seeds, which are of the partition into sites and of the "
-        "order of events of one time; the noise is new in every run.",
+        f"{_over(curve.asked.seeds).capitalize()}. A seed is of the partition into sites and of the order of events of "
+        "one time; the noise is new in every run.",
         table(*rows_of(curve, curve.metrics)),
         "![quality against epsilon](privacy-utility.png)",
         curve.statement(),
@@ -234,7 +240,7 @@ def _show(curve: Curve, console: Console) -> None:
     from rich.table import Table
 
     header, rows = rows_of(curve, (curve.headline,))
-    table = Table(title=f"mean ± standard deviation over {curve.asked.seeds} seeds")
+    table = Table(title=_over(curve.asked.seeds))
     for place, name in enumerate(header):
         table.add_column(name, justify="left" if place == 0 else "right")
     for row in rows:

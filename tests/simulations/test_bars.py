@@ -85,7 +85,7 @@ def test_a_watcher_shows_bars_on_a_terminal_and_lines_elsewhere(
         assert "epsilon 8: test of Fedtide" in shown
         assert "3/3" in shown
     else:
-        assert shown.splitlines() == [f"test of Fedtide: {number} of 3" for number in (1, 2, 3)]
+        assert shown.splitlines() == [f"epsilon 8: test of Fedtide: {number} of 3" for number in (1, 2, 3)]
 
 
 def test_a_command_that_prints_json_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
