@@ -262,7 +262,7 @@ def _is_u_item(path: Path, format: str, columns: Mapping[str, str] | None, layou
 
 
 def _rows_of_u_item(path: Path, layout: Layout) -> tuple[list[tuple[str, str, tuple[str, ...]]], list[str]]:
-    plain, notes = plain_text(Part(path, path.name, {}), layout, None, CATALOG)
+    plain, notes, _ = plain_text(Part(path, path.name, {}), layout, None, CATALOG)
     rows = []
     for number, line in enumerate(plain.lines(), start=1):
         fields = line.decode("utf-8", "replace").rstrip("\r\n").split("|")

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from common.events.fields import Found
@@ -31,8 +32,9 @@ LOOKED_AT = 1_000
 
 _LONGEST = 1 << 26
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
-_ODD = re.compile(rb"NaN|Infinity|[:\[,]\s*-?\d{19}|\\u[dD][89a-fA-F]")
-_NESTED = re.compile(rb":[ \t]*[\[{]")
+_LONG_NUMBER = re.compile(rb"\d{19}")
+_ODD = ((b"N", b"NaN"), (b"I", b"Infinity"), (b"\\", b"\\ud"), (b"\\", b"\\uD"))
+_PASSED_OVER = bytes(byte for byte in range(256) if byte not in b"NI\\{[\n")
 _NESTED_KEY = re.compile(rb'"((?:[^"\\]|\\.){0,256})"[ \t]*:[ \t]*[\[{]')
 
 
@@ -132,15 +134,20 @@ def json_lines(
 
 
 def _section(part: Part, layout: Layout, work: Path | None, asked: Asked, mapped: Sequence[str]) -> Section:
-    plain, notes = plain_text(part, layout, work, asked)
+    oddities = _Oddities()
+    plain, notes, seen = plain_text(part, layout, work, asked, oddities.add)
+    if not seen:
+        oddities = _Oddities()
+        for block in plain.blocks():
+            oddities.add(block)
     objects = _Objects(part, plain, asked)
     types: dict[str, pl.DataType] = {}
     for each in islice(objects, LOOKED_AT if asked.noun == "log" else None):
         for name, value in each.items():
-            seen = types.setdefault(name, pl.String())
+            known = types.setdefault(name, pl.String())
             if isinstance(value, dict):
                 types[name] = pl.Struct([])
-            elif isinstance(value, (list, tuple)) and seen == pl.String():
+            elif isinstance(value, (list, tuple)) and known == pl.String():
                 types[name] = pl.List(pl.String())
     if types and all(dtype.is_nested() for dtype in types.values()):
         raise LogError(
@@ -155,7 +162,7 @@ def _section(part: Part, layout: Layout, work: Path | None, asked: Asked, mapped
     def scan(asked_for: Sequence[str], optional: Collection[str] = ()) -> pl.LazyFrame:
         wanted = {name: types.get(name, pl.String()) for name in asked_for}
         source = plain
-        if _needs_python(objects, wanted):
+        if _needs_python(objects, wanted, oddities):
             source = make_copy(_rewritten(objects, wanted, optional, asked), work)
             copies.append(source)
         return pl.scan_ndjson([source.path], schema=wanted)
@@ -173,19 +180,40 @@ def _row(asked: Asked) -> str:
     return "event" if asked.noun == "log" else "item"
 
 
-def _needs_python(objects: _Objects, wanted: Mapping[str, pl.DataType]) -> bool:
-    if objects.kind() != "lines" or any(dtype.is_nested() for dtype in wanted.values()):
+class _Oddities:
+    """What of a file of JSON lines polars does not read as Python does, found block by block."""
+
+    def __init__(self) -> None:
+        self.odd = False  # numbers that are none, or have more digits than it reads; halves of letters
+        self.nested: set[bytes] = set()  # names of columns, at any depth, that hold objects or lists
+        self._tail = b""
+
+    def add(self, block: bytes) -> None:
+        """Looks at the next block."""
+        both = self._tail + block
+        few = both.translate(None, _PASSED_OVER)
+        if not self.odd:
+            words = [word for begin, word in _ODD if begin in few]
+            self.odd = any(word in both for word in words) or _has_long_numbers(both)
+        if b"[" in few or b"{{" in few:
+            self.nested.update(_NESTED_KEY.findall(both))
+        self._tail = both[-256:]
+
+
+def _has_long_numbers(text: bytes) -> bool:
+    """Whether there is a run of 19 digits; of text with 16 or more, also those that there seem to be."""
+    digits = np.frombuffer(text, dtype=np.uint8)[::3] - np.uint8(48) < 10
+    runs = digits[:-5].copy()
+    for place in range(1, 6):
+        runs &= digits[place : len(digits) - 5 + place]
+    return bool(runs.any()) and _LONG_NUMBER.search(text) is not None
+
+
+def _needs_python(objects: _Objects, wanted: Mapping[str, pl.DataType], oddities: _Oddities) -> bool:
+    if objects.kind() != "lines" or oddities.odd or any(each.is_nested() for each in wanted.values()):
         return True
     names = {json.dumps(name, ensure_ascii=False)[1:-1].encode() for name in wanted}
-    tail = b""
-    for block in objects.plain.blocks():
-        both = tail + block
-        if _ODD.search(both):
-            return True
-        if _NESTED.search(both) and not names.isdisjoint(_NESTED_KEY.findall(both)):
-            return True
-        tail = both[-256:]
-    return False
+    return not names.isdisjoint(oddities.nested)
 
 
 def _rewritten(

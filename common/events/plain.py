@@ -28,7 +28,7 @@ from common.events.layout import Asked, Layout
 from common.events.parts import Part, only_member
 from common.events.schema import LogError
 
-_BLOCK = 1 << 22
+_BLOCK, _FIRST = 1 << 22, 1 << 16  # of the first block, little: often it is all that is asked for
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -77,9 +77,11 @@ class Plain:
         if self._packed is not None:
             yield from _unpacked_blocks(self.path, self._packed)
             return
+        size = _FIRST
         with self.path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK):
+            while block := file.read(size):
                 yield block
+                size = _BLOCK
 
     def lines(self) -> Iterator[bytes]:
         """The lines, each with its end."""
@@ -127,12 +129,24 @@ def _no_room(work: Path | None, error: OSError) -> LogError:
     return LogError(f"{where} cannot take a plain copy of the file: {error.strerror}; make room there")
 
 
-def plain_text(part: Part, layout: Layout, work: Path | None, asked: Asked) -> tuple[Plain, list[str]]:
+def plain_text(
+    part: Part,
+    layout: Layout,
+    work: Path | None,
+    asked: Asked,
+    look: Callable[[bytes], None] | None = None,
+) -> tuple[Plain, list[str], bool]:
     """A part as plain UTF-8 without a mark, and what is to be said of it.
 
     UTF-8 is read as such. With a mark, or with zeros in every other byte, a file is UTF-16 or UTF-32. A file that
     is not UTF-8 is Windows-1252 (which has Latin-1's letters); but one that has more letters in UTF-8 than damaged
     ones is UTF-8 that was damaged in places, and these stay marked as lost (U+FFFD): an id with one names nobody.
+
+    Args:
+        look: shown every block of the file as it is, while its letters are looked at.
+
+    Returns:
+        The text, what is to be said of it, and whether `look` has seen all of it as it is now.
 
     Raises:
         LogError: it is packed in a way that is not read, cut off, or in none of these encodings.
@@ -147,17 +161,20 @@ def plain_text(part: Part, layout: Layout, work: Path | None, asked: Asked) -> t
                 else "fetch the file itself, or export it as CSV"
             )
             raise LogError(f"{part.path} is {what}, whatever its name says: {way_out}")
-    encoding = layout.encoding
+    encoding, seen = layout.encoding, False
     if encoding == "auto":
-        encoding = _encoding_by_mark(head) or _encoding_by_letters(plain, part, asked)
+        marked = _encoding_by_mark(head)
+        seen = marked is None and look is not None
+        encoding = marked or _encoding_by_letters(plain, part, asked, look)
     name = codecs.lookup(encoding).name
     if name == "utf-8" and not head.startswith(codecs.BOM_UTF8):
-        return _with_newlines(plain, work), []
+        mended = _with_newlines(plain, work)
+        return mended, [], seen and mended is plain
     notes = [] if name == "utf-8" else [f"{part.shown} is read as {_shown(name)}"]
     if name == "utf-8":
-        return _with_newlines(make_copy(_without_mark(plain), work), work), notes
+        return _with_newlines(make_copy(_without_mark(plain), work), work), notes, False
     try:
-        return _with_newlines(make_copy(_decoded(plain, encoding), work), work), notes
+        return _with_newlines(make_copy(_decoded(plain, encoding), work), work), notes, False
     except UnicodeError as error:
         raise LogError(
             f"{part.path} is not in {_shown(name)}: name its encoding with {asked.option('encoding')}"
@@ -183,11 +200,13 @@ def _encoding_by_mark(head: bytes) -> str | None:
     return None
 
 
-def _encoding_by_letters(plain: Plain, part: Part, asked: Asked) -> str:
+def _encoding_by_letters(plain: Plain, part: Part, asked: Asked, look: Callable[[bytes], None] | None) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     right = wrong = runs = long_runs = 0
     pending = False
     for block in plain.blocks():
+        if look is not None:
+            look(block)
         if block.isascii() and not pending:
             continue
         text = decoder.decode(block)

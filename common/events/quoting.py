@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ class Quoting:
         rows: lines whose end is not within quotes, the last one too.
         widest: fields of the row that has most.
         line: number of the line with which that row ends.
-        blank: lines that hold nothing.
+        blank: whether a line holds nothing.
     """
 
     quoted: bool
@@ -46,73 +46,97 @@ class Quoting:
     rows: int
     widest: int
     line: int
-    blank: int
+    blank: bool
 
 
-def look_at_quotes(plain: Plain, separator: str, quotes: bool) -> Quoting:
-    """Looks at every quote, separator and line of a file.
+class Look:
+    """A look at every quote, separator and line of a file, block by block.
 
     Args:
         separator: one ASCII character.
         quotes: whether fields may stand in quotes at all.
     """
-    rows = widest = line = lines = carried = blank = begun = 0
-    inside, quoted, tidy = False, False, True
-    last, between = _NEWLINE, ord(separator)
-    none = np.empty(0, dtype=np.int64)
-    for block in _not_ending_in_quotes(plain.blocks()):
-        data = np.frombuffer(block, dtype=np.uint8)
-        at = none
-        if quotes and (inside or b'"' in block):
-            quoted = True
-            at = np.flatnonzero(data == _QUOTE)
-            begins, closes = (at[1::2], at[0::2]) if inside else (at[0::2], at[1::2])
-            before = np.where(begins > 0, data[begins - 1], last)
-            after = np.where(closes + 1 < len(data), data[np.minimum(closes + 1, len(data) - 1)], _NEWLINE)
-            kinds = (between, _NEWLINE, _QUOTE)
-            tidy = tidy and bool(np.isin(before, kinds).all() and np.isin(after, (*kinds, _RETURN)).all())
-        ends, all_ends = _outside(data, _NEWLINE, at, inside)
-        separators, _ = _outside(data, between, at, inside)
-        tidy = tidy and len(ends) == all_ends
-        fields = np.diff(np.searchsorted(separators, ends), prepend=-carried) + 1
-        if len(fields) and (most := int(fields.max())) > widest:
-            widest, end = most, ends[int(fields.argmax())]
-            line = lines + 1 + int((data[:end] == _NEWLINE).sum())
-        lengths = np.diff(ends, prepend=-1 - begun) - 1
-        if len(lengths) and lengths.min() < 2:
-            final = np.where(ends > 0, data[ends - 1], last)
-            blank += int(((lengths == 0) | ((lengths == 1) & (final == _RETURN))).sum())
-        if len(ends):
-            carried, begun = -int(np.searchsorted(separators, ends[-1])), -1 - int(ends[-1])
-        carried, begun = carried + len(separators), begun + len(data)
-        rows, lines = rows + len(ends), lines + all_ends
-        inside = (len(at) + inside) % 2 == 1
-        last = block[-1]
-    if last != _NEWLINE:
-        rows += 1
-        widest, line = max((widest, line), (carried + 1, lines + 1), key=lambda each: each[0])
-    return Quoting(quoted, tidy and not inside, rows, widest, line, blank)
+
+    def __init__(self, separator: str, quotes: bool) -> None:
+        self._between, self._quotes = ord(separator), quotes
+        self._held, self._tail = b"", b"\n"  # what is not looked at yet; the last two bytes that are
+        self._quoted, self._tidy, self._blank, self._inside = False, True, False, False
+        self._rows = self._lines = self._carried = self._widest = self._line = 0
+        self._passed_over = bytes(byte for byte in range(256) if byte not in (_NEWLINE, self._between))
+        self._begins, self._ends = np.zeros(256, dtype=np.bool_), np.zeros(256, dtype=np.bool_)
+        self._begins[[self._between, _NEWLINE, _QUOTE]] = True
+        self._ends[[self._between, _NEWLINE, _QUOTE, _RETURN]] = True
+
+    def add(self, block: bytes) -> None:
+        """Looks at the next block."""
+        block = self._held + block if self._held else block
+        self._held = b""
+        if self._quotes and block.endswith(b'"'):
+            self._held = block  # what a quote does, the next byte says
+        elif block:
+            self._look(block)
+
+    def result(self) -> Quoting:
+        """What was seen, once all blocks were added."""
+        if self._held:
+            self._look(self._held)
+            self._held = b""
+        rows, widest, line = self._rows, self._widest, self._line
+        if self._tail[-1] != _NEWLINE:
+            rows += 1
+            if self._carried + 1 > widest:
+                widest, line = self._carried + 1, self._lines + 1
+        return Quoting(self._quoted, self._tidy and not self._inside, rows, widest, line, self._blank)
+
+    def _look(self, block: bytes) -> None:
+        if self._quotes and (self._inside or b'"' in block):
+            shortest = self._look_at_quotes(np.frombuffer(block, dtype=np.uint8))
+        else:
+            found = np.frombuffer(block.translate(None, self._passed_over), dtype=np.uint8)
+            ends = np.flatnonzero(found == _NEWLINE)
+            shortest = self._count(ends, len(found), lambda row: row)
+            self._lines += len(ends)
+        if shortest == 1:  # else no line is blank, which is dear to look for
+            texts = (block, self._tail + block[:2])
+            self._blank = self._blank or any(end in text for text in texts for end in (b"\n\n", b"\n\r\n"))
+        self._tail = (self._tail + block[-2:])[-2:]
+
+    def _look_at_quotes(self, data: npt.NDArray[np.uint8]) -> int:
+        self._quoted = True
+        at, inside = np.flatnonzero(data == _QUOTE), self._inside
+        begins, closes = (at[1::2], at[0::2]) if inside else (at[0::2], at[1::2])
+        before = np.where(begins > 0, data[begins - 1], self._tail[-1])
+        after = np.where(closes + 1 < len(data), data[np.minimum(closes + 1, len(data) - 1)], _NEWLINE)
+        self._tidy = self._tidy and bool(self._begins[before].all() and self._ends[after].all())
+        places = np.flatnonzero((data == _NEWLINE) | (data == self._between))
+        within = (np.searchsorted(at, places) + inside) % 2 == 1
+        newlines = data[places] == _NEWLINE
+        self._tidy = self._tidy and not bool((within & newlines).any())
+        places, newlines = places[~within], newlines[~within]
+        ends = np.flatnonzero(newlines)
+        shortest = self._count(
+            ends, len(places), lambda row: int((data[: places[ends[row]]] == _NEWLINE).sum())
+        )
+        self._lines += int((data == _NEWLINE).sum())
+        self._inside = (len(at) + inside) % 2 == 1
+        return shortest
+
+    def _count(self, ends: npt.NDArray[np.int64], found: int, line_of: Callable[[int], int]) -> int:
+        """Counts fields of rows: the places of rows' ends among so many ends and separators; the fewest of a row."""
+        fields = np.diff(ends, prepend=-1 - self._carried)
+        if len(fields) and (most := int(fields.max())) > self._widest:
+            self._widest, self._line = most, self._lines + 1 + line_of(int(fields.argmax()))
+        self._rows += len(ends)
+        self._carried = found - 1 - int(ends[-1]) if len(ends) else self._carried + found
+        return int(fields.min()) if len(fields) else 0
 
 
-def _outside(
-    data: npt.NDArray[np.uint8], value: int, quotes: npt.NDArray[np.int64], inside: bool
-) -> tuple[npt.NDArray[np.int64], int]:
-    """Places of a byte that are not within quotes, and how many there are in all."""
-    places = np.flatnonzero(data == value)
-    if not len(quotes) and not inside:
-        return places, len(places)
-    return places[(np.searchsorted(quotes, places) + inside) % 2 == 0], len(places)
-
-
-def _not_ending_in_quotes(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    held = b""
-    for block in blocks:
-        held += block
-        if not held.endswith(b'"'):
-            yield held
-            held = b""
-    if held:
-        yield held
+def look_at_quotes(plain: Plain, separator: str, quotes: bool) -> Quoting:
+    """A `Look` at a whole file."""
+    look = Look(separator, quotes)
+    for block in plain.blocks():
+        look.add(block)
+    return look.result()
 
 
 def with_tidy_quotes(

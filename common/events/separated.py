@@ -5,7 +5,9 @@ Text is read as text, so that no type is guessed from the first rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,13 +17,14 @@ from common.events.fields import Found, looks_like_a_name
 from common.events.layout import JOINER, Asked, Layout
 from common.events.parts import Part
 from common.events.plain import Plain, make_copy, plain_text
-from common.events.quoting import Quoting, first_rows, look_at_quotes, with_tidy_quotes
+from common.events.quoting import Look, Quoting, first_rows, look_at_quotes, with_tidy_quotes
 from common.events.schema import LogError
 from common.events.table import Section
 
 RATINGS = ("user", "item", "rating", "timestamp")
 """Fields of MovieLens' ratings files, which have no line of names."""
 
+_AT_ONCE = 4
 _ITEMS_OF_DAT = ("item", "text", "categories")
 _CANDIDATES = (("\t", "tab"), (";", "';'"), ("|", "'|'"), ("::", "'::'"), (",", "','"), (" ", "space"))
 
@@ -59,7 +62,8 @@ def separated(
     """
     default = "," if format == "csv" else "\t"
     separator = layout.fields_end_in(default)
-    reads = [_read(part, separator, layout, work, asked) for part in parts]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _AT_ONCE)) as threads:
+        reads = list(threads.map(lambda part: _read(part, separator, layout, work, asked), parts))
     groups: dict[tuple[object, ...], list[_Read]] = {}
     for first in reads:
         read = first
@@ -92,8 +96,9 @@ def separated(
 
 
 def _read(part: Part, separator: str, layout: Layout, work: Path | None, asked: Asked) -> _Read:
-    plain, notes = plain_text(part, layout, work, asked)
     quotes = layout.has_quotes(separator)
+    look = Look(separator, quotes) if len(separator) == 1 and separator.isascii() else None
+    plain, notes, seen = plain_text(part, layout, work, asked, look.add if look else None)
     head = plain.head()
     if head[:4].lower() == b"sep=":
         raise LogError(
@@ -101,12 +106,12 @@ def _read(part: Part, separator: str, layout: Layout, work: Path | None, asked: 
             f"{asked.option('separator')}"
         )
     if separator == " " and b'"' not in head:
-        quotes = False
+        quotes, seen = False, False
         plain = make_copy(map(_single_blanks, plain.lines()), work)
     elif len(separator) > 1 or not separator.isascii():
         quotes = False
         plain, separator = _joined(plain, separator, work, part), JOINER
-    quoting = look_at_quotes(plain, separator, quotes)
+    quoting = look.result() if look and seen else look_at_quotes(plain, separator, quotes)
     if quoting.quoted and not quoting.tidy:
         trusted = layout.quotes == "double"
         plain = with_tidy_quotes(plain, part.shown, separator, work, asked, trusted=trusted)
@@ -183,7 +188,7 @@ def _section(
         missing_columns="insert",
         glob=False,
     )
-    blank = first.quoting.blank > 0
+    blank = first.quoting.blank
     if blank:
         frame = frame.filter(pl.any_horizontal(pl.all().is_not_null()))
     own = dict(zip(reversed(names), reversed(inner), strict=True))
@@ -226,7 +231,7 @@ def movielens(parts: Sequence[Part], layout: Layout, work: Path | None, asked: A
         LogError: it is none of them.
     """
     part = parts[0]
-    plain, notes = plain_text(part, layout, work, asked)
+    plain, notes, _ = plain_text(part, layout, work, asked)
     line = plain.head().partition(b"\n")[0].decode("utf-8", "replace")
     separator, fields = "\t", line.split("\t")
     if "::" in line:
@@ -269,7 +274,7 @@ def format_by_first_line(part: Part, layout: Layout, asked: Asked) -> tuple[str,
     """The format of a file that is named as MovieLens' are, and is read by places or with a separator: CSV or TSV."""
     if layout.separator is not None:
         return "csv", layout
-    plain, _ = plain_text(part, layout, None, asked)
+    plain, _, _ = plain_text(part, layout, None, asked)
     line = plain.head().partition(b"\n")[0]
     if b"::" in line:
         return "csv", replace(layout, separator="::")

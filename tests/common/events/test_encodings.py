@@ -238,7 +238,7 @@ def test_no_copy_is_made_of_what_is_plain(tmp_path: Path) -> None:
         ("log.csv.gz", gzip.compress(_csv(ACCENTS).encode())),
     ):
         path = write(tmp_path / name, content)
-        plain, notes = plain_text(Part(path, path.name, {}), Layout(), None, LOG)
+        plain, notes, _ = plain_text(Part(path, path.name, {}), Layout(), None, LOG)
         assert (plain.path, notes) == (path, [])
 
 

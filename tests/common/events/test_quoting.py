@@ -203,6 +203,7 @@ def test_where_a_block_ends_does_not_matter(tmp_path_factory: pytest.TempPathFac
     for size in (1, 2, 3, 7):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(common.events.plain, "_BLOCK", size)
+            patched.setattr(common.events.plain, "_FIRST", size)
             assert look_at_quotes(plain, ",", True) == whole
 
 
