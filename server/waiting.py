@@ -76,7 +76,7 @@ def wait_for_sites(
                 )
             if time.monotonic() >= end:
                 raise RunError(
-                    f"of the {wanted} sites that round {number} needs, {there} came in {plan.server.patience:g} s: "
+                    f"of the {wanted} that round {number} needs, {there} sites came in {plan.server.patience:g} s: "
                     "start more sites, and then this run again, which goes on; or begin one with a lower "
                     "server.minimum_sites"
                 )

@@ -54,7 +54,7 @@ def test_the_run_configuration_says_where_run_and_registry_lie(
 ) -> None:
     monkeypatch.setenv(RUN_FOLDER, str(tmp_path / "another"))
     monkeypatch.setenv(REGISTRY_FOLDER, str(tmp_path / "elsewhere"))
-    with pytest.raises(RunError, match="0 sites are connected"):
+    with pytest.raises(RunError, match="of the 1 that round 1 needs, 0 sites came"):
         start(nobody(), **{"run-dir": str(run.path), "registry-dir": str(tmp_path / "here")})
     assert RegistryReader(tmp_path / "here").sites() == []
     assert not (tmp_path / "elsewhere").exists()
@@ -62,7 +62,7 @@ def test_the_run_configuration_says_where_run_and_registry_lie(
 
 def test_empty_keys_leave_it_to_the_environment(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUN_FOLDER, str(run.path))
-    with pytest.raises(RunError, match="0 sites are connected"):
+    with pytest.raises(RunError, match="of the 1 that round 1 needs, 0 sites came"):
         start(nobody(), **{"run-dir": "", "registry-dir": ""})
     assert (run.path / "registry").is_dir()
 

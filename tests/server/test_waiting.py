@@ -69,7 +69,7 @@ def test_a_round_that_too_few_could_answer_is_neither_asked_nor_recorded_and_the
     run = sites.run(minimum_sites=NODES, patience=0.2)
     grid = Away(1, 10_000, run)
     with pytest.raises(
-        RunError, match=r"of the 3 sites that round 2 needs, 2 came in 0\.2 s: start more sites"
+        RunError, match=r"of the 3 that round 2 needs, 2 sites came in 0\.2 s: start more sites"
     ):
         start(sites, run, grid=grid)
     assert [each["round"] for each in records(run)] == [1]
@@ -92,7 +92,7 @@ def test_a_half_done_round_counts_the_releases_that_it_holds(sites: Sites) -> No
         file.unlink()
     lines = run.receipts_file.read_bytes().splitlines(keepends=True)
     run.receipts_file.write_bytes(b"".join(lines[:NODES]))
-    with pytest.raises(RunError, match="of the 3 sites that round 2 needs, 2 came"):
+    with pytest.raises(RunError, match="of the 3 that round 2 needs, 2 sites came"):
         start(sites, run, grid=Away(0, 10_000, run))
     assert [(each["round"], len(each["admitted"])) for each in records(run)] == [(1, NODES)]
 
