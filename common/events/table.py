@@ -11,6 +11,8 @@ import polars as pl
 from common.events.fields import Found
 from common.events.plain import Plain
 
+_NOTES_AT_MOST = 3
+
 
 class Scan(Protocol):
     """Scans the columns of these names, lazily; what an `optional` one has that is no scalar may become null."""
@@ -69,8 +71,14 @@ class Table:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of the files, a line each."""
-        return tuple(note for section in self.sections for note in section.notes)
+        """What is to be said of the files, a line each; of many files the first ones, and how many more there are."""
+        notes = [note for section in self.sections for note in section.notes]
+        more = len(notes) - _NOTES_AT_MOST
+        return (
+            tuple(notes)
+            if more <= 0
+            else (*notes[:_NOTES_AT_MOST], f"so much was to be said of {more:,} files more")
+        )
 
     @property
     def kept(self) -> tuple[Plain, ...]:

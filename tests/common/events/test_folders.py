@@ -159,3 +159,11 @@ def test_a_catalog_may_be_a_folder_of_parts(tmp_path: Path) -> None:
     write(tmp_path / "items" / "a.csv", "item,title\n1,One\n")
     write(tmp_path / "items" / "more" / "b.csv", "title,item\nTwo,2\n")
     assert read_catalog(tmp_path / "items").texts == ("One", "Two")
+
+
+def test_what_is_said_of_many_parts_is_short(tmp_path: Path) -> None:
+    for number in range(20):
+        write(tmp_path / "log" / f"{number:02}.csv", (HEADER + f"caf\u00e9,{number},1\n").encode("latin-1"))
+    notes = scan_log(tmp_path / "log").notes
+    assert notes[0] == "00.csv is read as Windows-1252, as it is not UTF-8"
+    assert notes[3:] == ("so much was to be said of 17 files more",)
