@@ -80,6 +80,12 @@ def separated(
                 wanted = len(read.rows[1])  # whoever gives places need not have a name for each
             names = tuple(str(place) for place in range(1, wanted + 1))
         _refuse_wide_rows(read.part, read.quoting, wanted, asked)
+        if places is not None and _stands_in_quotes(read, layout, read.rows):
+            quotes = asked.option("quotes")
+            raise LogError(
+                f"{asked.noun} {read.part.shown}: its fields stand in quotes: say {quotes} double, or {quotes} none "
+                "where these are part of the text"
+            )
         key = (
             names,
             read.separator,
@@ -215,13 +221,16 @@ def _hint(read: _Read, asked: Asked, layout: Layout) -> str:
         for candidate, shown in _CANDIDATES:
             if candidate in line and candidate != read.separator:
                 return f"its first line is one column, with {shown} in it: say {asked.option('separator')} {shown}"
-    if (
-        not read.quoting.quoted
-        and layout.quotes == "auto"
-        and all(len(field) > 1 and field[0] == field[-1] == '"' for field in read.rows[0])
-    ):
+    if _stands_in_quotes(read, layout, read.rows[:1]):
         return f"its column names stand in quotes: say {asked.option('quotes')} double"
     return ""
+
+
+def _stands_in_quotes(read: _Read, layout: Layout, rows: Sequence[Sequence[str]]) -> bool:
+    """Whether all fields of rows stand in quotes that are read as text, though nobody said so."""
+    fields = [field for row in rows for field in row]
+    in_quotes = all(len(field) > 1 and field[0] == field[-1] == '"' for field in fields)
+    return layout.quotes == "auto" and not read.quoting.quoted and in_quotes
 
 
 def movielens(parts: Sequence[Part], layout: Layout, work: Path | None, asked: Asked) -> list[Section]:

@@ -57,6 +57,11 @@ def test_tsv_has_quotes_where_it_is_told(tmp_path: Path) -> None:
     quoted = write(tmp_path / "q.tsv", '"user"\t"item"\t"time"\n"u"\t"1"\t"2"\n')
     assert "--quotes double" in refusal(quoted)
     assert events(quoted, quotes="double") == [("u", "1", 2)]
+    places = "user=1,item=2,time=3"
+    bare = write(tmp_path / "p.tsv", '"u"\t"1"\t"2"\n"v"\t"1"\t"2"\n')
+    assert "--quotes double" in refusal(bare, places)
+    assert events(bare, places, quotes="double") == [("u", "1", 2), ("v", "1", 2)]
+    assert events(write(tmp_path / "o.tsv", '"u"\t1\t2\n'), places) == [('"u"', "1", 2)]
 
 
 @pytest.mark.parametrize(
