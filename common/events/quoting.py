@@ -63,9 +63,7 @@ class Look:
         self._quoted, self._tidy, self._blank, self._inside = False, True, False, False
         self._rows = self._lines = self._carried = self._widest = self._line = 0
         self._passed_over = bytes(byte for byte in range(256) if byte not in (_NEWLINE, self._between))
-        self._begins, self._ends = np.zeros(256, dtype=np.bool_), np.zeros(256, dtype=np.bool_)
-        self._begins[[self._between, _NEWLINE, _QUOTE]] = True
-        self._ends[[self._between, _NEWLINE, _QUOTE, _RETURN]] = True
+        self._kinds = (_NEWLINE, self._between, _QUOTE)
 
     def add(self, block: bytes) -> None:
         """Looks at the next block."""
@@ -103,22 +101,37 @@ class Look:
 
     def _look_at_quotes(self, data: npt.NDArray[np.uint8]) -> int:
         self._quoted = True
-        at, inside = np.flatnonzero(data == _QUOTE), self._inside
-        begins, closes = (at[1::2], at[0::2]) if inside else (at[0::2], at[1::2])
-        before = np.where(begins > 0, data[begins - 1], self._tail[-1])
-        after = np.where(closes + 1 < len(data), data[np.minimum(closes + 1, len(data) - 1)], _NEWLINE)
-        self._tidy = self._tidy and bool(self._begins[before].all() and self._ends[after].all())
-        places = np.flatnonzero((data == _NEWLINE) | (data == self._between))
-        within = (np.searchsorted(at, places) + inside) % 2 == 1
-        newlines = data[places] == _NEWLINE
-        self._tidy = self._tidy and not bool((within & newlines).any())
-        places, newlines = places[~within], newlines[~within]
-        ends = np.flatnonzero(newlines)
+        marks = (data == _QUOTE) | (data == _NEWLINE) | (data == self._between)
+        places = np.flatnonzero(marks)
+        if not len(places):
+            return 0
+        kinds = data[places]
+        quotes = kinds == _QUOTE
+        so_far = np.cumsum(quotes, dtype=np.int32) + self._inside  # quotes up to each mark, itself too
+        odd = (so_far & 1).astype(np.bool_)
+        if self._tidy:
+            alone = np.diff(places) > 1  # a mark that another byte follows
+            begins, closes = quotes & odd, quotes & ~odd
+            lonely = begins[1:] & alone
+            tidy = not lonely.any() and (
+                not begins[0] or places[0] == 0 or data[places[0] - 1] in self._kinds
+            )
+            loose = places[:-1][closes[:-1] & alone]
+            tidy = tidy and bool((data[loose + 1] == _RETURN).all())
+            if begins[0] and places[0] == 0:
+                tidy = tidy and self._tail[-1] in self._kinds
+            if closes[-1] and places[-1] + 1 < len(data):
+                tidy = tidy and data[places[-1] + 1] == _RETURN
+            self._tidy = bool(tidy) and not bool((odd & (kinds == _NEWLINE)).any())
+        outside = ~odd & ~quotes
+        rows = kinds[outside]
+        ends = np.flatnonzero(rows == _NEWLINE)
+        self._inside = bool(odd[-1])
+        newlines = np.flatnonzero(kinds == _NEWLINE)
         shortest = self._count(
-            ends, len(places), lambda row: int((data[: places[ends[row]]] == _NEWLINE).sum())
+            ends, len(rows), lambda row: int(np.searchsorted(newlines, np.flatnonzero(outside)[ends[row]]))
         )
-        self._lines += int((data == _NEWLINE).sum())
-        self._inside = (len(at) + inside) % 2 == 1
+        self._lines += len(newlines)
         return shortest
 
     def _count(self, ends: npt.NDArray[np.int64], found: int, line_of: Callable[[int], int]) -> int:

@@ -228,3 +228,43 @@ def test_the_widest_row_is_found(tmp_path_factory: pytest.TempPathFactory, rows:
         seen = look_at_quotes(plain, ",", True)
         assert seen.widest == max(map(len, rows))
         assert len(rows[seen.line - 1]) == seen.widest
+
+
+def _slow_look(content: str) -> tuple[bool, int, int]:
+    """Tidiness, rows and fields of the widest row, letter by letter."""
+    inside, tidy, rows, fields, widest = False, True, 0, 1, 0
+    for place, letter in enumerate(content):
+        before, after = content[place - 1] if place else "\n", content[place + 1 : place + 2] or "\n"
+        if letter == '"':
+            tidy = tidy and (after in ',\n"\r' if inside else before in ',\n"')
+            inside = not inside
+        elif letter == "\n":
+            tidy = tidy and not inside
+            if not inside:
+                rows, widest, fields = rows + 1, max(widest, fields), 1
+        elif letter == "," and not inside:
+            fields += 1
+    if content and not content.endswith("\n"):
+        rows, widest = rows + 1, max(widest, fields)
+    return tidy and not inside, rows, widest
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.lists(st.sampled_from(['"', '""', "a", ",", "\n", "\r\n", '","', '"\n"', '",']), max_size=25).map(
+        "".join
+    )
+)
+def test_what_is_seen_at_once_is_what_a_slow_look_sees(
+    tmp_path_factory: pytest.TempPathFactory, content: str
+) -> None:
+    plain = Plain(write(tmp_path_factory.mktemp("look") / "log.csv", content))
+    tidy, rows, widest = _slow_look(content)
+    for size in (1, 3, 1 << 16):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(common.events.plain, "_BLOCK", size)
+            patched.setattr(common.events.plain, "_FIRST", size)
+            seen = look_at_quotes(plain, ",", True)
+        assert (seen.tidy, seen.rows) == (tidy, rows)
+        if not content.endswith('"') or tidy:
+            assert seen.widest == widest
