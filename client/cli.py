@@ -33,19 +33,6 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _folders(given: list[str] | None) -> dict[str, str]:
-    from common.assets import language_model
-    from common.cli import UserError
-
-    found = {}
-    for each in given or ():
-        name, equals, folder = each.rpartition("=")
-        if not equals or not name or not folder:
-            raise UserError(f"--language-model {each!r} must read NAME=FOLDER, as a plan's encoder names it")
-        found[name] = str(language_model(Path(folder).expanduser().resolve(), offline=True))
-    return found
-
-
 InvitationFile = Annotated[
     Path | None,
     typer.Option("--invitation", help="The server's invitation.json; compare its fingerprint by telephone."),
@@ -66,23 +53,6 @@ def _say_invitation(invitation: Invitation) -> None:
         "Compare it with the server's owner by telephone before the site goes up: whoever's key stands in the "
         "invitation can spend what the policy allows."
     )
-
-
-def _typical_events(plan_file: Path | None, epsilon: float, delta: float, users: int) -> list[Event]:
-    from common.cli import UserError
-    from common.config import make_plan, read_recorded_plan
-
-    if plan_file is not None:
-        plan = read_recorded_plan(plan_file)  # its events alone count: an older plan has them, too
-        if plan.privacy.users_per_site > users:
-            raise UserError(
-                f"the typical plan counts on {plan.privacy.users_per_site} users, but --users-at-least is "
-                f"{users}: such a run would be refused"
-            )
-    else:
-        privacy = {"epsilon": min(epsilon, 100.0), "delta": delta, "users_per_site": users}
-        plan = make_plan({"privacy": privacy})
-    return list(plan.calibrated().events())
 
 
 @app.command()
@@ -140,6 +110,7 @@ def init(
     """
     from rich.console import Console
 
+    from client.init_options import model_folders, typical_events
     from client.long_work import long_work
     from client.making import ENROLMENT, make_site
     from client.policy import POLICY, performance_of
@@ -174,12 +145,12 @@ def init(
                 epsilon=epsilon,
                 delta=delta,
                 users_at_least=users_at_least,
-                typical_plan=(events := _typical_events(typical_plan, epsilon, delta, users_at_least)),
+                typical_plan=(events := typical_events(typical_plan, epsilon, delta, users_at_least)),
                 name=name,
                 families=tuple(family or ("recommend",)),
                 policy=CleaningPolicy(minimum_events=minimum_events, max_events_per_user=max_events_per_user),
                 metrics=metrics,
-                language_models=_folders(language_model),
+                language_models=model_folders(language_model),
                 performance=performance_of(
                     engine=engine, device=device, threads=threads, micro_batch=micro_batch
                 ),
