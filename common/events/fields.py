@@ -30,6 +30,7 @@ class Found:
         names: of its columns; where it has no line of names, their places: "1", "2", ...
         asked: what is read, for messages.
         may_lack_names: whether the names are a first line that may be a row in truth.
+        may_be_a_row: whether that line cannot be told from the next one: it is not quoted then.
         hint: what is odd of the file, with the way out, where columns are missing.
         by_place: whether the names are places.
     """
@@ -38,6 +39,7 @@ class Found:
     names: Sequence[str]
     asked: Asked
     may_lack_names: bool = False
+    may_be_a_row: bool = False
     hint: str = ""
     by_place: bool = False
 
@@ -110,6 +112,13 @@ def _missing(found: Found, what: str, required: Sequence[str], way_out: str) -> 
             f"{found.shown} {what}: read by places, it has {len(found.names)} columns, which "
             f"{found.asked.option('columns')} counts from 1"
         )
+    if found.may_be_a_row:
+        names = ",".join(f"{field}=NAME" for field in required)
+        option = found.asked.option("columns")
+        return LogError(
+            f"{found.shown} {what}: say which it is, {option} {names}, or give places where the first line has no "
+            f"names, {option} {_places(required)}"
+        )
     shown = [name for name in found.names if name and looks_like_a_name(name)]
     there = ", ".join(shown[:_SHOWN_AT_MOST]) or "none that looks like a name"
     if len(shown) < len(found.names) or len(shown) > _SHOWN_AT_MOST:
@@ -120,11 +129,14 @@ def _missing(found: Found, what: str, required: Sequence[str], way_out: str) -> 
 def _no_names(found: Found, required: Sequence[str]) -> LogError:
     if found.hint:
         return LogError(f"{found.shown} cannot be read: {found.hint}")
-    places = ",".join(f"{field}={place}" for place, field in enumerate(required, start=1))
     return LogError(
         f"{found.shown}: its first line does not look like column names; give places, such as "
-        f"{found.asked.option('columns')} {places}"
+        f"{found.asked.option('columns')} {_places(required)}"
     )
+
+
+def _places(required: Sequence[str]) -> str:
+    return ",".join(f"{field}={place}" for place, field in enumerate(required, start=1))
 
 
 def check_type(found: Found, field: str, name: str, dtype: pl.DataType) -> None:

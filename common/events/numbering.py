@@ -1,6 +1,7 @@
 """Numbering: texts of a log (users, kinds) as small numbers, batch by batch and exactly; items as catalog rows.
 
-Raw user ids live here alone, in memory, as long as a log is read: nothing writes them anywhere.
+Raw user ids live here alone, in memory, as long as a log is read; nothing writes them anywhere, but for the plain
+copy of a log that is packed (`plain.py`).
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import lzma
 import re
+import resource
 import tempfile
 import weakref
 import zipfile
@@ -44,6 +46,7 @@ _PACKED: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "zip"),
     (b"PK\x05\x06", "zip"),
 )
+_TOO_MANY = "there are more parts to be copied than files may be open at once (ulimit -n): join some of them"
 _HIGH = re.compile(rb"[\x80-\xff]+")
 _OTHER: tuple[tuple[bytes, str, str], ...] = (
     (b"PAR1", "Parquet", "parquet"),
@@ -106,13 +109,7 @@ def make_copy(pieces: Iterable[bytes], work: Path | None) -> Plain:
         LogError: the disk is full, or the folder is not to be written.
     """
     try:
-        if Path("/proc/self/fd").is_dir():
-            file: IO[bytes] = tempfile.TemporaryFile(dir=work)  # noqa: SIM115 - it lives as long as it is read
-            path = Path(f"/proc/self/fd/{file.fileno()}")
-        else:
-            file = tempfile.NamedTemporaryFile(dir=work, delete=False)  # noqa: SIM115
-            path = Path(file.name)
-            weakref.finalize(file, path.unlink, missing_ok=True)
+        file, path = _new_file(work)
     except OSError as error:
         raise _no_room(work, error) from error
     for piece in pieces:  # a fault of what is read passes as it is
@@ -124,8 +121,36 @@ def make_copy(pieces: Iterable[bytes], work: Path | None) -> Plain:
     return Plain(path, file)
 
 
+def _new_file(work: Path | None) -> tuple[IO[bytes], Path]:
+    if Path("/proc/self/fd").is_dir():
+        file: IO[bytes] = tempfile.TemporaryFile(dir=work)  # noqa: SIM115 - it lives as long as it is read
+        return file, Path(f"/proc/self/fd/{file.fileno()}")
+    file = tempfile.NamedTemporaryFile(dir=work, delete=False)  # noqa: SIM115
+    path = Path(file.name)
+    weakref.finalize(file, path.unlink, missing_ok=True)
+    return file, path
+
+
+def allow_files(count: int) -> None:
+    """Lets the process have as many files open at once, as far as it may let itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _cannot_read(path: Path, error: OSError) -> LogError:
+    if error.errno == errno.EMFILE:
+        return LogError(_TOO_MANY)
+    return LogError(f"{path} cannot be read: {error.strerror}")
+
+
 def _no_room(work: Path | None, error: OSError) -> LogError:
     where = work or tempfile.gettempdir()
+    if error.errno == errno.EMFILE:
+        return LogError(
+            "the log has more parts to be copied than files may be open at once: join some of them"
+        )
     return LogError(f"{where} cannot take a plain copy of the file: {error.strerror}; make room there")
 
 
@@ -260,7 +285,7 @@ def _unpacked(part: Part, work: Path | None) -> Plain:
         with part.path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
-        raise LogError(f"{part.path} cannot be read: {error.strerror}") from error
+        raise _cannot_read(part.path, error) from error
     packed = next((kind for magic, kind in _PACKED if head.startswith(magic)), None)
     if packed in (None, "gzip", "zstandard"):
         return Plain(part.path, packed=packed)
@@ -276,7 +301,7 @@ def _unpacked_blocks(path: Path, packed: str) -> Iterator[bytes]:
         ) from error
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError) as error:
         if isinstance(error, OSError) and error.strerror is not None:
-            raise LogError(f"{path} cannot be read: {error.strerror}") from error
+            raise _cannot_read(path, error) from error
         raise LogError(f"{path} is cut off or damaged: fetch or write it again") from error
 
 

@@ -18,7 +18,7 @@ from common.events.json_lines import json_lines
 from common.events.layout import LOG, Asked, Layout
 from common.events.parquet import parquet
 from common.events.parts import find_parts
-from common.events.plain import Plain
+from common.events.plain import Plain, allow_files
 from common.events.schema import DEFAULT_KIND, EVENT_SCHEMA, LogError
 from common.events.separated import format_by_first_line, movielens, separated
 from common.events.several_ids import refuse_several_ids
@@ -34,6 +34,7 @@ KNOWN_COLUMNS = {
 }
 """Names of columns that need no mapping."""
 
+_FILES = 512  # that a process has open besides
 _REQUIRED = ("user", "item", "time")
 _kept: list[Plain] = []  # copies that frames read which do not hold them: `read_log`'s
 
@@ -212,6 +213,7 @@ def open_table(
     if places is not None and "0" in places.values():
         raise LogError(f"{asked.option('columns')} counts columns from 1, and 0 is none: add 1 to each place")
     parts, format = find_parts(path, format, asked, "csv" if layout.separator is not None else None)
+    allow_files(_FILES + 2 * len(parts))  # a copy of each, and what a library opens
     try:
         if format == "movielens" and (places is not None or layout.separator is not None):
             format, layout = format_by_first_line(parts[0], layout, asked)

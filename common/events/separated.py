@@ -179,6 +179,7 @@ def _section(
         names,
         asked,
         may_lack_names=named,
+        may_be_a_row=named and asked.noun == "log" and not _differs_from_rows(first.rows),
         by_place=not named,
         hint=_hint(first, asked, layout) if format in ("csv", "tsv") else "",
     )
@@ -210,6 +211,12 @@ def _section(
         tuple(note for read in reads for note in read.notes),
         tuple(read.plain for read in reads),
     )
+
+
+def _differs_from_rows(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether a first line is no row for sure: it has no digit where the next line has one, as a time has."""
+    digits = [[any(map(str.isdigit, field)) for field in row] for row in rows]
+    return len(rows) > 1 and any(after and not before for before, after in zip(*digits, strict=False))
 
 
 def _hint(read: _Read, asked: Asked, layout: Layout) -> str:

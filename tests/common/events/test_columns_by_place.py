@@ -77,6 +77,18 @@ def test_a_first_row_is_never_quoted_nor_taken_for_names(tmp_path: Path, first: 
 
 
 @pytest.mark.parametrize(
+    "text", ["alice,hammer\nbob,nail\n", "alice,hammer,soon\nbob,nail,late\n", "alice,hammer,soon\n"]
+)
+def test_a_first_row_of_words_alone_is_not_quoted_either(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "log.csv", text)
+    for columns in (None, "user=who"):
+        message = refusal(path, columns)
+        assert "alice" not in message
+        assert "hammer" not in message
+        assert "--columns user=1,item=2,time=3" in message
+
+
+@pytest.mark.parametrize(
     "header",
     ["user,item,time", "User ID,Item,Date", '"user","item","time"', "0,1,2", "1,2,3", "uid,sku,When (UTC)"],
 )

@@ -8,6 +8,8 @@ import gzip
 import io
 import lzma
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -247,3 +249,27 @@ def test_packed_files_that_were_joined_are_read_whole(tmp_path: Path) -> None:
     text = _csv(rows).encode()
     halves = gzip.compress(text[:7000]) + gzip.compress(text[7000:])
     assert events(write(tmp_path / "log.csv.gz", halves)) == sorted(rows, key=repr)
+
+
+_MANY = """
+import resource, sys
+from common.events.readers import read_log
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+try:
+    print(read_log(sys.argv[1]).collect().height)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [(900, "150"), (64, "more parts to be copied than files may be open")]
+)
+def test_more_packed_parts_than_files_may_be_open(tmp_path: Path, limit: int, said: str) -> None:
+    for number in range(150):
+        write(
+            tmp_path / "log" / f"{number}.csv.bz2", bz2.compress(f"user,item,time\nu,{number},1\n".encode())
+        )
+    command = [sys.executable, "-c", _MANY, str(tmp_path / "log"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert said in done.stdout, done.stderr
