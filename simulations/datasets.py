@@ -132,7 +132,6 @@ def load_own(
     log_path = Path(log_path).expanduser()
     scanned = scan_log(log_path, format, of_log, layout, time_format=time_format, sure=sure)
     keep(scanned)
-    check_times(scanned.frame, span=scanned.check_span, forms=scanned.check_forms)
     log, notes = scanned.tidied(), [f"{note}." for note in scanned.notes]
     if catalog is None and catalog_path is not None:
         catalog = CatalogFile(Path(catalog_path).expanduser())
@@ -144,6 +143,7 @@ def load_own(
             "No catalog was given: this simulation declares the log's own item list public, which a "
             "deployment must not do (an item that one user alone touched would tell of that user)."
         )
+    check_times(scanned.frame, span=scanned.check_span, forms=scanned.check_forms)
     return Dataset(
         name=log_path.name.partition(".")[0],
         log=log,

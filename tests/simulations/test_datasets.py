@@ -68,12 +68,12 @@ COLUMNS = {"user": "who", "item": "sku", "time": "at"}
 
 
 def test_own_data_without_a_catalog_declares_the_item_list_public_and_says_so(tmp_path: Path) -> None:
-    own = load_own(_own(tmp_path), columns=COLUMNS)
+    own = load_own(_own(tmp_path), columns=COLUMNS, sure=True)
     assert (own.catalog.ids, own.catalog.texts) == (("1", "2", "9"), ("1", "2", "9"))
     assert own.users["user"].to_list() == ["a", "b"]
     assert own.name == "shop"
     assert any("declares the log's own item list public" in note for note in own.notes)
-    named = load_own(_own(tmp_path), columns={**COLUMNS, "text": "label"})
+    named = load_own(_own(tmp_path), columns={**COLUMNS, "text": "label"}, sure=True)
     assert named.catalog.texts == ("Tea pot", "Cup", "9")
 
 
@@ -81,7 +81,7 @@ def test_own_data_without_a_catalog_declares_the_item_list_public_and_says_so(tm
 def test_own_data_with_a_catalog_of_its_own_columns(tmp_path: Path, item: str) -> None:
     (tmp_path / "items.csv").write_text(f"{item},title,genres\n1,Tea,Drink|Hot\n2,Cup,\n")
     columns = {**COLUMNS, "catalog_item": item} if item == "code" else COLUMNS
-    own = load_own(_own(tmp_path), tmp_path / "items.csv", columns=columns)
+    own = load_own(_own(tmp_path), tmp_path / "items.csv", columns=columns, sure=True)
     assert own.catalog.ids == ("1", "2")
     assert own.catalog.categories == (("Drink", "Hot"), ())
     assert own.notes == ()
@@ -161,7 +161,7 @@ def test_a_log_of_parquet_parts_is_own_data_too(tmp_path: Path) -> None:
         pl.DataFrame({"user": [f"u{part}"], "item": ["i"], "time": [part]}).write_parquet(
             folder / f"{part}.parquet"
         )
-    assert load_own(folder).users["user"].to_list() == ["u0", "u1"]
+    assert load_own(folder, sure=True).users["user"].to_list() == ["u0", "u1"]
 
 
 def test_own_data_without_names_is_read_by_places_with_options_of_its_own_for_each_file(
