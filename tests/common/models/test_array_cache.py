@@ -180,6 +180,7 @@ class Unread:
             tokenizer.pad_token,
             24,
         )
+        self.all_special_ids = tokenizer.all_special_ids
 
     def __len__(self) -> int:
         return self.size
