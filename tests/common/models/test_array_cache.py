@@ -175,15 +175,13 @@ class Unread:
     """A tokenizer that may be asked how it cuts, but not to."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.backend_tokenizer, self.pad_token, self.size = (
-            tokenizer.backend_tokenizer,
-            tokenizer.pad_token,
-            24,
-        )
-        self.all_special_ids = tokenizer.all_special_ids
+        self._tokenizer = tokenizer
 
     def __len__(self) -> int:
-        return self.size
+        return 24
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def test_texts_are_cut_and_encoded_once_for_a_catalog_and_an_encoder(
