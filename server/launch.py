@@ -6,6 +6,7 @@ The truth is in the run's folder (its ending and its rounds) and in Flower's lis
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from common.bundle import REGISTRY_DIR, RUN_DIR, bundle_data
 from common.config import Plan, make_plan, read_plan
 from server.aggregation import check_aggregation
-from server.bundle_guard import want
+from server.bundle_guard import want, want_no_more
 from server.control import control
 from server.deployment import Deployment, NotRunningError, open_locked
 from server.fitting import Fit, fit_of_plan, fit_of_rest
@@ -166,6 +167,7 @@ def discard(server: Deployment, name: str) -> Path:
         raise LaunchError(
             f"the server is at work on {name}: `fedtide server run {server.folder} --resume {name} --stop` ends that"
         )
+    want_no_more(run.path)
     return run.discard()
 
 
@@ -208,7 +210,7 @@ def begin_run(
 
 def flower_run(server: Deployment, run: RunFolder) -> FlowerRun | None:
     """The latest that Flower made of a run, if anything."""
-    found = [each for each in flower_runs(server) if each.run_dir == str(run.path)]
+    found = [each for each in flower_runs(server) if os.path.normpath(each.run_dir) == str(run.path)]
     return found[-1] if found else None
 
 
@@ -232,14 +234,17 @@ def _submit(server: Deployment, run: RunFolder) -> tuple[int, bool]:
     if active is not None and active.active:
         return active.run_id, False
     run.ending_file.unlink(missing_ok=True)
+    want_no_more(run.path)
     with control(server) as asked:
-        want(run.path)
         config = {RUN_DIR: str(run.path), REGISTRY_DIR: str(server.registry)}
-        return asked.start(bundle_data(), config), True
+        flower_id = asked.start(bundle_data(), config)
+        want(run.path, flower_id)
+        return flower_id, True
 
 
 def stop(server: Deployment, run: RunFolder) -> bool:
     """Ends the server's work on a run, whose folder stays as it is; whether there was any."""
+    want_no_more(run.path)
     active = flower_run(server, run)
     if active is None or not active.active:
         return False

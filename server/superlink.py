@@ -21,7 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -218,7 +218,8 @@ class Deadlines:
             with self._lock:
                 late = [context for due, context in self._due.values() if due < now]
             for context in late:
-                context.cancel()
+                with suppress(Exception):  # over meanwhile; this thread bounds all other calls, too
+                    context.cancel()
 
 
 _said, _bounds, _deadlines = Said(), Bounds(), Deadlines()

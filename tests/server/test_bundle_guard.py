@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from common.bundle import bundle_files, bundle_hash
 from common.supervision import Pulse
+from server import bundle_guard
 from server.bundle_guard import (
     RunRefusedError,
     check_bundle,
     check_folders,
     check_wanted,
     want,
+    want_no_more,
 )
 from server.deployment import Deployment
 from server.superexec import ServerApps
@@ -46,24 +49,51 @@ def test_folders_elsewhere_are_refused(server: Deployment) -> None:
         {"run-dir": str(server.runs / ".." / "a")},
         {"run-dir": str(server.runs / "..")},
         {"run-dir": ""},
+        {"run-dir": f"{server.runs}//a.incomplete"},
+        {"run-dir": f"{server.runs}/./a.incomplete"},
+        {"run-dir": str(server.runs / "a.discarded")},
+        {"run-dir": str(server.runs / "a")},
+        {"run-dir": str(server.runs / "b" / "a.incomplete")},
         {"registry-dir": ""},
         {"registry-dir": "/elsewhere/registry"},
     ):
-        with pytest.raises(RunRefusedError, match="this server's are in"):
+        with pytest.raises(RunRefusedError, match="this server's unfinished ones are in"):
             check_folders({**good, **change}, server)
 
 
-def test_a_run_is_begun_once_for_each_time_that_it_is_wanted(server: Deployment) -> None:
+def test_a_run_is_begun_once_for_each_time_that_it_is_wanted(
+    server: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_guard, "_PATIENCE", 0.3)
     run = server.runs / "a.incomplete"
     config = {"run-dir": str(run)}
-    for _ in range(2):  # nor where there is no such run
+    own, others = 2**63 + 5, 7
+
+    def refused(number: int) -> None:
         with pytest.raises(RunRefusedError, match="but not by `fedtide server run`"):
-            check_wanted(config)
-        run.mkdir(parents=True, exist_ok=True)
-    want(run)
-    check_wanted(config)
-    with pytest.raises(RunRefusedError, match="but not by `fedtide server run`"):
-        check_wanted(config)
+            check_wanted(config, number)
+
+    refused(own)  # nor where there is no such run
+    run.mkdir(parents=True)
+    refused(own)
+    want(run, own)
+    refused(others)  # who begins a run of their own over the control port gets another number
+    check_wanted(config, own - 2**64)  # as SQLite has it
+    refused(own)
+    want(run, own)
+    want_no_more(run)  # stopped before it began
+    refused(own)
+    (run / ".wanted").write_bytes(b"")
+    refused(0)
+
+
+def test_a_server_app_that_is_quicker_than_the_command_waits_for_its_number(server: Deployment) -> None:
+    run = server.runs / "a.incomplete"
+    run.mkdir(parents=True)
+    later = threading.Timer(0.5, want, (run, 5))
+    later.start()
+    check_wanted({"run-dir": str(run)}, 5)
+    later.join()
 
 
 def test_the_executor_starts_nothing_but_server_apps(

@@ -397,3 +397,37 @@ def test_who_has_the_control_port_begins_no_run(tmp_path: Path) -> None:
         for name in SITES:
             status = json.loads(place.well("site", "status", place.folder / name, "--json"))
             assert status["charges"] == 3
+
+        # A run that its owner wants, stopped by somebody else before it began: nobody else can begin it, then or when
+        # its owner has put it away.
+        before = {run.run_id for run in flower_runs(server)}
+        wanted = subprocess.Popen(
+            [*run_command(place), "--name", "taken"], env=place.environment, stdout=subprocess.DEVNULL
+        )
+        place.until(lambda: {run.run_id for run in flower_runs(server)} - before)
+        (own,) = {run.run_id for run in flower_runs(server)} - before
+        with control(server) as asked:
+            asked.stop(own)
+        assert wanted.wait(180) != 0
+        (taken,) = server.runs.glob("*-taken.incomplete")
+        spent = charges(place)
+        begun.clear()
+        for where in (str(taken), f"{taken.parent}//{taken.name}"):
+            with control(server) as asked:
+                begun.append(asked.start(bundle_data(), {RUN_DIR: where, REGISTRY_DIR: str(server.registry)}))
+        place.until(over)
+        place.well("server", "discard", place.server, taken.name)
+        away = taken.with_suffix(".discarded")
+        with control(server) as asked:
+            begun.append(asked.start(bundle_data(), {RUN_DIR: str(away), REGISTRY_DIR: str(server.registry)}))
+        place.until(over)
+        assert {ended[run] for run in begun} == {"finished:failed"}
+        assert charges(place) == spent
+
+
+def charges(place: Place) -> dict[str, int]:
+    """How often each site was charged."""
+    return {
+        name: json.loads(place.well("site", "status", place.folder / name, "--json"))["charges"]
+        for name in SITES
+    }
