@@ -18,11 +18,11 @@ from common import columns as reading
 
 if TYPE_CHECKING:
     from common.invitation import Invitation
-    from common.privacy.mechanisms import Event
 
 app = typer.Typer(
     help="A data site: its folder, its privacy ledger, its budget.",
     no_args_is_help=True,
+    suggest_commands=False,  # click does, and once is enough
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -110,7 +110,7 @@ def init(
     """
     from rich.console import Console
 
-    from client.init_options import model_folders, typical_events
+    from client.init_options import admitted, model_folders, typical_events
     from client.long_work import long_work
     from client.making import ENROLMENT, make_site
     from client.policy import POLICY, performance_of
@@ -166,13 +166,13 @@ def init(
             raise UserError(fault_lines(error, Limits, "a policy")) from error  # type: ignore[arg-type]
         raise
     site = made.site
-    runs, whole = _runs_admitted(site.ledger_folder, events)
+    typical = admitted(site, events)
     if as_json:
         facts = {
             "folder": str(site.folder),
             "key_id": made.key_id,
             "enrolment": str(site.folder / ENROLMENT),
-            "typical_runs_admitted": runs,
+            "typical_runs_admitted": typical.runs,
             "notes": list(made.notes),
             "node_key": made.node_key,
             "invitation_sha256": None if invited is None else invited.digest,
@@ -193,13 +193,7 @@ def init(
     if invited is not None:
         _say_invitation(invited)
     say(f"Guarantee: (epsilon {epsilon:g}, delta {delta:g}) for each user, whatever is run on this data.")
-    if not whole:
-        say(
-            f"Note: the budget admits {runs:.0%} of one typical run, and the rest would be refused: the brake "
-            "costs more than the plan's own epsilon, as it holds whatever is run next."
-        )
-    else:
-        say(f"The budget admits about {runs:.1f} typical runs.")
+    say(typical.sentence())
     say(f"Hand {site.folder / ENROLMENT} to the server: `fedtide server enroll` (nothing in it is secret).")
     say(f"What may run here stands in {site.folder / POLICY}: read it, and narrow it as you like.")
     if made.node_key is not None:
@@ -235,17 +229,6 @@ def connect(folder: Folder, invitation: InvitationFile = None) -> None:
             f"Next: `fedtide site check {folder}`. A server that has not enrolled this site needs "
             f"{folder / ENROLMENT}."
         )
-
-
-def _runs_admitted(ledger_folder: Path, events: list[Event]) -> tuple[float, bool]:
-    """How often the typical plan's events fit in the budget, and whether they fit once, whole."""
-    from client.ledger import Ledger
-    from common.privacy.renyi import charge_at
-
-    with Ledger.open(ledger_folder) as ledger:
-        genesis = ledger.genesis
-    cost = sum(charge_at(event, genesis.order, genesis.cap) for event in events)
-    return genesis.cap / cost, cost <= genesis.cap
 
 
 @app.command()

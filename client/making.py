@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import mmap
 import os
 import shutil
@@ -92,14 +93,7 @@ def make_site(
         LogError, SecretError, LedgerError, ValueError: what was given is wrong.
     """
     folder = folder.expanduser().resolve()
-    if users_at_least < 1:
-        raise SiteError(f"users_at_least is {users_at_least}, but must be at least 1")
-    check_promise(epsilon, delta)
-    if delta * users_at_least >= 1:
-        raise SiteError(
-            f"delta is {delta:g}, but must be far below 1/users_at_least = {1 / users_at_least:g}: "
-            "a delta that large lets a mechanism publish a whole user"
-        )
+    check_budget(epsilon, delta, users_at_least)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SiteError(f"{folder} is not empty: give a new folder, as a site's budget does not reset")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +136,7 @@ def make_site(
         site = Site(
             folder=partial,
             name=name or folder.name,
-            catalog=folder / CATALOG,
+            catalog=partial / CATALOG,
             users_at_least=users_at_least,
             families=families,
             metrics=metrics,
@@ -172,7 +166,29 @@ def make_site(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return MadeSite(replace(site, folder=folder), key_id, report, node_key, tuple(notes))
+    return MadeSite(
+        replace(site, folder=folder, catalog=folder / CATALOG), key_id, report, node_key, tuple(notes)
+    )
+
+
+def check_budget(epsilon: float, delta: float, users_at_least: int) -> None:
+    """Refuses a budget that no ledger can hold.
+
+    Raises:
+        SiteError, ValueError: says which number, its bound, and what to choose.
+    """
+    if users_at_least < 1:
+        raise SiteError(f"users_at_least is {users_at_least}, but must be at least 1")
+    if not math.isfinite(epsilon):
+        raise SiteError(f"epsilon is {epsilon}, but must be finite: choose one such as 8")
+    if not 0 < delta < 1:
+        raise SiteError(f"delta is {delta}, but must lie in (0, 1): choose one below 1 / users, such as 1e-6")
+    check_promise(epsilon, delta)
+    if delta * users_at_least >= 1:
+        raise SiteError(
+            f"delta is {delta:g}, but must be far below 1/users_at_least = {1 / users_at_least:g}: "
+            "a delta that large lets a mechanism publish a whole user"
+        )
 
 
 def connect_site(folder: Path, invitation: Invitation | None = None) -> tuple[str, bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,23 +187,36 @@ def read_policy(path: Path) -> Policy:
         raise PolicyError(f"the policy {path} is wrong: {fault_lines(error, Policy, 'a policy')}") from error
 
 
-def performance_of(**given: Any) -> Performance:
+def performance_of(*, engine_option: str = "--engine", **given: Any) -> Performance:
     """How a site computes, from what was given; what is None is as it is by default.
 
+    Args:
+        engine_option: by which the command that asks takes `engine`.
+        given: by the names of `Performance`, which are those of options.
+
     Raises:
-        PolicyError: a value is wrong.
+        PolicyError: a value is wrong; names its option.
     """
+    options = {name: f"--{name.replace('_', '-')}" for name in given} | {"engine": engine_option}
     try:
         return Performance.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        raise PolicyError(fault_lines(error, Performance, "[performance]")) from error
+        raise PolicyError(fault_lines(error, Performance, "[performance]", options)) from error
 
 
-def fault_lines(error: ValidationError, schema: type[BaseModel], what: str) -> str:
-    """A line for each fault of what was read by a schema."""
+def fault_lines(
+    error: ValidationError, schema: type[BaseModel], what: str, options: Mapping[str, str] | None = None
+) -> str:
+    """A line for each fault of what was read by a schema.
+
+    Args:
+        what: is read by that schema, for the message: "a policy".
+        options: place -> the option by which it was given.
+    """
     lines = []
     for fault in error.errors():
         place = ".".join(str(part) for part in fault["loc"])
+        place = (options or {}).get(place, place)
         said = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             lines.append(unknown_key(schema, place, what))

@@ -22,11 +22,25 @@ def _no_site(folder: Path) -> str:
     """Why there is no site to read; where one was, a new one is no way out."""
     if not folder.exists():
         return f"{folder} is not there: give the folder of a site"
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir():
+        return f"{folder} is a file: give the folder of a site"
+    if not any(folder.iterdir()):
         return f"{folder} holds nothing: give the folder of a site"
-    if (folder / "ledger").exists() or (folder / "site.json").exists():
-        return f"{folder / 'site.json'} is lost or damaged: {RESTORE}"
+    if (folder / "site.json").exists():
+        return f"{folder / 'site.json'} is damaged: {RESTORE}"
+    if (folder / "ledger").exists():
+        return f"{folder / 'site.json'} is lost: {RESTORE}"
     return f"{folder} is no site's folder: give one that `fedtide site init` made"
+
+
+def _catalog_of(folder: Path, said: str) -> Path:
+    """Where a site's catalog lies: the folder's own copy where another place was said, and is there no more.
+
+    Earlier versions named their own copy by where the folder stood then.
+    """
+    path = Path(os.path.normpath(folder / said))
+    own = folder / path.name
+    return own if not path.exists() and own.is_file() else path
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class Site:
         """
         try:
             fields = json.loads((folder / "site.json").read_text(encoding="utf-8"))
-            name, catalog = str(fields["name"]), Path(os.path.normpath(folder / str(fields["catalog"])))
+            name, catalog = str(fields["name"]), _catalog_of(folder, str(fields["catalog"]))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise SiteError(_no_site(folder)) from error
         policy = read_policy(folder / POLICY)
@@ -82,11 +96,11 @@ class Site:
         )
 
     def save(self) -> None:
-        """Writes `site.json` and `policy.toml`. A catalog that stands beside the site moves with it."""
-        beside = self.catalog.parent == self.folder.parent
+        """Writes `site.json` and `policy.toml`. A catalog in the site's folder, or beside it, moves with it."""
+        places = {self.folder: self.catalog.name, self.folder.parent: f"../{self.catalog.name}"}
         fields = {
             "name": self.name,
-            "catalog": f"../{self.catalog.name}" if beside else str(self.catalog.absolute()),
+            "catalog": places.get(self.catalog.parent, str(self.catalog.absolute())),
         }
         (self.folder / "site.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         policy = Policy(

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
+from click import UsageError
 from typer.core import TyperGroup
 
 typer.core.HAS_RICH = False  # or plain help has marks of rich's in it, as in "\[default: 10]" (typer 0.20)
@@ -43,6 +44,18 @@ class _Table(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        asked = args[0]
+        if asked not in COMMANDS and not asked.startswith(
+            "-"
+        ):  # click's own words know commands that are imported
+            from difflib import get_close_matches
+
+            near = get_close_matches(asked, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise UsageError(f"No such command {asked!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
@@ -63,6 +76,7 @@ class _Table(TyperGroup):
 app = typer.Typer(
     cls=_Table,
     no_args_is_help=True,
+    suggest_commands=False,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

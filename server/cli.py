@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="The coordinator: make it, run it, enrol sites, run plans.",
     no_args_is_help=True,
+    suggest_commands=False,  # click does, and once is enough
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -186,6 +186,7 @@ def simulate(
     performance = None
     if any(each is not None for each in (device, threads, micro_batch, dp_engine, frozen_precision)):
         performance = performance_of(
+            engine_option="--dp-engine",
             engine=dp_engine,
             micro_batch=micro_batch,
             threads=threads,

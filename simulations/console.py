@@ -138,25 +138,35 @@ def site_table(sites: list[SimulatedSite], plan: Plan) -> Table:
 
 def round_table(record: dict[str, Any], quality: Quality, epsilon: float) -> Table:
     """One round: who took part, what it cost, what it brought."""
-    table = Table(title=None, show_header=record["round"] == 1)
     headline = quality.metrics[quality.headline]
-    reasons = Counter(str(each["reason"]) for each in record["left_out"])
-    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     cells = {
-        "#": str(record["round"]),
-        "phase": record["phase"],
-        "sites": str(len(record["admitted"])),
-        "left out": left_out or "0",
-        "kB up": f"{record['bytes_up'] / 1000:,.0f}",
-        "s": f"{record['seconds']:.1f}",
-        "epsilon": f"{epsilon:.3f}",
-        f"{quality.headline} val.": f"{headline.value:.4f} ±{headline.standard_error:.3f}",
+        "#": (3, str(record["round"])),
+        "phase": (11, record["phase"]),
+        "sites": (5, str(len(record["admitted"]))),
+        "left out": (18, _left_out(record["left_out"])),
+        "kB up": (7, f"{record['bytes_up'] / 1000:,.0f}"),
+        "s": (6, f"{record['seconds']:.1f}"),
+        "epsilon": (7, f"{epsilon:.3f}"),
+        f"{quality.headline} val.": (13, f"{headline.value:.4f} ±{headline.standard_error:.3f}"),
     }
-    for name in cells:
-        width = {"#": 2, "phase": 11, "s": 4}.get(name, len(name))  # the longest phase's name
-        table.add_column(name, justify="right", min_width=width)
-    table.add_row(*cells.values())
+    # Widths that fit in 80 columns together, so that no figure is cut: what is longer goes on below.
+    table = Table(title=None, show_header=record["round"] == 1, box=None, padding=(0, 1, 0, 0))
+    for name, (width, _) in cells.items():
+        justify: Any = "left" if name in ("phase", "left out") else "right"
+        table.add_column(name, width=width, justify=justify, overflow="fold")
+    table.add_row(*(cell for _, cell in cells.values()))
     return table
+
+
+_MOST_NAMED = 3
+
+
+def _left_out(verdicts: list[dict[str, Any]]) -> str:
+    """Which sites are left out of a round and why; only how many for each reason where they are many."""
+    if len(verdicts) > _MOST_NAMED:
+        reasons = Counter(str(each["reason"]) for each in verdicts)
+        return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    return ", ".join(f"{each.get('site') or 'a site'}: {each['reason']}" for each in verdicts) or "0"
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:

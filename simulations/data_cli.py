@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Public data sets and the default language model: fetched, verified, cached.",
     no_args_is_help=True,
+    suggest_commands=False,  # click does, and once is enough
     pretty_exceptions_enable=False,
 )
 

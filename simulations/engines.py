@@ -25,6 +25,15 @@ from simulations.sites import SimulatedSite, place_sites
 
 _LONGEST_PLACE = 20
 
+_DEATHS = (
+    "ray.exceptions.ActorDiedError",
+    "ray.exceptions.OutOfMemoryError",
+    "ray.exceptions.WorkerCrashedError",
+)
+"""How lines of Ray's begin where a process of it is gone."""
+
+_MOST_SAID = 160
+
 
 def run_in_this_process(environment: dict[str, str], sites: list[SimulatedSite]) -> None:
     """Server and sites in this process; many sites answer in one go, in a few workers."""
@@ -85,9 +94,18 @@ def run_with_flower(run: RunFolder, environment: dict[str, str], nodes: int, cpu
             _end_group(engine)
     if code != 0:
         said = (run.path / "engine.log").read_text(errors="replace").splitlines()
-        ours = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-        reason = ours[-1] if ours else f"Flower's engine ended with code {code}"
-        raise RunError(f"{reason}; the run is kept as incomplete in {run.path}, with engine.log")
+        raise RunError(f"{_why(said, code)}; the run is kept as incomplete in {run.path}, with engine.log")
+
+
+def _why(log: list[str], code: int) -> str:
+    """Why the engine ended, of its log's lines; what a worker's death leads to is not the cause."""
+    if death := next((line.strip() for line in log if line.startswith(_DEATHS)), ""):
+        return (
+            f"a worker of Ray's died while sites computed ({death[:_MOST_SAID].rstrip('. ')}): choose fewer with "
+            "--cpus, which takes less memory, or --engine inline"
+        )
+    ours = [line.removeprefix("error: ") for line in log if line.startswith("error: ")]
+    return ours[-1] if ours else f"Flower's engine ended with code {code}"
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ def _server_with_places() -> ServerApp:
     from server.app import REGISTRY_FOLDER
     from server.app import app as server_app
     from server.registry import Registry
+    from server.runs import RunError
     from simulations.sites import place_sites, site_name
 
     placed = threading.Event()
@@ -108,7 +109,13 @@ def _server_with_places() -> ServerApp:
             raise RuntimeError(
                 "Flower's engine registered no nodes: this Flower is another than the one tested"
             )
-        server_app(grid, context)
+        try:
+            server_app(grid, context)
+        except RunError:
+            raise
+        except Exception as error:  # a fault of the server's part, which is not the engine's
+            traceback.print_exc()
+            _end_at_once(f"the server's part of the run failed: {_last_line(error)}")
 
     return app
 

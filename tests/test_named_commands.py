@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -61,3 +63,87 @@ def test_every_command_that_is_named_is_there() -> None:
 )
 def test_one_that_is_not_there_is_found(said: str, fault: str | None) -> None:
     assert fault_of(said) == fault
+
+
+BARE = re.compile(r"(?<![\w(-])--[a-z][a-z-]*[a-z]")
+GROUPS = {
+    "client": {"site", "segments", "drift", "feedback"},
+    "server": {"server", "recommend", "predict"},
+    "simulations": {"simulate", "compare", "sweep", "audit", "data"},
+}
+"""Package -> commands that say its words; those of `common` may be said by any."""
+OF_OTHERS = re.compile(r"`?(python -m|pip|systemctl|fedtide) ")
+
+
+def leaves(command: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command that takes options, by its words."""
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            found = command.get_command(click.Context(command), name)
+            assert found is not None
+            yield from leaves(found, f"{path} {name}".strip())
+    else:
+        yield path, command
+
+
+def sentences(source: str) -> Iterator[str]:
+    """Texts of a module for people: with a space in them, and no docstring's."""
+    tree = ast.parse(source)
+    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+            yield node.value
+
+
+def options_by_command() -> dict[str, set[str]]:
+    return {
+        path: {name for each in command.params for name in [*each.opts, *each.secondary_opts]}
+        for path, command in leaves(typer.main.get_command(app))
+    }
+
+
+def unknown_options(said: str, known: set[str]) -> list[str]:
+    """Options that a sentence names and no command that says it has."""
+    if " " not in said.strip() or OF_OTHERS.search(said):
+        return []
+    return [name for name in BARE.findall(said) if name not in known]
+
+
+def test_every_option_that_a_message_names_is_one_of_a_command_that_says_it() -> None:
+    options = options_by_command()
+    seen, faults = 0, {}
+    for file in (each for each in FILES if each.suffix == ".py"):
+        package, *below = file.relative_to(ROOT).parts
+        everyone = set().union(*GROUPS.values(), {"plan"})
+        groups = (
+            everyone if "faults" in below else GROUPS.get(package, everyone)
+        )  # faults quotes servers and sites
+        known = {name for path, names in options.items() if path.split()[0] in groups for name in names} | {
+            "--help"
+        }
+        source = file.read_text(encoding="utf-8")
+        known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source))  # of a program of its own
+        for said in sentences(source):
+            seen += bool(BARE.search(said))
+            if wrong := unknown_options(said, known):
+                faults[f"{file.relative_to(ROOT)}: {said}"] = wrong
+    assert seen > 40
+    assert faults == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ("promise fewer with --users-at-least", []),
+        ("promise fewer with --users-atleast", ["--users-atleast"]),
+        ("--user-column is not there", ["--user-column"]),
+        ("give --typical-plan or --typical", ["--typical"]),
+        ("--only-a-flag", []),  # an argument for a process, no sentence
+        ("run `python -m simulations.grid --bench 0`", []),
+    ],
+)
+def test_an_option_that_no_command_has_is_found(said: str, wrong: list[str]) -> None:
+    known = {name for path, names in options_by_command().items() if path == "site init" for name in names}
+    assert unknown_options(said, known) == wrong

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Check what a run says about privacy.",
     no_args_is_help=True,
+    suggest_commands=False,  # click does, and once is enough
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -86,12 +86,13 @@ def test_another_ledgers_key_is_not_taken(folder: Path) -> None:
         (lambda folder: folder.mkdir(), "holds nothing: give the folder of a site"),
         (
             lambda folder: (folder / "ledger").mkdir(parents=True),
-            "site.json is lost or damaged: put the newest",
+            "site.json is lost: put the newest",
         ),
         (
             lambda folder: (folder.mkdir(), (folder / "site.json").write_text("{")),
-            "site.json is lost or damaged: put the newest",
+            "site.json is damaged: put the newest",
         ),
+        (lambda folder: folder.write_text("x"), "is a file: give the folder of a site"),
         (
             lambda folder: (folder.mkdir(), (folder / "notes.txt").write_text("x")),
             "is no site's folder: give one that `fedtide site init` made",

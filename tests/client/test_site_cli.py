@@ -14,8 +14,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from client.cli import _runs_admitted
 from client.cli import app as site_app
+from client.init_options import admitted
 from client.ledger import Ledger
 from client.policy import Performance
 from client.site_folder import Site
@@ -108,12 +108,19 @@ def test_two_sites_with_one_log_share_neither_secret_nor_commitment(folder: Path
         (["--users-at-least", 121], "has 120 users, but --users-at-least is 121"),
         (["--delta", 0.5], "delta is 0.5"),
         (["--epsilon", 0.001], "leaves no budget"),
+        (["--epsilon", "nan"], "epsilon is nan, but must be finite"),
+        (["--epsilon", "inf"], "epsilon is inf, but must be finite"),
+        (["--epsilon", 1e-9], "epsilon is 1e-09, but the accountants vouch for no less than 0.001"),
+        (["--delta", "nan"], "delta is nan, but must lie in (0, 1)"),
+        (["--delta", 0], "delta is 0.0, but must lie in (0, 1)"),
+        (["--delta", 1e-30], "delta is 1e-30, but the accountants vouch for no less than 1e-12"),
+        (["--users-at-least", 10**9], "delta is 1e-05, but must be far below 1/users_at_least = 1e-09"),
         (["--users-at-least", 3], "the typical plan counts on 15 users, but --users-at-least is 3"),
         (["--columns", "user"], "must read field=column"),
-        (["--micro-batch", 50], "micro_batch: input should be a multiple of 8 (given: 50)"),
-        (["--threads", 0], "threads: input should be greater than or equal to 1 (given: 0)"),
-        (["--device", "tpu"], "device: input should be 'cpu', 'cuda' or 'auto' (given: 'tpu')"),
-        (["--engine", "slow"], "engine: input should be 'fast' or 'opacus' (given: 'slow')"),
+        (["--micro-batch", 50], "--micro-batch: input should be a multiple of 8 (given: 50)"),
+        (["--threads", 0], "--threads: input should be greater than or equal to 1 (given: 0)"),
+        (["--device", "tpu"], "--device: input should be 'cpu', 'cuda' or 'auto' (given: 'tpu')"),
+        (["--engine", "slow"], "--engine: input should be 'fast' or 'opacus' (given: 'slow')"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
@@ -187,10 +194,53 @@ def test_init_counts_at_least_a_thousandth_for_each_request_of_the_typical_plan(
     folder: Path,
 ) -> None:
     nearly_free = PoissonSubsampledGaussian(0.001, 1000.0, 1)
-    assert _runs_admitted(folder / "ledger", [nearly_free]) == (pytest.approx(1000, rel=1e-3), True)
-    runs, whole = _runs_admitted(folder / "ledger", [nearly_free] * 1001)
-    assert not whole
-    assert runs < 1
+    once = admitted(Site.load(folder), [nearly_free])
+    assert (once.runs, once.whole) == (pytest.approx(1000, rel=1e-3), True)
+    often = admitted(Site.load(folder), [nearly_free] * 1001)
+    assert not often.whole
+    assert often.runs < 1
+
+
+@pytest.mark.parametrize(
+    ("plan_delta", "ledger_delta"),
+    [(1e-3, 1e-6), (1e-4, 1e-6), (1e-4, 1e-7), (1e-5, 1e-8), (1e-3, 1e-9), (1e-3, 1e-4)],
+)
+def test_a_typical_run_that_the_policy_refuses_is_not_said_to_fit(
+    tmp_path: Path, plan_delta: float, ledger_delta: float
+) -> None:
+    plan = tmp_path / "typical.json"
+    asked = tiny_plan(tmp_path / "no-model-needed")
+    privacy = asked.privacy.model_copy(update={"epsilon": 8.0, "delta": plan_delta, "noise_multiplier": None})
+    plan.write_text(asked.model_copy(update={"privacy": privacy}).calibrated().to_json())
+    made = init(tmp_path / "north", tmp_path / "data", "--delta", ledger_delta, "--typical-plan", plan)
+    assert made.exit_code == 0, made.output
+    said = " ".join(made.output.split())
+    assert "no round of the typical run is admitted" in said
+    assert f"allows 8. Give runs that delta (`fedtide plan --delta {ledger_delta:g}`)" in said
+    assert "% of one typical run" not in said
+
+
+def test_a_site_that_was_moved_has_its_catalog(folder: Path, tmp_path: Path) -> None:
+    assert Site.load(folder).catalog == folder / "catalog.jsonl"
+    for place in (tmp_path / "moved", tmp_path / "deep" / "er" / "north", tmp_path / "with space"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = folder.rename(place)
+        assert Site.load(folder).catalog == folder / "catalog.jsonl"
+        assert Site.load(folder).catalog.is_file()
+
+
+def test_a_site_of_an_earlier_version_that_was_moved_has_its_own_catalog(
+    folder: Path, tmp_path: Path
+) -> None:
+    said = {"name": "north", "catalog": str(folder / "catalog.jsonl")}  # as it was written before
+    (folder / "site.json").write_text(json.dumps(said))
+    assert Site.load(folder).catalog == folder / "catalog.jsonl"
+    moved = folder.rename(tmp_path / "moved")
+    assert Site.load(moved).catalog == moved / "catalog.jsonl"
+    other = tmp_path / "other.jsonl"  # what is there is never replaced by the folder's own
+    other.write_text("{}\n")
+    (moved / "site.json").write_text(json.dumps(said | {"catalog": str(other)}))
+    assert Site.load(moved).catalog == other
 
 
 def test_budget_counts_at_least_a_thousandth_for_one_more_round_like_the_last(folder: Path) -> None:

@@ -186,3 +186,31 @@ def test_recommend_refuses_what_is_no_finished_run(
             main(["recommend", "--run", str(folder), "--history", "x"])
         assert end.value.code == 2
         assert "run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["simulat"], "No such command 'simulat'; did you mean simulate?"),
+        (["sit", "init"], "did you mean site?"),
+        (["sever", "up"], "did you mean server?"),
+        (["recomend"], "did you mean recommend?"),
+        (["compar"], "did you mean compare?"),
+        (["xyzzy"], "No such command 'xyzzy'; there are plan, simulate"),
+        (["site", "initt"], "Did you mean 'init'?"),
+        (["server", "stauts"], "Did you mean 'status'?"),
+        (["audit", "recepts"], "'receipts'"),
+        (["simulate", "--epsilno", "3"], "--epsilon"),
+        (["plan", "--user-per-site", "3"], "--users-per-site"),
+        (["server", "init", "x", "--hots", "a"], "--host"),
+    ],
+)
+def test_what_is_misspelt_is_told_what_is_near_once(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    words = " ".join(capsys.readouterr().err.split())
+    assert said in words
+    assert words.lower().count("did you mean") <= 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,88 @@ def test_no_place_for_sockets_is_said_before_the_engine_begins(monkeypatch: pyte
         engines._short_folder(),
     ):
         pass
+
+
+DEAD = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (
+            [DEAD, "error: no round was aggregated"],
+            "a worker of Ray's died while sites computed (ray.exceptions.ActorDied",
+        ),
+        (["  " + DEAD, "error: it failed"], "it failed"),  # quoted within another's line
+        (
+            ["ray.exceptions.OutOfMemoryError: Task was killed, as memory ran low."],
+            "OutOfMemoryError",
+        ),
+        (["ray.exceptions.WorkerCrashedError: The worker died."], "choose fewer with --cpus"),
+        (["error: first", "error: last"], "last"),
+        (["Traceback", "ValueError: x"], "Flower's engine ended with code 7"),
+        ([], "Flower's engine ended with code 7"),
+    ],
+)
+def test_the_cause_is_said_and_not_what_it_led_to(log: list[str], said: str) -> None:
+    why = engines._why(log, 7)
+    assert said in why
+    assert "\n" not in why
+
+
+def test_a_fault_of_the_servers_part_is_not_called_the_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the engine's own process, whose server app breaks as it begins: `sitecustomize` is read by every Python."""
+    place = tmp_path / "broken"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if any('flower_engine' in each for each in sys.orig_argv):\n"
+        "    import server.app\n"
+        "    def broken(grid, context):\n"
+        "        raise KeyError('nothing of that name')\n"
+        "    server.app.app = broken\n"
+    )
+    paths = [str(place), str(Path(engines.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(each for each in paths if each))
+    with pytest.raises(
+        RunError, match=r"the server's part of the run failed: KeyError: 'nothing of that name'"
+    ):
+        tiny_run(tmp_path / "run", engine="flower")
+
+
+def _workers(mark: str) -> list[int]:
+    """Ray's workers that began with a mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                named = b"ray::" in (entry / "cmdline").read_bytes()
+                if named and mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not os.environ.get("FEDTIDE_FAULTS"), reason="some 20 s: set FEDTIDE_FAULTS=1")
+def test_a_worker_that_is_killed_as_for_want_of_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = f"FEDTIDE_KILLED_WORKER={tmp_path.name}-{os.getpid()}"
+    monkeypatch.setenv(*mark.split("="))
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.2):
+            for pid in _workers(mark):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(RunError, match=r"a worker of Ray's died while sites computed .* --cpus"):
+            tiny_run(tmp_path / "run", engine="flower")
+    finally:
+        over.set()
+        killer.join()
