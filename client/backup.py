@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from client.ledger import Ledger
+from client.ledger_errors import MarkLostError
 from client.lower_states import LOWER_STATES
 from client.private_files import check_private
 from client.site_folder import Site
@@ -30,7 +31,13 @@ def back_up_site(folder: Path, target: Path) -> int:
     """
     folder = folder.expanduser().resolve()
     site = Site.load(folder)
+    Ledger.check_files(site.ledger_folder)
     database, key, mark = (site.ledger_folder / name for name in Ledger.FILES)
+    if not mark.exists():
+        raise MarkLostError(
+            f"{mark} is not there, and a copy without it is no copy of the ledger: `fedtide site verify {folder}` says "
+            "what to do"
+        )
     with new_copy(folder, target) as partial:
         left_out = {site.ledger_folder, folder / LOWER_STATES, *(folder / name for name in _LOCKS)}
         copy_files(folder, partial, lambda path: path in left_out)

@@ -59,8 +59,11 @@ def _burn_down(site: Site) -> RenderableType:
         return Group(*lines)
     table = Table(box=None)
     for column in ("run", "round", "outcome", "left"):
-        table.add_column(column, justify="left" if column in ("run", "outcome") else "right")
-    table.add_column("")
+        words = column in ("run", "outcome")
+        table.add_column(
+            column, justify="left" if words else "right", no_wrap=column != "run", overflow="fold"
+        )
+    table.add_column("", no_wrap=True)
     for charge in found.charges[-_LINES:]:
         left = 1 - charge.reserve.spent / found.cap
         full = round(_BAR * left)

@@ -75,10 +75,10 @@ def show(name: str, status: LedgerStatus) -> None:
     if not status.charges:
         return
     table = Table(title="burn-down: what is left of the budget after each run")
-    table.add_column("run")
+    table.add_column("run", overflow="fold")
     for column in ("released", "burnt", "spent", "left"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     runs = _runs(status)
     if len(runs) > _BARS:
         say(f"The last {_BARS} of {len(runs)} runs:")

@@ -196,7 +196,13 @@ class Ledger(LedgerWriter):
             return ledger._head()
 
     @classmethod
-    def _opened(cls, folder: Path, today: Callable[[], str], meet: Callable[[Self], None]) -> Self:
+    def check_files(cls, folder: Path) -> None:
+        """Refuses a folder that lacks what a ledger is made of, but for its mark, without opening anything.
+
+        Raises:
+            LedgerMissingError, LedgerDamagedError: names the file that is not there, or is empty.
+            LoosePermissionsError: others may read one.
+        """
         for path in (folder, *(folder / name for name in cls.FILES)):
             if path.exists():
                 check_private(path)
@@ -205,6 +211,10 @@ class Ledger(LedgerWriter):
                 raise LedgerMissingError(f"there is no ledger in {folder}: {what}: {RESTORE}")
             if path.name in cls.FILES and path.name != MARK and not path.stat().st_size:
                 raise LedgerDamagedError(f"{path} is empty, and was not: {RESTORE}")
+
+    @classmethod
+    def _opened(cls, folder: Path, today: Callable[[], str], meet: Callable[[Self], None]) -> Self:
+        cls.check_files(folder)
         key, connection = load_key(folder / KEY), connect(folder / DATABASE)
         try:
             ledger = cls(folder, connection, key, today)

@@ -50,12 +50,17 @@ def reach(connection: Connection) -> str:
             return str(opened.getpeername()[0])
     except socket.gaierror as error:
         raise ProbeError(
-            f"the name {connection.host} is not known: check the invitation, or this machine's DNS"
+            f"the name {connection.host} is not known to this machine's DNS: ask the server's owner for the name in use"
+        ) from error
+    except ConnectionRefusedError as error:
+        raise ProbeError(
+            f"{connection.address} refuses connections: its machine answers, and nothing listens there: ask the "
+            "server's owner to start it"
         ) from error
     except OSError as error:
         raise ProbeError(
-            f"{connection.address} does not answer ({error.strerror or 'no answer in time'}): is the server up, and "
-            "does the firewall let this machine out to that port?"
+            f"{connection.address} does not answer ({error.strerror or f'nothing came in {PATIENCE:g} s'}): let this "
+            "machine out to that port, and ask the server's owner whether it is up"
         ) from error
 
 

@@ -6,6 +6,7 @@ and `client/backup.py`.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -43,9 +44,13 @@ def new_copy(folder: Path, target: Path) -> Iterator[Path]:
     except (OSError, sqlite3.Error) as error:
         shutil.rmtree(partial, ignore_errors=True)
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BackupError(
-            f"the copy of {folder} to {target} failed ({said}): free space there, and begin again"
-        ) from error
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = (
+            "free space there, and begin again"
+            if full
+            else "nothing was left there; mend that, and begin again"
+        )
+        raise BackupError(f"the copy of {folder} to {target} failed ({said}): {way_out}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

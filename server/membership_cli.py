@@ -75,7 +75,12 @@ def _print_sites(found: list[dict[str, Any]]) -> None:
     table = Table(title="enrolled sites, as far as their receipts tell")
     words = ("site", "key", "guarantee", "state")
     for column in ("site", "key", "guarantee", "PLD", "filter", "spent", "entries", "anchors", "state"):
-        table.add_column(column, justify="left" if column in words else "right")
+        table.add_column(
+            column,
+            justify="left" if column in words else "right",
+            no_wrap=column not in words,
+            overflow="fold",
+        )
     notes = []
     for each in found:
         spent = each["spent"]

@@ -60,7 +60,8 @@ def print_fit(console: Console, fit: Fit) -> None:
     """What the rounds cost each site and what it has left, in shares of its own budget."""
     table = Table(title="what it costs, of each site's budget, as far as receipts tell")
     for column in ("site", "costs", "left", "rounds that fit", ""):
-        table.add_column(column, justify="left" if column in ("site", "") else "right")
+        words = column in ("site", "")
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     shown = sorted(fit.budgets, key=lambda each: (each.fits, each.site))[:_MOST_SITES]
     for each in shown:
         state = "withdrawn" if each.withdrawn else "" if each.fits else "does not fit"

@@ -18,7 +18,7 @@ def print_overview(console: Console, found: Overview) -> None:
         console.print(f"Certificates: {warning}.", highlight=False, markup=False, soft_wrap=True)
     sites = Table(title="sites", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("site", "key", "node", "last heartbeat", ""):
-        sites.add_column(column)
+        sites.add_column(column, no_wrap=column not in ("site", ""), overflow="fold")
     for site in found.sites:
         sites.add_row(
             site.name,
@@ -30,7 +30,8 @@ def print_overview(console: Console, found: Overview) -> None:
     runs = Table(title="runs", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("run", "state", "rounds", "admitted", "left out", "kB down/up", "s"):
         words = column in ("run", "state", "left out")
-        runs.add_column(column, justify="left" if words else "right", no_wrap=column != "left out")
+        folds = column in ("run", "left out")  # so that figures stay whole at 80 columns
+        runs.add_column(column, justify="left" if words else "right", no_wrap=not folds, overflow="fold")
     for run in found.runs:
         runs.add_row(
             run.name, run.state, f"{run.aggregated}/{run.rounds}", str(run.admitted),
@@ -41,7 +42,7 @@ def print_overview(console: Console, found: Overview) -> None:
     console.print(runs)
     for run in found.runs:
         if note := _note(run):
-            console.print(note, highlight=False, markup=False)
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def counted(reasons: dict[str, int]) -> str:

@@ -63,8 +63,8 @@ def _told() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise RunError(
-            "a worker of the simulation died, perhaps for want of memory: what its sites had charged stays charged; "
-            "free memory and run it again"
+            "a worker of the simulation died as sites computed, and what they had charged stays charged: free memory, "
+            "and run it again"
         ) from error
 
 

@@ -124,7 +124,7 @@ class QuietWatcher(ConsoleWatcher):
 def site_table(sites: list[SimulatedSite], plan: Plan) -> Table:
     """The simulated sites; counts are the researcher's, no server sees them."""
     table = Table(title="sites (simulated: these counts stay with the researcher)")
-    table.add_column("site")
+    table.add_column("site", overflow="fold")
     table.add_column("users", justify="right")
     table.add_column("training events", justify="right")
     table.add_column("users a step, expected", justify="right")
@@ -174,7 +174,7 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     header, *rows = quality_header(outcome), *quality_rows(outcome)
     table = Table(title=results_title(outcome))
     for place, name in enumerate(header[:SHOWN_COLUMNS]):
-        table.add_column(name, justify="left" if place == 0 else "right")
+        table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row[:SHOWN_COLUMNS], style="bold" if row[0] == "Fedtide" else None)
     if len(header) > SHOWN_COLUMNS:
@@ -185,6 +185,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     if words := open_form(outcome):
         console.print(words, highlight=False)
     cost = Table(title="what it cost", show_header=False)
+    for _ in range(2):
+        cost.add_column(overflow="fold")
     for name, value in cost_rows(outcome):
         cost.add_row(name, value)
     console.print(cost)

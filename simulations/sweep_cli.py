@@ -242,7 +242,7 @@ def _show(curve: Curve, console: Console) -> None:
     header, rows = rows_of(curve, (curve.headline,))
     table = Table(title=_over(curve.asked.seeds))
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place == 0 else "right")
+        table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

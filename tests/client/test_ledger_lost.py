@@ -105,3 +105,39 @@ def test_a_folder_without_a_site_says_which_of_these_it_is(
     made(tmp_path / "S")
     done = CliRunner().invoke(app, ["site", "status", str(tmp_path / "S")])
     assert said in str(done.exception)
+
+
+def test_no_command_of_a_site_that_lost_its_ledger_sends_anybody_to_begin_another(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Each command that opens the ledger; the site is real but for its log."""
+    from client.site_folder import Site
+
+    site = tmp_path / "S"
+    site.mkdir(mode=0o700)
+    Site(site, "S", site / "catalog.jsonl", 5).save()
+    shutil.copytree(folder, site / "ledger")
+    (site / "ledger").chmod(0o700)
+    opened = [["status"], ["verify"], ["budget"], ["withdraw", "--yes"], ["backup", str(tmp_path / "copy")]]
+    for arguments in opened:
+        (site / "ledger" / "ledger.sqlite").unlink(missing_ok=True)
+        done = CliRunner().invoke(app, ["site", arguments[0], str(site), *arguments[1:]])
+        words = f"{done.output} {done.exception}"
+        assert done.exit_code != 0, words
+        assert "ledger.sqlite is not there" in words
+        assert "put the newest copy of the site's folder back" in words
+        assert "site init" not in words
+
+
+def test_a_copy_of_a_site_without_its_mark_is_not_made(tmp_path: Path, folder: Path) -> None:
+    from client.site_folder import Site
+
+    site = tmp_path / "S"
+    site.mkdir(mode=0o700)
+    Site(site, "S", site / "catalog.jsonl", 5).save()
+    shutil.move(folder, site / "ledger")
+    (site / "ledger" / "high-water").unlink()
+    done = CliRunner().invoke(app, ["site", "backup", str(site), str(tmp_path / "copy")])
+    assert "high-water is not there" in str(done.exception)
+    assert "free space" not in str(done.exception)
+    assert not (tmp_path / "copy").exists()

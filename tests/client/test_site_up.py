@@ -155,7 +155,7 @@ def test_another_authority_another_name_and_no_server_are_told_apart(place: Path
         certificate(Connection(tmp_path, good.host, good.port))
     with pytest.raises(ProbeError, match=r"for another (name|address)"):
         certificate(replace(good, host="127.0.0.2"))
-    with pytest.raises(ProbeError, match="does not answer"):
+    with pytest.raises(ProbeError, match="refuses connections: its machine answers"):
         reach(replace(good, port=free_port()))
     with pytest.raises(ProbeError, match="is not known"):
         reach(replace(good, host="no-such-host.invalid"))
