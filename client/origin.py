@@ -69,8 +69,9 @@ class Asked:
             raise OriginError("the server signed something else") from error
         if said.site != _own_key_id(self.folder):
             raise OriginError("it is for another site")
-        object.__setattr__(self, "until", min(self.until, float(said.expires)))
-        if time.time() > self.until:
+        if not self.until <= said.expires:  # nor where the message's own time is no number
+            object.__setattr__(self, "until", float(said.expires))
+        if not time.time() <= self.until:
             raise OriginError("it has expired, or this machine's clock is ahead", Reason.EXPIRED)
         if not self.signed.fits():
             raise OriginError("it is not what the server signed")

@@ -232,7 +232,7 @@ def _anchored(ledger: Ledger, request: Request) -> int:
 def _reserved(
     site: Site, request: Request, plan: Plan, event: Event, ledger: Ledger, until: float
 ) -> Reservation | Refusal:
-    if time.time() > until:
+    if not time.time() <= until:
         _log.warning(
             "site %s refuses: the request of round %d has expired, and nothing is spent for it; this machine "
             "was too slow for the plan's round_deadline, or stood still, or its clock is ahead",

@@ -16,6 +16,7 @@ on it is waited for a minute.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -39,8 +40,10 @@ from flwr.supercore import http_logging, sql_mixin
 from flwr.supercore.error import ApiErrorCode, FlowerError, rpc_error_translator
 from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.error.grpc import _flower_error_to_grpc_json as flower_words
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.utils import get_metadata_bytes, uint64_to_int64
 from flwr.supercore.version import package_version
+from sqlalchemy import text
 
 from common.supervision import Pulse
 
@@ -83,6 +86,14 @@ _WAITING = "SELECT 1 FROM message_ins WHERE dst_node_id = ? AND delivered_at = '
 _OWN_OBJECT = (
     "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_ins WHERE dst_node_id = ? UNION "
     "SELECT child_id FROM object_children JOIN part ON parent_id = part.id) SELECT 1 FROM part WHERE id = ?"
+)
+_PARTS = (
+    "SELECT object_id, child_id FROM objects LEFT JOIN object_children ON parent_id = object_id "
+    "WHERE object_id = :id"
+)
+_SENT = (
+    "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_ins UNION "
+    "SELECT child_id FROM object_children JOIN part ON parent_id = part.id) SELECT 1 FROM part WHERE id = :id"
 )
 _OWN_SESSION = (
     "SELECT 1 FROM object_push_session_roots JOIN message_res ON message_id = root_object_id "
@@ -133,6 +144,30 @@ class State(SqlLinkState):  # type: ignore[misc]
             return []
         self._looked = {run_id: time.monotonic() + _ERRORS_SECONDS}
         return list(super().get_message_res(message_ids, run_id))
+
+    def store_message_and_object_tree(
+        self, message: Any, object_tree: Any, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """As Flower's, which takes what was said first of an object's parts for true, whoever said it.
+
+        An object's id is the hash of its content, and some contents are the same in every round: a node that names
+        such an id with parts of its own would end a run, or keep another's reply out. So what is told anew counts,
+        unless a node contradicts what the server sent.
+        """
+        by_server = not message.metadata.reply_to_message_id
+        with self.session() as session:
+            for node in iterate_object_tree(object_tree):
+                said = {child.object_id for child in node.children}
+                rows = session.execute(text(_PARTS), {"id": node.object_id}).all()
+                if not rows or said == {child for _, child in rows if child is not None}:
+                    continue
+                if not by_server and session.execute(text(_SENT), {"id": node.object_id}).first():
+                    return False, []
+                session.execute(text("DELETE FROM objects WHERE object_id = :id"), {"id": node.object_id})
+            stored: tuple[bool, list[str]] = super().store_message_and_object_tree(
+                message, object_tree, session_id
+            )
+            return stored
 
     def store_traffic(self, run_id: int, *, bytes_sent: int, bytes_recv: int) -> None:
         """Nothing: what travels is counted in the run's own folder."""
@@ -375,6 +410,8 @@ class Fleet(FleetServicer):  # type: ignore[misc]
         except Exception:  # Flower's reading of foreign bytes raises what it likes
             return "a message that cannot be read"
         said = message.metadata
+        if not (math.isfinite(said.created_at) and math.isfinite(said.ttl)):
+            return "a message whose time is no number"
         if said.src_node_id != node or said.dst_node_id != SUPERLINK_NODE_ID:
             return "a message of, or to, another node"
         asked = self._first(_ASKED, said.reply_to_message_id, uint64_to_int64(node))

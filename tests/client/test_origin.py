@@ -273,6 +273,9 @@ def test_an_expiry_of_the_messages_own_is_no_later_than_the_signed_one(site: Sit
     late = signed_for(site.folder, ask(), seconds=-5)
     assert told(site, late, until=math.inf) == Refusal(Reason.EXPIRED)
     assert told(site, late, until=time.time() + 1e6) == Refusal(Reason.EXPIRED)
+    assert told(site, late, until=math.nan) == Refusal(
+        Reason.EXPIRED
+    )  # a message whose own time is no number
     longer = replace(late, statement=replace(late.said, expires=2**33).to_bytes())
     assert told(site, longer) == Refusal(Reason.ORIGIN)
     assert outcomes(site) == []

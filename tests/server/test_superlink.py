@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import math
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate import LinkStateFactory, linkstate_factory
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
 from sqlalchemy import text
 
-from common.wire import Update, answer_to_records
+from common.wire import Reason, Refusal, Update, answer_to_records
 from server import superlink
 from simulations.faults.raw_calls import closed, connect, half_open
 from tests.server.fleet import PLAIN, Caller, Fleet, fleet, reply_to, words
@@ -331,3 +339,67 @@ def until(so: Callable[[], bool]) -> None:
     while not so():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def received(made: Fleet, caller: Caller, words: str) -> Any:
+    """A message of the server that a node has fetched."""
+    asked = made.send(caller, words)
+    while asked.metadata.message_id not in pulled(caller):
+        continue
+    return asked
+
+
+def lying_reply(made: Fleet, target: str) -> Any:
+    """Of d, who never sends it: it says that an object of others' consists of one that nobody has."""
+    asked = received(made, made.d, "to d")
+    reply = reply_to(asked, made.d, words())
+    nowhere = ObjectTree(object_id=hashlib.sha256(os.urandom(9)).hexdigest())
+    between = ObjectTree(object_id=target, children=[nowhere])
+    return made.d.push(reply, ObjectTree(object_id=reply.metadata.message_id, children=[between]))
+
+
+def refusal(made: Fleet) -> Any:
+    """Of c, in words that are the same each time, and so have the same id."""
+    asked = received(made, made.c, "to c")
+    return reply_to(asked, made.c, answer_to_records(Refusal(Reason.EXPIRED)))
+
+
+def test_parts_that_a_node_makes_up_for_anothers_reply_keep_it_out_no_more(
+    guarded: Fleet, plain: Fleet
+) -> None:
+    for made, taken in ((plain, False), (guarded, True)):
+        honest = refusal(made)
+        (part,) = get_object_tree(honest).children
+        assert not isinstance(lying_reply(made, part.object_id), grpc.StatusCode)
+        pushed = made.c.push(honest)
+        assert isinstance(pushed, grpc.StatusCode) is not taken
+    assert made.c.push_objects(honest, made.run, pushed.session_id)
+    tree = get_object_tree(honest)
+    assert made.state.object_store.get_object_tree(tree.object_id) == tree
+
+
+def test_parts_that_a_node_makes_up_for_what_the_server_sends_end_no_run(
+    guarded: Fleet, plain: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = get_object_tree(plain.send(plain.c, "the same in each round")).children
+    assert not isinstance(lying_reply(guarded, part.object_id), grpc.StatusCode)
+    with pytest.raises(ValueError, match="different children"):  # Flower's own
+        guarded.send(guarded.c, "the same in each round")
+    monkeypatch.setattr(linkstate_factory, "SqlLinkState", superlink.State)
+    database = str(guarded.server.database)
+    store = ObjectStoreFactory(database)
+    own = replace(guarded, state=LinkStateFactory(database, NoOpFederationManager(), store).state())
+    sent = received(own, own.c, "the same in each round")
+    assert own.state.object_store.get_object_tree(sent.metadata.message_id) == get_object_tree(sent)
+    # What the server has sent no node can say anything else of.
+    lying_reply(own, part.object_id)
+    assert own.state.object_store.get_object_tree(sent.metadata.message_id) == get_object_tree(sent)
+
+
+@pytest.mark.parametrize("what", ["_created_at", "_ttl"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reply_whose_time_is_no_number_is_refused(guarded: Fleet, what: str, value: float) -> None:
+    asked = received(guarded, guarded.d, "to d")
+    reply = reply_to(asked, guarded.d, words())
+    vars(reply.metadata)[what] = value
+    assert guarded.d.push(reply) == DENIED
