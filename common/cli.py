@@ -131,6 +131,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
         "client.interests": ("InterestsError",),
         "client.policy": ("PolicyError",),
         "client.private_files": ("LoosePermissionsError",),
+        "client.server_key": ("NoServerKeyError",),
         "client.site_folder": ("SiteError",),
         "server.deployment": ("DeploymentError",),
         "server.launch": ("LaunchError",),

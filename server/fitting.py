@@ -31,6 +31,7 @@ class Fit:
     most_rounds: int | None = None
     noise: float | None = None
     epsilon: float | None = None
+    states_noise: bool = False
 
     @property
     def paying(self) -> int:
@@ -49,7 +50,8 @@ class Fit:
         )
         ways = []
         if self.epsilon is not None:
-            ways.append(f"privacy.epsilon = {self.epsilon:g}, with all rounds and more noise")
+            own = ", the plan's own noise multipliers left out" if self.states_noise else ""
+            ways.append(f"privacy.epsilon = {self.epsilon:g}, with all rounds and more noise{own}")
         if self.most_rounds is not None:
             noise = (
                 ""
@@ -94,7 +96,20 @@ def fit_of_plan(plan: Plan, written: Plan, registry: RegistryReader) -> Fit:
         needed,
         most_rounds=rounds_that_fit(plan, registry, needed),
         noise=plan.privacy.noise_multiplier,
-        epsilon=epsilon_that_fits(written, registry, needed),
+        epsilon=epsilon_that_fits(bare := _without_noise(written), registry, needed),
+        states_noise=bare != written,
+    )
+
+
+def _without_noise(plan: Plan) -> Plan:
+    """The plan with its noise left to be calibrated."""
+    sums = {"popularity_noise_multiplier": None, "transition_noise_multiplier": None}
+    return plan.model_copy(
+        update={
+            "privacy": plan.privacy.model_copy(update={"noise_multiplier": None}),
+            "statistics": plan.statistics.model_copy(update=sums),
+            "metrics": plan.metrics.model_copy(update={"noise_multiplier": None}),
+        }
     )
 
 

@@ -88,10 +88,11 @@ def run_rounds(
         if exchange.phase is not Phase.TRANSITIONS or POPULARITY in progress.released:
             check_not_in_vain(in_vain, exchange.round - 1)
             check_budgets(plan, run, registry, schedule[exchange.round - 1 :])
-            kept = run.receipts(exchange.round) if run.asked(exchange.round) else []
+            asked = run.asked(exchange.round)
+            kept = run.receipts(exchange.round) if asked else []
             waits = time.monotonic()
             held = {str(line["key_id"]) for line in kept}
-            nodes = wait_for_sites(grid, plan, run, registry, exchange.round, needed, names, held)
+            nodes = wait_for_sites(grid, plan, run, registry, exchange.round, needed, names, held, asked)
             began += time.monotonic() - waits
             if not asked_before:
                 there = max(len(nodes), fewest)

@@ -37,6 +37,7 @@ def wait_for_sites(
     needed: int,
     names: Callable[[], Mapping[int, str]],
     held: Collection[str] = (),
+    asked: Collection[str] = (),
 ) -> list[int]:
     """The nodes to ask in a round, once there are enough; none of a site that is removed or barred.
 
@@ -46,12 +47,15 @@ def wait_for_sites(
             aggregation takes.
         names: node -> its site, as enrolled.
         held: key ids of sites whose releases of this round are held already, wherever they are now.
+        asked: key ids of sites that were asked in this round before the server was restarted, and may have been charged
+            for it: once there are enough, they are waited for as long as the plan's grace.
 
     Raises:
         RunError: there were too few until the plan's patience was over.
     """
     fewest = fewest_updates(plan.server)
     end, pause, said = time.monotonic() + plan.server.patience, _SHORTEST_PAUSE, -1
+    enough = 0.0
     try:
         while True:
             known = known_sites(registry, names())
@@ -62,6 +66,11 @@ def wait_for_sites(
             ready = {known[node] for node in nodes if node in known} | set(held)
             there = len(ready)
             if there >= wanted:
+                enough = enough or time.monotonic()
+                late = set(asked) - ready - out
+                if late and time.monotonic() < enough + plan.server.grace:
+                    time.sleep(_SHORTEST_PAUSE)
+                    continue
                 return nodes or [node for node, key_id in known.items() if key_id in ready]
             if there != said:
                 said = there

@@ -19,7 +19,7 @@ from common.privacy.accountants import (
 from common.privacy.chain import Chain
 from common.privacy.entries import Burnt, Release, Reserve
 from common.privacy.mechanisms import Event, event_to_fields
-from server.runs import INCOMPLETE, RunFolder
+from server.runs import RunFolder
 from simulations.audit.findings import TOLERANCE, Figures, Findings, SiteFinding
 
 _ROUNDING = 1e-6
@@ -109,7 +109,7 @@ def _printed(run: RunFolder, findings: Findings) -> dict[str, Any] | None:
     """Site -> what privacy.json says of it; "" -> the whole run's epsilon. None where nothing was claimed."""
     file = run.path / "privacy.json"
     if not file.is_file():
-        if not run.path.name.endswith(INCOMPLETE):
+        if run.is_whole:
             findings.lie("privacy.json", "missing", "the run ended well, but says nothing of its epsilon")
         return None
     try:

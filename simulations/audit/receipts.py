@@ -24,7 +24,7 @@ from common.privacy.mechanisms import event_to_fields
 from common.privacy.receipts import Receipt, check_receipt_alone, check_update
 from common.wire import Request
 from server.registry import EnrolledSite, RegistryReader
-from server.runs import INCOMPLETE, RunError, RunFolder
+from server.runs import RunError, RunFolder
 from simulations.audit.aggregates import check_aggregates
 from simulations.audit.epsilons import check_epsilons
 from simulations.audit.findings import Findings, SiteFinding
@@ -77,7 +77,7 @@ def audit_receipts(
     _check_rounds(run, plan, lines, findings)
     check_epsilons(run, plan, chains, lines_seen(lines), findings)
     check_aggregates(run, plan, findings)
-    if run.path.name.endswith(INCOMPLETE):
+    if not run.is_whole:
         findings.notes.append("the run did not end well: what there is of it was checked")
     return findings
 
@@ -328,7 +328,7 @@ def _check_rounds(run: RunFolder, plan: Plan, lines: list[Line], it: Findings) -
         return
     it.rounds = len(numbers)
     planned = [exchange.round for exchange in plan.schedule()]
-    whole = not run.path.name.endswith(INCOMPLETE)
+    whole = run.is_whole
     if numbers != planned[: len(numbers)] or (whole and len(numbers) != len(planned)):
         it.lie("rounds.jsonl", "wrong_rounds", f"it tells of rounds {numbers}, but the plan has {planned}")
     receipts = Counter((line.round, line.site) for line in lines)

@@ -18,7 +18,7 @@ from common.config import Plan
 from common.privacy.accountants import DISCRETISATION
 from common.privacy.odds import Odds, odds
 from server.registry import RegistryReader
-from server.runs import INCOMPLETE, RunFolder
+from server.runs import RunFolder
 from simulations.audit.evidence import own_versions
 from simulations.audit.findings import Findings, Lie
 from simulations.audit.pack import is_simulated
@@ -127,7 +127,7 @@ def build_report(
     reader = RegistryReader(registry or registry_of(run))
     found = ledgers(reader, findings.run)
     tools = tools_of(run.path)
-    whole = not run.path.name.endswith(INCOMPLETE)
+    whole = run.is_whole
     return Report(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         verdict=_verdict(findings, found, tools, whole),

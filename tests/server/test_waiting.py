@@ -141,3 +141,14 @@ def test_a_sites_budget_counts_each_round_once_at_the_ledgers_own_order() -> Non
     whole = site_budget("north", chain, many)
     assert not whole.fits
     assert whole.affords == new.left // least_charge(genesis.cap)
+
+
+@pytest.mark.parametrize(("grace", "admitted"), [(60.0, NODES), (0.0, NODES - 1)])
+def test_sites_that_were_asked_before_a_restart_are_waited_for_as_long_as_the_grace(
+    sites: Sites, grace: float, admitted: int
+) -> None:
+    run = sites.run(minimum_sites=1, grace=grace, round_deadline=300.0)
+    run.save_asked(2, [site.key_id for site in Registry(sites.registry).sites()])
+    grid = Away(1, 4 if grace else 10_000, run)  # as one that connects last after the server is up again
+    start(sites, run, grid=grid)
+    assert [len(each["admitted"]) for each in records(run)] == [NODES, admitted]
