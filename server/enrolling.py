@@ -51,6 +51,11 @@ def enroll(data: bytes, name: str, server: Deployment | None, registry: Path | N
     assert folder is not None
     known = Registry(folder.expanduser().resolve())
     site = known.site(genesis.key_id)
+    if site is not None and site.barred:
+        raise RegistryError(
+            f"the site was enrolled as {site.name!r}, and signed two histories of its ledger, which is proven: it is "
+            "not taken in again"
+        )
     if site is not None and site.shut_out and site.out != "removed":
         place = "DIR" if server is None else server.folder
         raise RegistryError(

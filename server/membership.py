@@ -13,14 +13,20 @@ from server.registry import Registry, RegistryError
 def remove(server: Deployment, name: str, reason: str = "") -> bool:
     """Takes a site out, now and in later runs: it is asked nothing, and SuperLink forgets its node.
 
+    A site that is barred, by its owner or by proof, stays so: its node alone is taken out. A reason that was given
+    before stays where none is given now.
+
     Returns:
         Whether SuperLink has done so; else the next `fedtide server up` does.
 
     Raises:
-        RegistryError: there is no such site, or it is barred for good.
+        RegistryError: there is no such site.
         DeploymentError: SuperLink refuses.
     """
-    Registry(server.registry).shut_out(name, "removed", reason)
+    registry = Registry(server.registry)
+    site = registry.named(name)
+    if not site.barred and site.out != "barred":
+        registry.shut_out(name, "removed", reason or site.reason)
     (server.nodes / f"{name}.pub").unlink(missing_ok=True)
     try:
         register_nodes(server)

@@ -114,6 +114,33 @@ def test_a_removed_site_is_enrolled_again_and_a_barred_one_is_not(server: Deploy
     enroll(server, "north", enrolment_to_bytes(north, node_key()))
 
 
+def test_a_bar_outlives_a_removal_and_a_reason_a_second_one(server: Deployment, north: Entry) -> None:
+    remove(server, "north", "the contract ended")
+    remove(server, "north")
+    assert Registry(server.registry).named("north").reason == "the contract ended"
+    enroll(server, "north", enrolment_to_bytes(north, node_key()))
+    bar(server, "north", "its key leaked")
+    remove(server, "north")
+    assert enrolled_keys(server) == {}
+    site = Registry(server.registry).named("north")
+    assert (site.out, site.reason) == ("barred", "its key leaked")
+    with pytest.raises(RegistryError, match=r"`fedtide server unbar .* north` comes first"):
+        enroll(server, "north", enrolment_to_bytes(north, node_key()))
+
+
+def test_a_proven_cheat_loses_its_node_and_is_not_taken_in_again(server: Deployment, north: Entry) -> None:
+    with sqlite3.connect(server.registry / "registry.sqlite") as database:
+        database.execute("UPDATE sites SET barred = 1")
+    database.close()
+    remove(server, "north")
+    assert enrolled_keys(server) == {}
+    assert Registry(server.registry).named("north").barred
+    with pytest.raises(
+        RegistryError, match="two histories of its ledger, which is proven: it is not taken in"
+    ):
+        enroll(server, "north", enrolment_to_bytes(north, node_key()))
+
+
 def test_a_name_that_nobody_has_and_a_bar_without_a_reason_are_refused(
     server: Deployment, north: Entry
 ) -> None:
