@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -65,7 +66,20 @@ class Shown:
         whole, _, self._rest = data.rpartition(b"\n")
         for line in whole.decode("utf-8", "replace").splitlines():
             with suppress(OSError, ValueError):  # nobody looks any more; the file has it
+                if not _takes_more(self._stream):  # a pager that is paused, a terminal that was stopped
+                    continue
                 print(line if self._as_json else _plain(line), file=self._stream, flush=True)
+
+
+def _takes_more(stream: TextIO) -> bool:
+    """Whether a line can be written without waiting for somebody to read: a pipe then has room for 4096 bytes."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # it is no file of the system's
+        return True
+    look = select.poll()
+    look.register(number, select.POLLOUT)
+    return bool(look.poll(0))
 
 
 def _plain(line: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,23 @@ def test_a_terminal_that_is_gone_ends_nothing(log: Path) -> None:
     logging.getLogger(LOGGERS[0]).info("a line")
     shown.show()
     shown.show()
+
+
+def test_nobody_is_waited_for_who_does_not_read_what_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "site.log"
+    file.touch()
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", encoding="utf-8") as stream, os.fdopen(reader, "rb", buffering=0) as read:
+        shown = Shown(file, stream, as_json=True)
+        with file.open("a") as log:
+            for number in range(20_000):  # far more than a pipe holds
+                log.write(f"line {number}\n")
+        shown.show()  # without a reader this never came back
+        first = read.read(1 << 20)
+        assert first.startswith(b"line 0\n")
+        assert b"line 19999" not in first
+        with file.open("a") as log:
+            log.write("the last line\n")
+        shown.show()
+        assert read.read(1 << 20).endswith(b"the last line\n")
+        shown.close()
