@@ -543,7 +543,7 @@ def test_a_folder_without_a_readable_site_is_refused_in_words(tmp_path: Path, co
     with pytest.raises(SiteError, match="holds nothing"):
         Site.load(tmp_path)
     (tmp_path / "site.json").write_text(content)
-    with pytest.raises(SiteError, match=r"site\.json is lost or damaged: put the newest copy"):
+    with pytest.raises(SiteError, match=r"site\.json is damaged: put the newest copy"):
         Site.load(tmp_path)
 
 

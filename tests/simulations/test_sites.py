@@ -113,9 +113,9 @@ def test_simulated_sites_compute_as_was_asked_and_go_on_so_until_asked_otherwise
     ("options", "says"),
     [
         (("--device", "tpu"), "device: input should be 'cpu', 'cuda' or 'auto'"),
-        (("--micro-batch", "9"), "micro_batch: input should be a multiple of 8"),
+        (("--micro-batch", "9"), "--micro-batch: input should be a multiple of 8"),
         (("--dp-engine", "slow"), "engine: input should be 'fast' or 'opacus'"),
-        (("--frozen-precision", "int8"), "frozen_precision: input should be 'float32' or 'bfloat16'"),
+        (("--frozen-precision", "int8"), "--frozen-precision: input should be 'float32' or 'bfloat16'"),
         (("--set", "performance.device=cpu"), "how a site computes is no part of a plan"),
         (("--set", "model.frozen_precision=bfloat16"), "`fedtide simulate` --device"),
     ],
